@@ -1,0 +1,173 @@
+"""Adapters as typed objects. The only file that knows how PEFT names its parameters and modules."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.adalora import AdaLoraLayer
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fwlora.budget import MatrixShape
+
+# Names that papers and run files use for the projections of an encoder layer, and what the families call them.
+PROJECTION_ALIASES: dict[str, tuple[str, ...]] = {
+    "query": ("query", "query_proj", "q_lin", "q_proj", "q"),
+    "key": ("key", "key_proj", "k_lin", "k_proj", "k"),
+    "value": ("value", "value_proj", "v_lin", "v_proj", "v"),
+    "intermediate": ("intermediate.dense", "ffn.lin1", "mlp.Wi", "DenseReluDense.wi", "wi", "fc1"),
+    "output": ("output.dense", "ffn.lin2", "mlp.Wo", "DenseReluDense.wo", "wo", "fc2"),
+}
+ATTENTION_OUTPUT = "attention.output.dense"
+
+
+class TargetModuleError(ValueError):
+    """A target module name that matches no weight matrix of the encoder."""
+
+
+@dataclass(frozen=True)
+class AdapterPair:
+    """One adapted matrix and its trainable factors.
+
+    Attributes:
+        name: path of the matrix in the model that was adapted, e.g. ``bert.encoder.layer.0.attention.self.query``.
+        module: PEFT's layer around it; its output is that of base and adapter together.
+        A: shape (r, d_in).
+        B: shape (d_out, r).
+        E: AdaLoRA's singular values, shape (r, 1); None for LoRA.
+        scaling: s, so that the update is s B diag(E) A with E = 1 for LoRA.
+    """
+
+    name: str
+    module: nn.Module
+    A: nn.Parameter
+    B: nn.Parameter
+    E: nn.Parameter | None
+    scaling: float
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(A', B) with the update equal to s B A': E is folded into A."""
+        return (self.A if self.E is None else self.A * self.E), self.B
+
+
+def find_adapter_pairs(model: nn.Module, adapter_name: str = "default") -> list[AdapterPair]:
+    """Every matrix of ``model`` that carries the adapter, in model order.
+
+    Raises:
+        ValueError: the model has no such adapter.
+    """
+    pairs = []
+    for path, module in model.named_modules():
+        if not isinstance(module, LoraLayer) or adapter_name not in module.lora_A:
+            continue
+        name = path.removeprefix("base_model.model.")
+        if isinstance(module, AdaLoraLayer):
+            scaling = float(module.scaling[adapter_name] / (float(module.ranknum[adapter_name]) + 1e-5))
+            A, B, E = module.lora_A[adapter_name], module.lora_B[adapter_name], module.lora_E[adapter_name]
+        else:
+            scaling = float(module.scaling[adapter_name])
+            A, B, E = module.lora_A[adapter_name].weight, module.lora_B[adapter_name].weight, None
+        pairs.append(AdapterPair(name, module, A, B, E, scaling))
+    if not pairs:
+        raise ValueError(
+            f"`model` ({type(model).__name__}) has no adapter named {adapter_name!r}; wrap it with peft.get_peft_model"
+        )
+    return pairs
+
+
+@torch.no_grad()
+def delta_norms(pairs: Sequence[AdapterPair]) -> Tensor:
+    """Frobenius norm of each pair's update s B A', shape (pairs,), from r x r products only."""
+    norms = []
+    for pair in pairs:
+        A, B = (factor.float() for factor in pair.factors())
+        squared = ((B.T @ B) * (A @ A.T)).sum()
+        norms.append(pair.scaling * squared.clamp_min(0).sqrt())
+    return torch.stack(norms)
+
+
+def matrix_features(module: nn.Module) -> tuple[int, int] | None:
+    """(d_in, d_out) of a module that an adapter can be put on, else None."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if isinstance(module, Conv1D):
+        return module.weight.shape[0], module.weight.shape[1]
+    return None
+
+
+def head_module_names(model: nn.Module, missing_keys: Sequence[str] = ()) -> list[str]:
+    """Modules that start untrained and therefore train fully: all outside the encoder, and any without loaded weights.
+
+    Args:
+        model: a transformers model with a task head.
+        missing_keys: parameter names that ``from_pretrained`` did not find in the checkpoint.
+    """
+    encoder = getattr(model, "base_model_prefix", "")
+    names = [name for name, child in model.named_children() if name != encoder and any(True for _ in child.parameters())]
+    for key in missing_keys:
+        module = key.rpartition(".")[0]
+        if module and not any(module == name or module.startswith(f"{name}.") for name in names):
+            names.append(module)
+    return names
+
+
+def encoder_parameter_count(model: nn.Module) -> int:
+    """Parameters of the encoder alone: embeddings and layers, no pooler and no head."""
+    encoder = getattr(model, getattr(model, "base_model_prefix", ""), model)
+    pooler = {id(p) for name, child in encoder.named_children() if "pooler" in name for p in child.parameters()}
+    return sum(p.numel() for p in encoder.parameters() if id(p) not in pooler)
+
+
+def find_target_matrices(model: nn.Module, targets: Sequence[str]) -> list[MatrixShape]:
+    """Encoder matrices that ``targets`` name, in model order.
+
+    A target is the end of a module path (``query``, ``attention.output.dense``, or a full path), or one of the roles in
+    :data:`PROJECTION_ALIASES`. The role ``output`` is the second feed-forward projection; the attention's own output
+    projection has to be asked for as ``attention.output``. Modules of the head are never matched.
+
+    Raises:
+        TargetModuleError: a target without a match; the message lists what could be named.
+    """
+    available = dict(_encoder_matrices(model))
+    chosen: set[str] = set()
+    unmatched = []
+    for target in targets:
+        matches = _match_target(target, list(available))
+        chosen.update(matches)
+        if not matches:
+            unmatched.append(target)
+    if unmatched:
+        kinds = dict.fromkeys(re.sub(r"(^|\.)\d+\.", r"\1*.", name) for name in available)
+        raise TargetModuleError(
+            f"target module{'s' if len(unmatched) > 1 else ''} {', '.join(map(repr, unmatched))} match no weight matrix of "
+            f"{type(model).__name__}'s encoder; it has {', '.join(kinds)}"
+        )
+    return [shape for name, shape in available.items() if name in chosen]
+
+
+def _encoder_matrices(model: nn.Module) -> Iterator[tuple[str, MatrixShape]]:
+    encoder_name = getattr(model, "base_model_prefix", "")
+    encoder = getattr(model, encoder_name, None)
+    root, prefix = (model, "") if encoder is None else (encoder, f"{encoder_name}.")
+    for path, module in root.named_modules():
+        features = matrix_features(module)
+        if features and not any("pooler" in part for part in path.split(".")):
+            yield prefix + path, MatrixShape(prefix + path, *features)
+
+
+def _match_target(target: str, names: Sequence[str]) -> list[str]:
+    """Paths ending in the target, else those of the role it stands for."""
+
+    def ending_in(suffix: str) -> list[str]:
+        return [name for name in names if name == suffix or name.endswith(f".{suffix}")]
+
+    direct = ending_in(target) or ending_in(f"{target}.dense")
+    for alias in PROJECTION_ALIASES.get(target, ()):
+        direct = direct or ending_in(alias)
+    if target.startswith("attention."):
+        return direct
+    return [name for name in direct if not name.endswith(f".{ATTENTION_OUTPUT}") or target == name]

@@ -1,0 +1,98 @@
+"""Every metric name that training writes and evaluation reads, and how task metrics are computed.
+
+Training and evaluation share no other agreement about names: both import them from here.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+import numpy as np
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+# History rows, one per optimiser step.
+GLOBAL_STEP = "global_step"  # optimiser steps since the start of the run, from 1
+EPOCH = "epoch"  # epochs completed, fractional inside an epoch
+TRAIN_LOSS = "train_loss"  # mean cross-entropy of the step's examples, penalty excluded
+LEARNING_RATE = "learning_rate"
+GRADIENT_NORM = "gradient_norm"  # L2 norm over all trainable parameters, penalty included, before clipping
+PENALTY = "penalty"  # value of the method's regularisation term (0 for LoRA)
+FISHER_WARMUP = "fisher_warmup"  # 1 while importances are being measured, else 0
+ACTIVE_RANK = "active_rank"  # AdaLoRA: triplets not masked, over all modules
+
+# History rows, one per epoch.
+TRAIN_EPOCH_LOSS = "train_epoch_loss"  # mean over the epoch's examples, dropout on, weights changing
+TRAIN_EPOCH_ACCURACY = "train_epoch_accuracy"
+EVAL_LOSS = "eval_loss"  # cross-entropy alone, for every method
+
+# Summary.
+COMPLETED = "completed"  # true only after the last epoch was evaluated
+PRIMARY_METRIC = "primary_metric"  # the name of the eval metric that is compared
+TRAINING_TIME_S = "training_time_s"  # warm-up + remaining steps; no evaluation, no search, no loading
+TIME_WARMUP_S = "time_warmup_s"
+TIME_TRAIN_S = "time_train_s"
+TIME_EVAL_S = "time_eval_s"
+TIME_SEARCH_S = "time_search_s"
+STEP_TIME_MEDIAN_S = "step_time_median_s"
+PEAK_MEMORY_MIB = "peak_memory_mib"
+TOTAL_STEPS = "total_steps"
+PARAMS_ADAPTER = "params_adapter"  # trainable adapter parameters at the start
+PARAMS_ADAPTER_FINAL = "params_adapter_final"  # those still in use at the end (AdaLoRA prunes)
+PARAMS_HEAD = "params_head"
+PARAMS_TRAINABLE = "params_trainable"
+PARAMS_ENCODER = "params_encoder"
+PARAMS_TOTAL = "params_total"
+BUDGET_PARAMETERS = "budget_parameters"
+ADAPTER_PERCENT_OF_ENCODER = "adapter_percent_of_encoder"  # from the final count
+MODULE_NAMES = "module_names"  # the four lists are parallel, one entry per adapted module
+MODULE_RANKS = "module_ranks"
+MODULE_IMPORTANCES = "module_importances"  # null for methods that measure none
+MODULE_DELTA_NORMS = "module_delta_norms"  # Frobenius norm of the update that the adapter makes
+EVAL_PREDICTIONS = "eval_predictions"  # records.pack_classes, in data-set order
+EVAL_LABELS = "eval_labels"
+EVAL_FINGERPRINT = "eval_fingerprint"  # hash of the eval split's texts and labels
+
+TASK_METRICS = ("accuracy", "matthews_correlation", "f1")
+PRIMARY_TASK_METRIC = {"cola": "matthews_correlation", "mrpc": "f1", "qqp": "f1"}
+
+
+def primary_task_metric(subset: str | None) -> str:
+    """GLUE's own metric for a task; accuracy where GLUE names none."""
+    return PRIMARY_TASK_METRIC.get(subset or "", "accuracy")
+
+
+def eval_name(task_metric: str) -> str:
+    """``accuracy`` -> ``eval_accuracy``, the name in the per-epoch history."""
+    return f"eval_{task_metric}"
+
+
+def final_name(metric: str) -> str:
+    """Summary name of the last epoch's value: the only one that is ever compared."""
+    return f"final_{metric}"
+
+
+def best_name(metric: str) -> str:
+    """Summary name of the best epoch's value. It is selected on the reported split, so it is never compared."""
+    return f"best_{metric}"
+
+
+def compute_task_metrics(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> Mapping[str, float]:
+    """Task metrics of one split, as fractions.
+
+    Args:
+        labels: gold classes, shape ``(n,)``.
+        predictions: predicted classes, shape ``(n,)``.
+        num_classes: decides between binary F1 (class 1 positive) and macro F1.
+
+    Returns:
+        ``accuracy``, ``matthews_correlation`` (0 where a constant prediction leaves it undefined) and ``f1``.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        f1 = f1_score(labels, predictions, average="binary" if num_classes == 2 else "macro", zero_division=0.0)
+        return {
+            "accuracy": float(accuracy_score(labels, predictions)),
+            "matthews_correlation": float(matthews_corrcoef(labels, predictions)),
+            "f1": float(f1),
+        }

@@ -1,0 +1,43 @@
+"""The progress line that a training process prints, and how a parent reads it back."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fwlora.experiment.engine import Progress
+
+SECONDS_BETWEEN_LINES = 2.0
+_LINE = re.compile(r"step (\d+)/(\d+)  epoch (\d+)  loss (\S+)(  fisher warm-up)?")
+
+
+def format_progress(progress: Progress) -> str:
+    """One line, e.g. ``step 40/300  epoch 1  loss 0.6123  fisher warm-up``."""
+    line = f"step {progress.step}/{progress.total_steps}  epoch {progress.epoch}  loss {progress.loss:.4f}"
+    return line + ("  fisher warm-up" if progress.in_warmup else "")
+
+
+def parse_progress(line: str) -> Progress | None:
+    """Inverse of :func:`format_progress`, None for any other line."""
+    found = _LINE.fullmatch(line.strip())
+    if found is None:
+        return None
+    step, total, epoch, loss, warmup = found.groups()
+    return Progress(int(step), int(total), int(epoch), float(loss), bool(warmup))
+
+
+@dataclass
+class ProgressPrinter:
+    """Prints progress at most every :data:`SECONDS_BETWEEN_LINES`, and always the last step."""
+
+    announce: Callable[[str], None] = print
+    clock: Callable[[], float] = time.monotonic
+    _last: float = float("-inf")
+
+    def __call__(self, progress: Progress) -> None:
+        now = self.clock()
+        if now - self._last >= SECONDS_BETWEEN_LINES or progress.step == progress.total_steps:
+            self._last = now
+            self.announce(format_progress(progress))

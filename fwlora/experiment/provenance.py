@@ -1,0 +1,64 @@
+"""What a run was made with: code, versions, hardware. Compared runs should agree in it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+RECORDED_PACKAGES = ("fwlora", "torch", "peft", "transformers", "datasets", "optuna", "wandb", "numpy", "scikit-learn")
+
+
+def describe_environment(repository: Path, device: torch.device) -> dict[str, Any]:
+    """Commit, versions and hardware as plain values."""
+    return {
+        "commit": _git(repository, "rev-parse", "HEAD"),
+        "dirty": bool(_git(repository, "status", "--porcelain")),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in RECORDED_PACKAGES},
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "cpu_count": os.cpu_count(),
+    }
+
+
+def fingerprint_weights(model: nn.Module) -> str:
+    """Hash of all frozen parameters: whether two runs started from the same encoder.
+
+    Sums in float64 stand for the values, so that it costs one pass and no copy.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            total = parameter.detach().double()
+            digest.update(f"{name}:{tuple(parameter.shape)}:{total.sum():.9e}:{total.square().sum():.9e}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git(repository: Path, *arguments: str) -> str | None:
+    try:
+        answer = subprocess.run(
+            ["git", *arguments], cwd=repository, capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()
+
+
+def _cpu_name() -> str:
+    return str(torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or "unknown CPU")

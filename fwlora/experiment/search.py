@@ -1,0 +1,144 @@
+"""Hyper-parameter search by Optuna, on data and a budget of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import optuna
+
+from fwlora.experiment.errors import UserError
+from fwlora.experiment.settings import Categorical, IntRange, LogUniform, RunSettings
+
+
+class InfeasibleTrial(Exception):
+    """Sampled values that cannot make a run, with the reason."""
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found.
+
+    Attributes:
+        best_values: name in the search space -> value.
+        best_objective: primary metric on the held-out part of train.
+        completed_trials: trials that were trained.
+        infeasible_trials: trials whose values could not make a run.
+        dropped_dimensions: names in the search space that were not searched, with the reason.
+    """
+
+    best_values: dict[str, Any]
+    best_objective: float
+    completed_trials: int
+    infeasible_trials: int
+    dropped_dimensions: dict[str, str] = field(default_factory=dict)
+
+    def as_record(self) -> dict[str, Any]:
+        """Plain values for the run's record."""
+        return {
+            "best_values": self.best_values,
+            "best_objective": self.best_objective,
+            "completed_trials": self.completed_trials,
+            "infeasible_trials": self.infeasible_trials,
+            "dropped_dimensions": self.dropped_dimensions,
+        }
+
+
+def effective_space(run: RunSettings) -> tuple[dict[str, Any], dict[str, str]]:
+    """(dimensions that are searched, dropped ones with the reason).
+
+    A leading budget fixes the ranks of every method, so a search over the rank would compare runs of one size under
+    different names.
+    """
+    space = dict(run.optuna.search_space)
+    dropped = {}
+    if "lora_rank" in space and run.model.budget_mode == "budget":
+        del space["lora_rank"]
+        dropped["lora_rank"] = "the parameter budget fixes the ranks; set run.model.budget_mode=rank to search them"
+    return space, dropped
+
+
+def search(
+    run: RunSettings,
+    objective: Callable[[RunSettings], float],
+    *,
+    announce: Callable[[str], None],
+) -> SearchResult:
+    """Runs ``optuna.n_trials`` trials with the TPE sampler, seeded by ``optuna.seed``.
+
+    Args:
+        run: settings whose ``optuna`` node says what to do.
+        objective: trains with the given settings and returns the metric on held-out data; raises
+            :class:`InfeasibleTrial` where the values cannot make a run.
+        announce: takes a line per trial.
+
+    Raises:
+        UserError: nothing to search, or no trial could be trained.
+    """
+    space, dropped = effective_space(run)
+    for name, reason in dropped.items():
+        announce(f"search: dimension {name} dropped: {reason}")
+    if not space:
+        raise UserError("run.optuna.search_space has no dimension to search; set run.optuna.n_trials=0")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(
+        direction=run.optuna.direction, sampler=optuna.samplers.TPESampler(seed=run.optuna.seed)
+    )
+
+    def run_trial(trial: optuna.Trial) -> float:
+        values = {name: _suggest(trial, name, distribution) for name, distribution in space.items()}
+        try:
+            value = objective(run.with_values(values))
+        except InfeasibleTrial as reason:
+            announce(f"search: trial {trial.number + 1}/{run.optuna.n_trials} infeasible ({reason}): {_format(values)}")
+            raise optuna.TrialPruned(str(reason)) from None
+        announce(f"search: trial {trial.number + 1}/{run.optuna.n_trials} objective {value:.4f}: {_format(values)}")
+        return value
+
+    study.optimize(run_trial, n_trials=run.optuna.n_trials)
+    completed = study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE])
+    infeasible = len(study.trials) - len(completed)
+    if not completed:
+        raise UserError(
+            f"run.optuna: none of {infeasible} trials could be trained; narrow run.optuna.search_space to values that fit "
+            "the run's length"
+        )
+    return SearchResult(study.best_params, study.best_value, len(completed), infeasible, dropped)
+
+
+def trial_settings(candidate: RunSettings, run_examples: int, trial_examples: int) -> RunSettings:
+    """A trial's settings: the search's epochs and seed, and a Fisher warm-up that keeps its share of the steps.
+
+    Args:
+        candidate: the run's settings with sampled values.
+        run_examples: training examples of the run itself.
+        trial_examples: training examples of a trial.
+
+    Raises:
+        InfeasibleTrial: the candidate's warm-up would not end within the run, or the trial has a single step.
+    """
+    training = candidate.training.model_copy(update={"epochs": candidate.optuna.epochs, "seed": candidate.optuna.seed})
+    trial = candidate.model_copy(update={"training": training})
+    if candidate.fw_lora is None:
+        return trial
+    warmup_steps = candidate.fw_lora.warmup_steps
+    run_steps, trial_steps = candidate.training.total_steps(run_examples), training.total_steps(trial_examples)
+    if warmup_steps >= run_steps:
+        raise InfeasibleTrial(f"warmup_steps {warmup_steps} >= the run's {run_steps} steps")
+    if trial_steps < 2:
+        raise InfeasibleTrial(f"a trial of {trial_steps} step has no room for a warm-up")
+    scaled = min(max(1, round(warmup_steps * trial_steps / run_steps)), trial_steps - 1)
+    return trial.model_copy(update={"fw_lora": candidate.fw_lora.model_copy(update={"warmup_steps": scaled})})
+
+
+def _suggest(trial: optuna.Trial, name: str, distribution: Any) -> Any:
+    if isinstance(distribution, Categorical):
+        return trial.suggest_categorical(name, distribution.choices)
+    if isinstance(distribution, IntRange):
+        return trial.suggest_int(name, distribution.low, distribution.high, step=distribution.step)
+    return trial.suggest_float(name, distribution.low, distribution.high, log=isinstance(distribution, LogUniform))
+
+
+def _format(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items())

@@ -1,0 +1,71 @@
+"""Runs one experiment: launches ``src.train`` as a subprocess, keeps its log, and exits with its exit code."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from fwlora.experiment.command_line import enter_program, settings_of, user_errors_exit
+from fwlora.experiment.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CONFIG_DIR = REPOSITORY / "config"
+
+
+def launch_training(arguments: Sequence[str], log_path: Path) -> int:
+    """Runs ``src.train``, its output on this stdout and appended to the log; returns its exit code.
+
+    A request to stop is handed to the child, which then ends by itself.
+
+    Raises:
+        UserError: the log cannot be written.
+    """
+    command = [sys.executable, "-u", "-m", "src.train", *arguments]
+    try:
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        log = log_path.open("a", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"results_dir: {log_path.parent} cannot be written ({error.strerror}); choose another folder") from None
+    with log:
+        log.write(f"# {datetime.now(UTC).isoformat(timespec='seconds')} {' '.join(command)}\n")
+        log.flush()
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+        previous = signal.signal(signal.SIGTERM, lambda number, frame: child.send_signal(number))
+        try:
+            assert child.stdout is not None
+            for line in child.stdout:
+                print(line, end="", flush=True)
+                log.write(line)
+                log.flush()
+        except KeyboardInterrupt:
+            # The terminal has sent the same signal to the child.
+            pass
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+        return child.wait()
+
+
+@hydra.main(config_path="../config", config_name="config", version_base="1.3")
+def main(composed: DictConfig) -> None:
+    """Hydra's task. Hydra discards return values, so the child's exit code leaves through ``sys.exit``."""
+    overrides = list(HydraConfig.get().overrides.task)
+    with user_errors_exit():
+        settings = settings_of(composed, overrides, CONFIG_DIR)
+        log_path = Path(settings.results_dir) / settings.run.run_id / f"{settings.mode}.log"
+        exit_code = launch_training(overrides, log_path)
+    # A child killed by signal n is reported by subprocess as -n, by shells as 128 + n.
+    exit_code = 128 - exit_code if exit_code < 0 else exit_code
+    if exit_code:
+        sys.exit(exit_code)
+
+
+if __name__ == "__main__":
+    enter_program("src.main", main, CONFIG_DIR)

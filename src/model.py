@@ -1,0 +1,251 @@
+"""Models: a pretrained encoder with a classification head, adapted by LoRA, AdaLoRA or FW-LoRA within a budget."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import logging as transformers_logging
+
+from fwlora.adapters import (
+    TargetModuleError,
+    encoder_parameter_count,
+    find_adapter_pairs,
+    find_target_matrices,
+    head_module_names,
+)
+from fwlora.budget import BudgetError, MatrixShape, adapter_cost, budget_parameters, solve_ranks
+from fwlora.experiment import metrics
+from fwlora.experiment.errors import UserError
+from fwlora.experiment.settings import ModelSettings, RunSettings
+from fwlora.methods import AdaLora, FwLora, Method, PlainLora, attach_adalora, attach_lora, plan_adalora
+from fwlora.regularizer import FisherWeightedLora
+
+CACHE_DIR = ".cache/"
+PACKAGE_PREFIX = "package:"
+# Adapters are initialised from a stream of their own, so that heads do not depend on what a method draws.
+ADAPTER_SEED_OFFSET = 1_000_003
+
+
+@dataclass(frozen=True)
+class AdapterPlan:
+    """Which matrix gets which rank, before any weight is loaded.
+
+    Attributes:
+        matrices: candidates, in model order.
+        ranks: LoRA rank by matrix name, 0 for none.
+        encoder_parameters: what the percentage is of.
+        budget: parameters the adapters may have.
+    """
+
+    matrices: list[MatrixShape]
+    ranks: dict[str, int]
+    encoder_parameters: int
+    budget: int
+
+    @property
+    def mean_rank(self) -> float:
+        return sum(self.ranks.values()) / len(self.ranks)
+
+
+@dataclass(frozen=True)
+class AdaptedModel:
+    """A model ready to train, its method, and how many parameters it has."""
+
+    model: nn.Module
+    method: Method
+    counts: dict[str, float]
+
+
+def plan_adapters(settings: ModelSettings) -> AdapterPlan:
+    """Solves the ranks on a weightless copy of the model; only its configuration is fetched.
+
+    Raises:
+        UserError: a model that cannot be fetched, targets that match nothing, a budget too small for any rank.
+    """
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(_load_config(settings))
+    encoder_parameters = encoder_parameter_count(model)
+    try:
+        matrices = find_target_matrices(model, settings.lora.target_modules)
+    except TargetModuleError as error:
+        raise UserError(f"run.model.lora.target_modules: {error}") from None
+    if settings.budget_mode == "rank":
+        ranks = {matrix.name: settings.lora.rank for matrix in matrices}
+        return AdapterPlan(matrices, ranks, encoder_parameters, adapter_cost(matrices, ranks))
+    budget = budget_parameters(settings.parameter_budget_percent, encoder_parameters)
+    try:
+        return AdapterPlan(matrices, solve_ranks(matrices, budget), encoder_parameters, budget)
+    except BudgetError as error:
+        smallest = min(matrix.cost for matrix in matrices)
+        raise UserError(
+            f"run.model.parameter_budget_percent = {settings.parameter_budget_percent} of {encoder_parameters:,} encoder "
+            f"parameters: {error}; use at least {100 * (smallest + 1) / encoder_parameters:.4f}"
+        ) from None
+
+
+def load_tokenizer(settings: ModelSettings) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        UserError: it cannot be fetched.
+    """
+    with _fetching(settings):
+        source = resolve_pretrained(settings.pretrained_id)
+        return AutoTokenizer.from_pretrained(source, revision=settings.revision, cache_dir=CACHE_DIR)
+
+
+def build_model(run: RunSettings, plan: AdapterPlan, num_classes: int, total_steps: int, device: torch.device) -> AdaptedModel:
+    """Loads the encoder and attaches the run's method.
+
+    For equal seeds every method has the same head, and LoRA and FW-LoRA the same adapters.
+
+    Args:
+        num_classes: outputs of the head.
+        total_steps: optimiser steps of the training to come; AdaLoRA's schedule and the Fisher warm-up need them.
+
+    Raises:
+        UserError: weights that cannot be fetched, or a schedule that does not fit ``total_steps``.
+    """
+    torch.manual_seed(run.training.seed)
+    model, missing = _load_pretrained(run.model, num_classes)
+    heads = head_module_names(model, missing)
+    torch.manual_seed(run.training.seed + ADAPTER_SEED_OFFSET)
+    adapted, method = _attach(model, run, plan, heads, total_steps, device)
+    trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    adapters = sum(p.numel() for pair in method.pairs for p in (pair.A, pair.B, pair.E) if p is not None)
+    counts = {
+        metrics.PARAMS_ADAPTER: adapters,
+        metrics.PARAMS_HEAD: trainable - adapters,
+        metrics.PARAMS_TRAINABLE: trainable,
+        metrics.PARAMS_ENCODER: plan.encoder_parameters,
+        metrics.PARAMS_TOTAL: sum(p.numel() for p in adapted.parameters()),
+        metrics.BUDGET_PARAMETERS: plan.budget,
+    }
+    return AdaptedModel(adapted, method, counts)
+
+
+def final_adapter_parameters(method: Method) -> int:
+    """Adapter parameters still in use: for AdaLoRA those of the triplets that were not pruned."""
+    ranks = method.module_table()["ranks"]
+    return sum(
+        rank * (pair.A.shape[1] + pair.B.shape[0] + (pair.E is not None))
+        for rank, pair in zip(ranks, method.pairs, strict=True)
+    )
+
+
+def resolve_pretrained(pretrained_id: str) -> str:
+    """A folder or a Hub id; ``package:<module>/<folder>`` is a folder inside an installed Python package.
+
+    Raises:
+        UserError: the package is not installed or has no such folder.
+    """
+    if not pretrained_id.startswith(PACKAGE_PREFIX):
+        return pretrained_id
+    package, _, inside = pretrained_id.removeprefix(PACKAGE_PREFIX).partition("/")
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not spec.origin:
+        raise UserError(
+            f"run.model.pretrained_id = {pretrained_id!r}: the package {package!r} is not installed; "
+            "run with `uv run --group quickstart`, or give a folder or a Hub id"
+        )
+    folder = Path(spec.origin).parent / inside
+    if not (folder / "config.json").is_file():
+        raise UserError(f"run.model.pretrained_id = {pretrained_id!r}: {folder} holds no config.json")
+    return str(folder)
+
+
+def _attach(
+    model: nn.Module, run: RunSettings, plan: AdapterPlan, heads: list[str], total_steps: int, device: torch.device
+) -> tuple[nn.Module, PlainLora | FwLora | AdaLora]:
+    lora = run.model.lora
+    if not lora.enabled:
+        model.requires_grad_(False)
+        for name in heads:
+            model.get_submodule(name).requires_grad_(True)
+        return model.to(device), PlainLora([])
+    options: dict[str, Any] = {
+        "scaling": lora.scaling,
+        "dropout": lora.dropout,
+        "head_modules": heads,
+        "task_type": "SEQ_CLS",
+    }
+    if run.method == "adalora":
+        assert run.adalora is not None
+        try:
+            adalora_plan = plan_adalora(plan.matrices, plan.budget, plan.mean_rank, run.adalora.init_rank_factor)
+            schedule = run.adalora.peft_schedule()
+            adapted = attach_adalora(
+                model, plan.matrices, adalora_plan, total_steps=total_steps, schedule=schedule, **options
+            ).to(device)
+            return adapted, AdaLora(adapted, adalora_plan)
+        except ValueError as error:
+            raise UserError(f"run.adalora with {total_steps} optimiser steps: {error}") from None
+    adapted = attach_lora(model, plan.ranks, **options).to(device)
+    if run.method == "baseline_lora":
+        return adapted, PlainLora(find_adapter_pairs(adapted))
+    assert run.fw_lora is not None
+    fisher_weighted = FisherWeightedLora(
+        adapted,
+        strength=run.fw_lora.lambda_fw,
+        warmup_steps=run.fw_lora.warmup_steps,
+        decay=run.fw_lora.fisher_alpha,
+        normalisation=run.fw_lora.importance,
+    )
+    return adapted, FwLora(fisher_weighted)
+
+
+def _load_config(settings: ModelSettings, **options: Any) -> Any:
+    with _fetching(settings):
+        source = resolve_pretrained(settings.pretrained_id)
+        return AutoConfig.from_pretrained(source, revision=settings.revision, cache_dir=CACHE_DIR, **options)
+
+
+def _load_pretrained(settings: ModelSettings, num_classes: int) -> tuple[nn.Module, list[str]]:
+    """The model in float32 and the names of parameters that its checkpoint does not have."""
+    config = _load_config(settings, num_labels=num_classes)
+    with _fetching(settings):
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            resolve_pretrained(settings.pretrained_id),
+            config=config,
+            revision=settings.revision,
+            cache_dir=CACHE_DIR,
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+    return model, sorted(info["missing_keys"])
+
+
+@contextmanager
+def _fetching(settings: ModelSettings) -> Iterator[None]:
+    """Turns whatever a loader raises into one message, and keeps its chatter off the terminal."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    hub_logger = logging.getLogger("huggingface_hub")
+    hub_level = hub_logger.level
+    hub_logger.setLevel(logging.ERROR)
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"run.model.pretrained_id = {settings.pretrained_id!r} cannot be fetched ({reason}); without the Hub give a "
+            "folder that holds config.json, the weights and the tokenizer: run.model.pretrained_id=/path/to/folder"
+        ) from None
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        hub_logger.setLevel(hub_level)

@@ -1,0 +1,280 @@
+"""Trains one run: settings -> data -> model and method -> (search) -> training -> record.
+
+Started by ``src.main`` as a subprocess; takes the same arguments.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+import numpy as np
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from fwlora.experiment import metrics
+from fwlora.experiment.batching import TokenizedSplit
+from fwlora.experiment.command_line import enter_program, settings_of, user_errors_exit
+from fwlora.experiment.engine import Execution, Task, TrainingResult, choose_device, choose_precision, train
+from fwlora.experiment.progress import ProgressPrinter
+from fwlora.experiment.provenance import describe_environment, fingerprint_weights
+from fwlora.experiment.records import pack_classes
+from fwlora.experiment.search import SearchResult, search, trial_settings
+from fwlora.experiment.settings import ProgramSettings, RunSettings, check_fisher_warmup
+from fwlora.experiment.tracking import Tracker
+from fwlora.experiment.wandb_store import WandbTarget, start_tracker
+from src.model import (
+    AdaptedModel,
+    AdapterPlan,
+    build_model,
+    final_adapter_parameters,
+    load_tokenizer,
+    plan_adapters,
+)
+from src.preprocess import TaskData, draw_subset, load_task, split_heldout, tokenize
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CONFIG_DIR = REPOSITORY / "config"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything a run needs that does not change between search trials and the final training."""
+
+    data: TaskData
+    tokenizer: Any
+    plan: AdapterPlan
+    task: Task
+    execution: Execution
+
+
+def announce(line: str) -> None:
+    """Prints a line at once, whoever reads the stream."""
+    print(line, flush=True)
+
+
+def run_training(settings: ProgramSettings) -> None:
+    """One whole run, recorded by the tracker that the settings name.
+
+    Raises:
+        UserError: input that cannot make a run; before any weight is loaded, wherever that can be known.
+    """
+    run = settings.run
+    prepared = prepare(settings)
+    describe(settings, prepared)
+    total_steps = run.training.total_steps(len(prepared.data.train.labels))
+    if run.fw_lora and run.model.lora.enabled and run.optuna.n_trials == 0:
+        warning = check_fisher_warmup(run.fw_lora.warmup_steps, total_steps)
+        if warning:
+            announce(warning)
+    directory = Path(settings.results_dir) / run.run_id
+    target = WandbTarget(settings.wandb.entity, settings.wandb.project, settings.wandb.mode, settings.wandb.required)
+    config = {**settings.model_dump(), "resolved": resolved_facts(settings, prepared)}
+    tracker = start_tracker(target, run_id=run.run_id, config=config, directory=directory, announce=announce)
+    exit_code = 1
+    try:
+        found, search_time_s = None, 0.0
+        if run.optuna.n_trials:
+            started = time.perf_counter()
+            found = run_search(run, prepared)
+            search_time_s = time.perf_counter() - started
+            run = run.with_values(found.best_values)
+            tracker.update_config({"run": run.model_dump(), "search": found.as_record()})
+        train_and_record(run, prepared, tracker, found, search_time_s, directory if settings.mode == "full" else None)
+        exit_code = 0
+    finally:
+        tracker.finish(exit_code)
+
+
+def prepare(settings: ProgramSettings) -> Prepared:
+    """Ranks, data and tokens, in the order that finds mistakes earliest."""
+    run = settings.run
+    device = choose_device(settings.engine.device)
+    precision, remark = choose_precision(run.training.mixed_precision, device)
+    if remark:
+        announce(remark)
+    plan = plan_adapters(run.model)
+    data = load_task(run.dataset)
+    tokenizer = load_tokenizer(run.model)
+    task = Task(tokenizer.pad_token_id, len(data.label_names), data.task_metric)
+    width = None if settings.engine.fast else run.dataset.max_length
+    return Prepared(data, tokenizer, plan, task, Execution(device, precision, width))
+
+
+def describe(settings: ProgramSettings, prepared: Prepared) -> None:
+    """Says what is about to run."""
+    run, data, plan = settings.run, prepared.data, prepared.plan
+    announce(f"run {run.run_id}: {run.method}, seed {run.training.seed}, mode {settings.mode}")
+    announce(
+        f"data {run.dataset.name}{f' {run.dataset.subset}' if run.dataset.subset else ''}: {len(data.train.labels)} training, "
+        f"{len(data.evaluation.labels)} evaluation examples, classes {', '.join(data.label_names)}"
+    )
+    if not run.model.lora.enabled:
+        announce("model.lora.enabled is false: only the classification head is trained")
+        return
+    used = [rank for rank in plan.ranks.values() if rank]
+    announce(
+        f"budget {plan.budget:,} of {plan.encoder_parameters:,} encoder parameters "
+        f"({100 * plan.budget / plan.encoder_parameters:.3f} %): ranks {min(used)} to {max(used)} on {len(used)} of "
+        f"{len(plan.ranks)} matrices, scaling {run.model.lora.scaling:g}"
+    )
+
+
+def resolved_facts(settings: ProgramSettings, prepared: Prepared) -> dict[str, Any]:
+    """What the program found out and evaluation needs, beside the settings."""
+    data = prepared.data
+    return {
+        "task": data.task,
+        "label_names": list(data.label_names),
+        "primary_metric": metrics.eval_name(data.task_metric),
+        "precision": prepared.execution.precision,
+        "train_examples": len(data.train.labels),
+        "eval_examples": len(data.evaluation.labels),
+        "train_fingerprint": data.train.fingerprint,
+        "eval_fingerprint": data.evaluation.fingerprint,
+        "environment": describe_environment(REPOSITORY, prepared.execution.device),
+    }
+
+
+def run_search(run: RunSettings, prepared: Prepared) -> SearchResult:
+    """Trials on a fixed part of train, scored on another; the reported split is never looked at."""
+    rest, heldout = split_heldout(prepared.data.train, run.optuna.heldout_fraction, run.optuna.heldout_seed)
+    rest = draw_subset(rest, run.optuna.train_examples, run.dataset.subset_seed)
+    train_split = tokenize(rest, prepared.tokenizer, run.dataset)
+    heldout_split = tokenize(heldout, prepared.tokenizer, run.dataset)
+    announce(
+        f"search: {run.optuna.n_trials} trials of {run.optuna.epochs} epoch(s) on {len(train_split)} training examples, "
+        f"objective {prepared.task.task_metric} on {len(heldout_split)} held-out ones"
+    )
+
+    def objective(candidate: RunSettings) -> float:
+        trial = trial_settings(candidate, len(prepared.data.train.labels), len(train_split))
+        trial_plan = plan_adapters(trial.model) if trial.model != run.model else prepared.plan
+        adapted = build(trial, trial_plan, prepared, trial.training.total_steps(len(train_split)))
+        result = train(
+            adapted.model,
+            adapted.method,
+            train_split,
+            heldout_split,
+            trial.training,
+            prepared.task,
+            prepared.execution,
+            log=lambda row: None,
+            report=ProgressPrinter(announce),
+        )
+        return result.last.values[metrics.eval_name(prepared.task.task_metric)]
+
+    return search(run, objective, announce=announce)
+
+
+def build(run: RunSettings, plan: AdapterPlan, prepared: Prepared, total_steps: int) -> AdaptedModel:
+    """The adapted model of these settings, on the device."""
+    return build_model(run, plan, prepared.task.num_classes, total_steps, prepared.execution.device)
+
+
+def train_and_record(
+    run: RunSettings,
+    prepared: Prepared,
+    tracker: Tracker,
+    found: SearchResult | None,
+    search_time_s: float,
+    directory: Path | None,
+) -> None:
+    """The training that counts. Its adapter is saved under ``directory``, unless that is None."""
+    train_split = tokenize(prepared.data.train, prepared.tokenizer, run.dataset)
+    eval_split = tokenize(prepared.data.evaluation, prepared.tokenizer, run.dataset)
+    total_steps = run.training.total_steps(len(train_split))
+    if found and run.fw_lora:
+        check_fisher_warmup(run.fw_lora.warmup_steps, total_steps)
+    adapted = build(run, prepared.plan if found is None else plan_adapters(run.model), prepared, total_steps)
+    counts = adapted.counts
+    announce(
+        f"parameters: adapter {counts[metrics.PARAMS_ADAPTER]:,}, head {counts[metrics.PARAMS_HEAD]:,}, "
+        f"total {counts[metrics.PARAMS_TOTAL]:,}"
+    )
+    weights = fingerprint_weights(adapted.model)
+    result = train(
+        adapted.model,
+        adapted.method,
+        train_split,
+        eval_split,
+        run.training,
+        prepared.task,
+        prepared.execution,
+        log=tracker.log,
+        report=ProgressPrinter(announce),
+    )
+    summary = summarise(result, adapted, prepared, eval_split, search_time_s)
+    tracker.set_summary({**summary, "encoder_fingerprint": weights})
+    if directory is not None:
+        save_checkpoint(adapted, prepared, directory / "checkpoint")
+    tracker.set_summary({metrics.COMPLETED: True})
+    primary = metrics.eval_name(prepared.task.task_metric)
+    announce(
+        f"{primary} {summary[metrics.final_name(primary)]:.4f} after the last epoch; "
+        f"training {summary[metrics.TRAINING_TIME_S]:.1f} s, adapter parameters in use {summary[metrics.PARAMS_ADAPTER_FINAL]:,}"
+    )
+
+
+def summarise(
+    result: TrainingResult, adapted: AdaptedModel, prepared: Prepared, eval_split: TokenizedSplit, search_time_s: float
+) -> dict[str, Any]:
+    """The run's final values, by the names of :mod:`fwlora.experiment.metrics`."""
+    table = adapted.method.module_table()
+    final_parameters = final_adapter_parameters(adapted.method)
+    classes = prepared.task.num_classes
+    times = result.times_s
+    summary: dict[str, Any] = {
+        metrics.PRIMARY_METRIC: metrics.eval_name(prepared.task.task_metric),
+        metrics.TRAINING_TIME_S: times["warmup"] + times["train"],
+        metrics.TIME_WARMUP_S: times["warmup"],
+        metrics.TIME_TRAIN_S: times["train"],
+        metrics.TIME_EVAL_S: times["eval"],
+        metrics.TIME_SEARCH_S: search_time_s,
+        metrics.STEP_TIME_MEDIAN_S: float(np.median(result.step_times_s)),
+        metrics.PEAK_MEMORY_MIB: result.peak_memory_mib,
+        metrics.TOTAL_STEPS: result.total_steps,
+        **adapted.counts,
+        metrics.PARAMS_ADAPTER_FINAL: final_parameters,
+        metrics.ADAPTER_PERCENT_OF_ENCODER: 100 * final_parameters / prepared.plan.encoder_parameters,
+        metrics.MODULE_NAMES: table["names"],
+        metrics.MODULE_RANKS: table["ranks"],
+        metrics.MODULE_IMPORTANCES: table["importances"],
+        metrics.MODULE_DELTA_NORMS: table["delta_norms"],
+        metrics.EVAL_PREDICTIONS: pack_classes(result.last.predictions, classes),
+        metrics.EVAL_LABELS: pack_classes(eval_split.labels, classes),
+        metrics.EVAL_FINGERPRINT: prepared.data.evaluation.fingerprint,
+    }
+    for name, value in result.last.values.items():
+        best = (min if name == metrics.EVAL_LOSS else max)(result.epochs, key=lambda row: row[name])
+        summary[metrics.final_name(name)] = value
+        summary[metrics.best_name(name)] = best[name]
+        summary[metrics.best_name(name) + "_epoch"] = best[metrics.EPOCH]
+    return summary
+
+
+def save_checkpoint(adapted: AdaptedModel, prepared: Prepared, folder: Path) -> None:
+    """The adapter (or the whole model, where only the head was trained) and the tokenizer, complete or not at all."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    adapted.model.save_pretrained(partial)
+    prepared.tokenizer.save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+
+@hydra.main(config_path="../config", config_name="config", version_base="1.3")
+def main(composed: DictConfig) -> None:
+    """Hydra's task; user mistakes end in one message and exit code 2."""
+    with user_errors_exit():
+        run_training(settings_of(composed, HydraConfig.get().overrides.task, CONFIG_DIR))
+
+
+if __name__ == "__main__":
+    enter_program("src.train", main, CONFIG_DIR)
