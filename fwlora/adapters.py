@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft.tuners.adalora import AdaLoraLayer
@@ -64,14 +65,15 @@ def find_adapter_pairs(model: nn.Module, adapter_name: str = "default") -> list[
     for path, module in model.named_modules():
         if not isinstance(module, LoraLayer) or adapter_name not in module.lora_A:
             continue
-        name = path.removeprefix("base_model.model.")
+        layer: Any = module  # PEFT's layers are untyped mixins
+        A, B, E = layer.lora_A[adapter_name], layer.lora_B[adapter_name], None
+        scaling = float(layer.scaling[adapter_name])
         if isinstance(module, AdaLoraLayer):
-            scaling = float(module.scaling[adapter_name] / (float(module.ranknum[adapter_name]) + 1e-5))
-            A, B, E = module.lora_A[adapter_name], module.lora_B[adapter_name], module.lora_E[adapter_name]
+            E = layer.lora_E[adapter_name]
+            scaling /= float(layer.ranknum[adapter_name]) + 1e-5
         else:
-            scaling = float(module.scaling[adapter_name])
-            A, B, E = module.lora_A[adapter_name].weight, module.lora_B[adapter_name].weight, None
-        pairs.append(AdapterPair(name, module, A, B, E, scaling))
+            A, B = A.weight, B.weight
+        pairs.append(AdapterPair(path.removeprefix("base_model.model."), layer, A, B, E, scaling))
     if not pairs:
         raise ValueError(
             f"`model` ({type(model).__name__}) has no adapter named {adapter_name!r}; wrap it with peft.get_peft_model"
@@ -107,7 +109,9 @@ def head_module_names(model: nn.Module, missing_keys: Sequence[str] = ()) -> lis
         missing_keys: parameter names that ``from_pretrained`` did not find in the checkpoint.
     """
     encoder = getattr(model, "base_model_prefix", "")
-    names = [name for name, child in model.named_children() if name != encoder and any(True for _ in child.parameters())]
+    names = [
+        name for name, child in model.named_children() if name != encoder and any(True for _ in child.parameters())
+    ]
     for key in missing_keys:
         module = key.rpartition(".")[0]
         if module and not any(module == name or module.startswith(f"{name}.") for name in names):
@@ -143,8 +147,8 @@ def find_target_matrices(model: nn.Module, targets: Sequence[str]) -> list[Matri
     if unmatched:
         kinds = dict.fromkeys(re.sub(r"(^|\.)\d+\.", r"\1*.", name) for name in available)
         raise TargetModuleError(
-            f"target module{'s' if len(unmatched) > 1 else ''} {', '.join(map(repr, unmatched))} match no weight matrix of "
-            f"{type(model).__name__}'s encoder; it has {', '.join(kinds)}"
+            f"no weight matrix of {type(model).__name__}'s encoder matches {', '.join(map(repr, unmatched))}; "
+            f"it has {', '.join(kinds)}"
         )
     return [shape for name, shape in available.items() if name in chosen]
 

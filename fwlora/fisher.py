@@ -17,15 +17,13 @@ class GradientRecorder:
     """Sums G^T X per module over all backward passes until it is read.
 
     G is taken at the output of the adapted module: at the base layer alone, autograd computes no gradient where the
-    input needs none, which would miss the first layer's projections. Under gradient checkpointing the first, gradient-free
-    forward is passed over.
+    input needs none, which would miss the first layer's projections. Under gradient checkpointing the first,
+    gradient-free forward is passed over.
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._products: list[Tensor | None] = [None] * len(modules)
-        self._handles = [
-            module.register_forward_hook(self._make_hook(index)) for index, module in enumerate(modules)
-        ]
+        self._handles = [module.register_forward_hook(self._make_hook(index)) for index, module in enumerate(modules)]
 
     def observe(self, index: int, inputs: Tensor, output_gradient: Tensor) -> None:
         """Adds one pass of module ``index``: X (..., d_in) and G (..., d_out).

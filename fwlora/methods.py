@@ -1,16 +1,18 @@
 """LoRA, AdaLoRA and FW-LoRA behind one protocol, so that one training loop serves them all.
 
 Per optimiser step a loop calls, in this order: ``regularisation()`` (a term for the loss), ``backward()``,
-``after_backward()``, clipping and ``optimizer.step()``, ``after_step(step)`` with steps counted from 1, ``zero_grad()``.
+``after_backward()``, clipping and ``optimizer.step()``, ``after_step(step)`` with steps counted from 1,
+``zero_grad()``.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
@@ -123,7 +125,9 @@ class AdaLoraPlan:
     budget: int
 
 
-def plan_adalora(matrices: Sequence[MatrixShape], budget: int, mean_rank: float, init_rank_factor: float) -> AdaLoraPlan:
+def plan_adalora(
+    matrices: Sequence[MatrixShape], budget: int, mean_rank: float, init_rank_factor: float
+) -> AdaLoraPlan:
     """Initial rank and target of AdaLoRA for a parameter budget; see :class:`AdaLoraPlan`.
 
     Raises:
@@ -156,9 +160,9 @@ class AdaLora:
     def __init__(self, model: PeftModel, plan: AdaLoraPlan, adapter_name: str = "default") -> None:
         self.pairs = find_adapter_pairs(model, adapter_name)
         self.plan = plan
-        self._tuner = model.base_model
-        self._config: AdaLoraConfig = model.peft_config[adapter_name]
-        self._allocator = self._tuner.rankallocator
+        self._tuner = cast(Any, model.base_model)
+        self._config = cast(Any, model.peft_config[adapter_name])
+        self._allocator = cast(Any, self._tuner.rankallocator)
         self._allocator.target_bgt = plan.target_triplets
         self._last_allocation_step = int(self._config.total_step or 0) - self._config.tfinal
         self._orthogonal = torch.zeros(())
@@ -233,7 +237,9 @@ class AdaLora:
         scored = []
         for index, (key, pair) in enumerate(zip(self._pattern_keys(), self.pairs, strict=True)):
             scores = self._triplet_scores(key).tolist()
-            scored += [(-score, place, index, pair.A.shape[1] + pair.B.shape[0] + 1) for place, score in enumerate(scores)]
+            scored += [
+                (-score, place, index, pair.A.shape[1] + pair.B.shape[0] + 1) for place, score in enumerate(scores)
+            ]
         kept = sorted(scored)[: self.plan.target_triplets]
         cost = sum(item[3] for item in kept)
         while cost > self.plan.budget:
@@ -269,7 +275,7 @@ def attach_lora(
     used = {name: rank for name, rank in ranks.items() if rank > 0}
     config = LoraConfig(
         r=max(used.values()),
-        lora_alpha=scaling * max(used.values()),
+        lora_alpha=scaling * max(used.values()),  # type: ignore[arg-type]
         rank_pattern=used,
         alpha_pattern={name: scaling * rank for name, rank in used.items()},
         target_modules=list(used),
@@ -277,7 +283,7 @@ def attach_lora(
         modules_to_save=list(head_modules) or None,
         task_type=task_type,
     )
-    return get_peft_model(model, config)
+    return _get_peft_model(model, config)
 
 
 def attach_adalora(
@@ -300,7 +306,7 @@ def attach_adalora(
     config = AdaLoraConfig(
         init_r=plan.init_rank,
         target_r=max(1, round(plan.target_triplets / len(matrices))),
-        lora_alpha=scaling * plan.init_rank,
+        lora_alpha=scaling * plan.init_rank,  # type: ignore[arg-type]
         target_modules=[matrix.name for matrix in matrices],
         lora_dropout=dropout,
         total_step=total_steps,
@@ -308,4 +314,11 @@ def attach_adalora(
         task_type=task_type,
         **schedule,
     )
-    return get_peft_model(model, config)
+    return _get_peft_model(model, config)
+
+
+def _get_peft_model(model: nn.Module, config: LoraConfig) -> PeftModel:
+    with warnings.catch_warnings():
+        # PEFT 0.21 still asks transformers 5 under the old name; the answer is right.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        return get_peft_model(model, config)

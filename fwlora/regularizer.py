@@ -20,9 +20,9 @@ class FisherWeightedLora:
 
     Usage: ``loss.backward(); fw.step(); optimizer.step()``. The first ``warmup_steps`` calls accumulate
     F_m <- beta F_m + (1 - beta) ||grad W_m||_F^2 and leave the gradients alone; the last of them freezes
-    I_m = F_m / sum F. Every later call adds the shrinkage term's gradient to the adapters' gradients, which equals having
-    added the term to the loss of that step. Call it once per optimiser step, after the last ``backward()`` of a gradient
-    accumulation, on unscaled gradients and before clipping, so that clipping sees the whole gradient.
+    I_m = F_m / sum F. Every later call adds the shrinkage term's gradient to the adapters' gradients, which equals
+    having added the term to the loss of that step. Call it once per optimiser step, after the last ``backward()`` of a
+    gradient accumulation, on unscaled gradients and before clipping, so that clipping sees the whole gradient.
 
     The measured gradients are those of the loss as it was back-propagated: with gradient accumulation, sums over
     micro-batches are formed before the norm, so a loss that is averaged properly gives the value of the joint batch.

@@ -33,7 +33,9 @@ def launch_training(arguments: Sequence[str], log_path: Path) -> int:
         log_path.parent.mkdir(parents=True, exist_ok=True)
         log = log_path.open("a", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"results_dir: {log_path.parent} cannot be written ({error.strerror}); choose another folder") from None
+        raise UserError(
+            f"results_dir: {log_path.parent} cannot be written ({error.strerror}); choose another folder"
+        ) from None
     with log:
         log.write(f"# {datetime.now(UTC).isoformat(timespec='seconds')} {' '.join(command)}\n")
         log.flush()

@@ -87,8 +87,8 @@ def plan_adapters(settings: ModelSettings) -> AdapterPlan:
     except BudgetError as error:
         smallest = min(matrix.cost for matrix in matrices)
         raise UserError(
-            f"run.model.parameter_budget_percent = {settings.parameter_budget_percent} of {encoder_parameters:,} encoder "
-            f"parameters: {error}; use at least {100 * (smallest + 1) / encoder_parameters:.4f}"
+            f"run.model.parameter_budget_percent = {settings.parameter_budget_percent} of {encoder_parameters:,} "
+            f"encoder parameters: {error}; use at least {100 * (smallest + 1) / encoder_parameters:.4f}"
         ) from None
 
 
@@ -103,7 +103,9 @@ def load_tokenizer(settings: ModelSettings) -> Any:
         return AutoTokenizer.from_pretrained(source, revision=settings.revision, cache_dir=CACHE_DIR)
 
 
-def build_model(run: RunSettings, plan: AdapterPlan, num_classes: int, total_steps: int, device: torch.device) -> AdaptedModel:
+def build_model(
+    run: RunSettings, plan: AdapterPlan, num_classes: int, total_steps: int, device: torch.device
+) -> AdaptedModel:
     """Loads the encoder and attaches the run's method.
 
     For equal seeds every method has the same head, and LoRA and FW-LoRA the same adapters.
@@ -243,8 +245,8 @@ def _fetching(settings: ModelSettings) -> Iterator[None]:
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"run.model.pretrained_id = {settings.pretrained_id!r} cannot be fetched ({reason}); without the Hub give a "
-            "folder that holds config.json, the weights and the tokenizer: run.model.pretrained_id=/path/to/folder"
+            f"run.model.pretrained_id = {settings.pretrained_id!r} cannot be fetched ({reason}); without the Hub give "
+            "a folder that holds config.json, the weights and the tokenizer: run.model.pretrained_id=/path/to/folder"
         ) from None
     finally:
         transformers_logging.set_verbosity(verbosity)

@@ -74,8 +74,8 @@ def make_split(texts: tuple[list[str], ...], labels: np.ndarray) -> TextSplit:
 def load_task(dataset: DatasetSettings) -> TaskData:
     """Loads and checks both splits.
 
-    ``dataset.name`` is ``glue`` (the Hub's, cached in ``.cache/``), the embedded task ``acceptability``, any other Hub id,
-    or a local folder: in the Hub's layout, or with files named by split (``train.csv``, ``validation.parquet``, ...).
+    ``dataset.name`` is ``glue`` (the Hub's, cached in ``.cache/``), the embedded task ``acceptability``, any other Hub
+    id, or a local folder: in the Hub's layout, or with files named by split (``train.csv``, ``validation.parquet``).
 
     Raises:
         UserError: data that cannot be fetched, splits or columns that are missing, labels outside the classes.
@@ -88,7 +88,9 @@ def load_task(dataset: DatasetSettings) -> TaskData:
     for name, table in tables.items():
         missing = [c for c in (*text_columns, dataset.label_column) if c not in table.column_names]
         if missing:
-            problems.append(f"split {name!r} has no column {', '.join(missing)}; it has {', '.join(table.column_names)}")
+            problems.append(
+                f"split {name!r} has no column {', '.join(missing)}; it has {', '.join(table.column_names)}"
+            )
     _raise(dataset, problems)
     label_names, encode = _label_encoding(tables[dataset.split], dataset, problems)
     splits = []
@@ -177,7 +179,9 @@ def _limit(data: TaskData, dataset: DatasetSettings) -> TaskData:
 
 def _raise(dataset: DatasetSettings, problems: Sequence[str]) -> None:
     if problems:
-        raise UserError.collect(f"data set {dataset.name!r}" + (f", {dataset.subset}" if dataset.subset else ""), problems)
+        raise UserError.collect(
+            f"data set {dataset.name!r}" + (f", {dataset.subset}" if dataset.subset else ""), problems
+        )
 
 
 def _load_table(dataset: DatasetSettings, split: str) -> Any:
@@ -219,8 +223,8 @@ def _load(call: Callable[[Callable[..., Any]], Any], dataset: DatasetSettings) -
         raise UserError(
             f"run.dataset.name = {dataset.name!r}"
             + (f", subset {dataset.subset!r}" if dataset.subset else "")
-            + f" cannot be loaded ({reason}); without the Hub give a local folder: one in the Hub's layout, or one with "
-            f"{dataset.split}.csv and {dataset.eval_split}.csv (or .json, .parquet)"
+            + f" cannot be loaded ({reason}); without the Hub give a local folder: one in the Hub's layout, or one "
+            f"with {dataset.split}.csv and {dataset.eval_split}.csv (or .json, .parquet)"
         ) from None
 
 
@@ -242,7 +246,9 @@ def _text_column(table: Any, column: str, split: str, problems: list[str]) -> li
     values = list(table[column])
     bad = [row for row, value in enumerate(values) if not isinstance(value, str)]
     if bad:
-        problems.append(f"split {split!r}, column {column!r}: {len(bad)} rows are not text, first row {bad[0]}: {values[bad[0]]!r}")
+        problems.append(
+            f"split {split!r}, column {column!r}: {len(bad)} rows are not text, first row {bad[0]}: {values[bad[0]]!r}"
+        )
     return values
 
 
@@ -264,7 +270,9 @@ def _label_encoding(
         names = tuple(sorted(set(values)))
         classes = {name: index for index, name in enumerate(names)}
     else:
-        problems.append(f"column {dataset.label_column!r} holds neither integers nor strings (first: {values[:1]}); labels are classes")
+        problems.append(
+            f"column {dataset.label_column!r} holds neither integers nor strings, but {values[:1]}; labels are classes"
+        )
         names, classes = ("0", "1"), {}
     if not 2 <= len(names) <= 256:
         problems.append(f"column {dataset.label_column!r} has {len(names)} classes; between 2 and 256 can be learnt")
@@ -281,4 +289,3 @@ def _label_encoding(
         return np.array([classes.get(value, 0) for value in column], dtype=np.int64)
 
     return names, encode
-

@@ -14,7 +14,6 @@ from typing import Any
 
 import hydra
 import numpy as np
-import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
@@ -112,7 +111,7 @@ def describe(settings: ProgramSettings, prepared: Prepared) -> None:
     run, data, plan = settings.run, prepared.data, prepared.plan
     announce(f"run {run.run_id}: {run.method}, seed {run.training.seed}, mode {settings.mode}")
     announce(
-        f"data {run.dataset.name}{f' {run.dataset.subset}' if run.dataset.subset else ''}: {len(data.train.labels)} training, "
+        f"data {' '.join(filter(None, (run.dataset.name, run.dataset.subset)))}: {len(data.train.labels)} training and "
         f"{len(data.evaluation.labels)} evaluation examples, classes {', '.join(data.label_names)}"
     )
     if not run.model.lora.enabled:
@@ -149,8 +148,8 @@ def run_search(run: RunSettings, prepared: Prepared) -> SearchResult:
     train_split = tokenize(rest, prepared.tokenizer, run.dataset)
     heldout_split = tokenize(heldout, prepared.tokenizer, run.dataset)
     announce(
-        f"search: {run.optuna.n_trials} trials of {run.optuna.epochs} epoch(s) on {len(train_split)} training examples, "
-        f"objective {prepared.task.task_metric} on {len(heldout_split)} held-out ones"
+        f"search: {run.optuna.n_trials} trials of {run.optuna.epochs} epoch(s) on {len(train_split)} training "
+        f"examples, objective {prepared.task.task_metric} on {len(heldout_split)} held-out ones"
     )
 
     def objective(candidate: RunSettings) -> float:
@@ -218,7 +217,8 @@ def train_and_record(
     primary = metrics.eval_name(prepared.task.task_metric)
     announce(
         f"{primary} {summary[metrics.final_name(primary)]:.4f} after the last epoch; "
-        f"training {summary[metrics.TRAINING_TIME_S]:.1f} s, adapter parameters in use {summary[metrics.PARAMS_ADAPTER_FINAL]:,}"
+        f"training {summary[metrics.TRAINING_TIME_S]:.1f} s, "
+        f"adapter parameters in use {summary[metrics.PARAMS_ADAPTER_FINAL]:,}"
     )
 
 

@@ -44,7 +44,9 @@ class TokenizedSplit:
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         places = np.repeat(self.offsets[indices] - offsets[:-1], lengths) + np.arange(offsets[-1])
         segments = None if self.segments is None else self.segments[places]
-        return replace(self, tokens=self.tokens[places], segments=segments, offsets=offsets, labels=self.labels[indices])
+        return replace(
+            self, tokens=self.tokens[places], segments=segments, offsets=offsets, labels=self.labels[indices]
+        )
 
 
 def plan_epoch(lengths: np.ndarray, batch_size: int, *, seed: int, epoch: int, by_length: bool) -> list[np.ndarray]:

@@ -1,9 +1,9 @@
 """The contract's command line: rewritten into what Hydra understands, and the composed result turned into settings.
 
-``run=<id>`` selects a file of ``config/runs`` and ``run.<key>=<value>`` changes a key inside it. Hydra knows neither: the
-group is named ``runs``, and a node cannot be selected and overridden under one name. Before Hydra sees the arguments,
-``run=X`` becomes ``runs@run=X`` and every other value becomes a forced override, so that one validator can report all
-unknown keys at once.
+``run=<id>`` selects a file of ``config/runs`` and ``run.<key>=<value>`` changes a key inside it. Hydra knows neither:
+the group is named ``runs``, and a node cannot be selected and overridden under one name. Before Hydra sees the
+arguments, ``run=X`` becomes ``runs@run=X`` and every other value becomes a forced override, so that one validator can
+report all unknown keys at once.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -31,7 +32,7 @@ ENVIRONMENT_DEFAULTS = {"wandb.mode": "WANDB_MODE", "wandb.entity": "WANDB_ENTIT
 # Values of these keys are text whatever they look like.
 TEXT_KEYS = ("results_dir", "run.dataset.name", "run.model.pretrained_id", "run.dataset.revision", "run.model.revision")
 USAGE = """\
-usage: python -u -m {program} run=<run_id> results_dir=<dir> mode=trial|full [run.<key>=<value> ...] [wandb.<key>=<value> ...]
+usage: python -u -m {program} run=<run_id> results_dir=<dir> mode=trial|full [run.<key>=<value> ...]
 
   run          a file of config/runs, by its name; <run_id>-s<N> is the same with seed N
   results_dir  where logs, checkpoints and W&B's files go, under <run_id>/ (default: .research/results)
@@ -137,12 +138,11 @@ def settings_of(composed: DictConfig, overrides: Sequence[str], config_dir: Path
     """
     file_id = next(item.partition("=")[2] for item in overrides if item.startswith("runs@run="))
     try:
-        plain = OmegaConf.to_container(composed, resolve=True)
-        run_file = OmegaConf.to_container(OmegaConf.load(config_dir / "runs" / f"{file_id}.yaml"))
-        defaults = OmegaConf.to_container(OmegaConf.load(config_dir / "config.yaml"))
+        plain: Any = OmegaConf.to_container(composed, resolve=True)
+        run_file: Any = OmegaConf.to_container(OmegaConf.load(config_dir / "runs" / f"{file_id}.yaml"))
+        defaults: Any = OmegaConf.to_container(OmegaConf.load(config_dir / "config.yaml"))
     except OmegaConfBaseException as error:
         raise UserError(f"config/runs/{file_id}.yaml: {str(error).splitlines()[0]}") from None
-    assert isinstance(plain, dict) and isinstance(run_file, dict) and isinstance(defaults, dict)
     if run_file.get("run_id") != file_id:
         raise UserError(
             f"config/runs/{file_id}.yaml: run_id is {run_file.get('run_id')!r}; it must be the file's name, {file_id!r}"

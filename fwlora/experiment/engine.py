@@ -169,9 +169,7 @@ def train(
 
 
 @torch.no_grad()
-def evaluate(
-    model: nn.Module, split: TokenizedSplit, batch_size: int, task: Task, execution: Execution
-) -> Evaluation:
+def evaluate(model: nn.Module, split: TokenizedSplit, batch_size: int, task: Task, execution: Execution) -> Evaluation:
     """Cross-entropy, task metrics and predictions of a split, each example counted once; no penalty enters."""
     model.eval()
     predictions = np.zeros(len(split), dtype=np.int64)

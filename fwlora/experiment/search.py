@@ -101,8 +101,8 @@ def search(
     infeasible = len(study.trials) - len(completed)
     if not completed:
         raise UserError(
-            f"run.optuna: none of {infeasible} trials could be trained; narrow run.optuna.search_space to values that fit "
-            "the run's length"
+            f"run.optuna: none of {infeasible} trials could be trained; narrow run.optuna.search_space to values "
+            "that fit the run's length"
         )
     return SearchResult(study.best_params, study.best_value, len(completed), infeasible, dropped)
 

@@ -251,13 +251,17 @@ def _search_space_problems(run: RunSettings) -> list[str]:
             continue
         for attribute in place[1:-1]:
             section = getattr(section, attribute)
-        bounds = distribution.choices if isinstance(distribution, Categorical) else [distribution.low, distribution.high]
+        bounds = (
+            distribution.choices if isinstance(distribution, Categorical) else [distribution.low, distribution.high]
+        )
         for value in bounds:
             try:
                 type(section).model_validate({**section.model_dump(), place[-1]: value})
             except ValidationError as error:
                 reason = error.errors()[0]["msg"]
-                problems.append(f"`optuna.search_space.{name}` reaches {value!r}, which `{'.'.join(place)}` refuses: {reason}")
+                problems.append(
+                    f"`optuna.search_space.{name}` reaches {value!r}, which `{'.'.join(place)}` refuses: {reason}"
+                )
     return problems
 
 
@@ -291,7 +295,7 @@ TRIAL_BATCHES = 2
 
 
 def resolve_settings(
-    composed: Mapping[str, Any], *, file_id: str, file_seed: int, defaults: Mapping[str, Any]
+    composed: Mapping[str, Any], *, file_id: str, file_seed: int | None, defaults: Mapping[str, Any]
 ) -> ProgramSettings:
     """Validates the composed configuration and applies what follows from it.
 
@@ -359,8 +363,8 @@ def check_fisher_warmup(warmup_steps: int, total_steps: int) -> str | None:
     """
     if warmup_steps >= total_steps:
         raise UserError(
-            f"run.fw_lora.warmup_steps is {warmup_steps}, but the run has {total_steps} optimiser steps: importances would "
-            f"never be used and FW-LoRA would be LoRA; set run.fw_lora.warmup_steps below {total_steps}"
+            f"run.fw_lora.warmup_steps is {warmup_steps}, but the run has {total_steps} optimiser steps: importances "
+            f"would never be used and FW-LoRA would be LoRA; set run.fw_lora.warmup_steps below {total_steps}"
         )
     if 2 * warmup_steps > total_steps:
         return (
@@ -378,7 +382,9 @@ def _drop_foreign_nodes(run: dict[str, Any], run_defaults: Mapping[str, Any]) ->
         given = run.pop(node) or {}
         default = run_defaults.get(node) or {}
         changed = sorted(key for key, value in given.items() if key not in default or default[key] != value)
-        problems += [f"run.{node}.{key} = {given[key]!r} is read by {method} only, not by {run.get('method')}" for key in changed]
+        problems += [
+            f"run.{node}.{key} = {given[key]!r} is read by {method} only, not by {run.get('method')}" for key in changed
+        ]
     return problems
 
 
