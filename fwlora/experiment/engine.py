@@ -18,6 +18,7 @@ from transformers.trainer_pt_utils import get_parameter_names
 from fwlora.experiment import metrics
 from fwlora.experiment.batching import TokenizedSplit, collate, plan_epoch, plan_evaluation
 from fwlora.experiment.errors import UserError
+from fwlora.experiment.progress import Progress
 from fwlora.experiment.settings import TrainingSettings
 from fwlora.methods import Method
 
@@ -55,17 +56,6 @@ class Execution:
     device: torch.device
     precision: str = "fp32"
     fixed_width: int | None = None
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where training stands, for people."""
-
-    step: int
-    total_steps: int
-    epoch: int
-    loss: float
-    in_warmup: bool
 
 
 @dataclass

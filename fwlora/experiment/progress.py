@@ -7,10 +7,19 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fwlora.experiment.engine import Progress
-
 SECONDS_BETWEEN_LINES = 2.0
 _LINE = re.compile(r"step (\d+)/(\d+)  epoch (\d+)  loss (\S+)(  fisher warm-up)?")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training stands, for people."""
+
+    step: int
+    total_steps: int
+    epoch: int
+    loss: float
+    in_warmup: bool
 
 
 def format_progress(progress: Progress) -> str:
