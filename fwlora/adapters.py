@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -81,12 +83,20 @@ def find_adapter_pairs(model: nn.Module, adapter_name: str = "default") -> list[
     return pairs
 
 
+def save_adapter(model: Any, folder: str | Path) -> None:
+    """``model.save_pretrained`` for any method: a matrix that AdaLoRA pruned to rank 0 is no fault."""
+    with warnings.catch_warnings():
+        # PEFT takes empty factors for a sharded export that was not gathered.
+        warnings.filterwarnings("ignore", message=r".*LoRA tensor\(s\) have invalid shape")
+        model.save_pretrained(folder)
+
+
 @torch.no_grad()
 def delta_norms(pairs: Sequence[AdapterPair]) -> Tensor:
     """Frobenius norm of each pair's update s B A', shape (pairs,), from r x r products only."""
     norms = []
     for pair in pairs:
-        A, B = (factor.float() for factor in pair.factors())
+        A, B = (factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in pair.factors())
         squared = ((B.T @ B) * (A @ A.T)).sum()
         norms.append(pair.scaling * squared.clamp_min(0).sqrt())
     return torch.stack(norms)

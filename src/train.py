@@ -17,6 +17,7 @@ import numpy as np
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from fwlora.adapters import save_adapter
 from fwlora.experiment import metrics
 from fwlora.experiment.batching import TokenizedSplit
 from fwlora.experiment.command_line import enter_program, settings_of, user_errors_exit
@@ -263,7 +264,7 @@ def save_checkpoint(adapted: AdaptedModel, prepared: Prepared, folder: Path) -> 
     """The adapter (or the whole model, where only the head was trained) and the tokenizer, complete or not at all."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    adapted.model.save_pretrained(partial)
+    save_adapter(adapted.model, partial)
     prepared.tokenizer.save_pretrained(partial)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)

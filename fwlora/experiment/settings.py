@@ -417,6 +417,10 @@ def _describe(item: Any) -> str:
         return f"{path}: unknown key" + (f"; {hint}" if hint else "")
     if item["type"] == "missing":
         return f"{path}: missing"
+    if item["type"] == "union_tag_invalid":
+        return f"{path}.type = {item['ctx']['tag']!r}: choose one of {', '.join(sorted(tags))}"
+    if item["type"] == "union_tag_not_found":
+        return f"{path}.type: missing; choose one of {', '.join(sorted(tags))}"
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error":
         return f"{path}: {message}"

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fwlora.budget import BudgetError, MatrixShape, adapter_cost, budget_parameters, solve_ranks
+
+
+def roberta_base() -> list[MatrixShape]:
+    shapes = []
+    for layer in range(12):
+        prefix = f"roberta.encoder.layer.{layer}"
+        shapes += [MatrixShape(f"{prefix}.attention.self.{p}", 768, 768) for p in ("query", "key", "value")]
+        shapes += [MatrixShape(f"{prefix}.intermediate.dense", 768, 3072), MatrixShape(f"{prefix}.output.dense", 3072, 768)]
+    return shapes
+
+
+matrices_and_budget = st.integers(1, 3).flatmap(
+    lambda kinds: st.tuples(
+        st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=kinds, max_size=kinds),
+        st.integers(1, 3),
+        st.integers(1, 400),
+    )
+)
+
+
+def build(kinds: list[tuple[int, int]], depth: int) -> list[MatrixShape]:
+    return [MatrixShape(f"layer.{d}.kind{k}", *shape) for d in range(depth) for k, shape in enumerate(kinds)]
+
+
+def brute_force_cost(matrices: list[MatrixShape], budget: int) -> int:
+    """Highest cost within the budget over all allocations whose ranks differ by at most one."""
+    costs = [m.cost for m in matrices]
+    best, base = 0, 0
+    while base * sum(costs) <= budget:
+        for raised in itertools.product((0, 1), repeat=len(costs)):
+            cost = sum(c * (base + up) for c, up in zip(costs, raised, strict=True))
+            if cost <= budget:
+                best = max(best, cost)
+        base += 1
+    return best
+
+
+@settings(max_examples=150, deadline=None)
+@given(matrices_and_budget)
+def test_uses_as_much_as_brute_force(case):
+    kinds, depth, budget = case
+    matrices = build(kinds, depth)
+    if budget < min(m.cost for m in matrices):
+        with pytest.raises(BudgetError, match="do not pay for any rank"):
+            solve_ranks(matrices, budget)
+        return
+    ranks = solve_ranks(matrices, budget)
+    assert list(ranks) == [m.name for m in matrices]
+    assert max(ranks.values()) - min(ranks.values()) <= 1
+    assert adapter_cost(matrices, ranks) == brute_force_cost(matrices, budget)
+    assert ranks == solve_ranks(matrices, budget)
+
+
+@settings(max_examples=80, deadline=None)
+@given(matrices_and_budget)
+def test_cost_grows_with_the_budget(case):
+    kinds, depth, budget = case
+    matrices = build(kinds, depth)
+    smallest = min(m.cost for m in matrices)
+    used = [adapter_cost(matrices, solve_ranks(matrices, b)) for b in (smallest + budget, smallest + budget + 7)]
+    assert used[0] <= used[1] <= smallest + budget + 7
+
+
+@pytest.mark.parametrize(("percent", "budget"), [(0.1, 124_055), (0.2, 248_110), (0.5, 620_275)])
+def test_roberta_base_budgets(percent, budget):
+    matrices = roberta_base()
+    assert budget_parameters(percent, 124_055_040) == budget
+    cost = adapter_cost(matrices, solve_ranks(matrices, budget))
+    # Costs are multiples of 1536 and 3840, so of 768: no allocation comes nearer than the largest reachable multiple.
+    assert budget - 768 < cost <= budget
+
+
+def test_rank_one_everywhere_costs_what_the_design_says():
+    assert adapter_cost(roberta_base(), {m.name: 1 for m in roberta_base()}) == 147_456
+
+
+def test_remainder_is_spread_over_kind_and_depth():
+    ranks = solve_ranks(roberta_base(), 248_110)
+    raised = [name for name, rank in ranks.items() if rank == 2]
+    per_kind = Counter(name.split(".")[-2] if name.endswith("dense") else name.split(".")[-1] for name in raised)
+    assert max(per_kind[k] for k in ("query", "key", "value")) - min(per_kind[k] for k in ("query", "key", "value")) <= 1
+    assert abs(per_kind["intermediate"] - per_kind["output"]) <= 1
+    halves = Counter(int(name.split(".")[3]) // 6 for name in raised)
+    assert abs(halves[0] - halves[1]) <= 3
+
+
+def test_percent_is_exact_in_decimal():
+    assert budget_parameters(0.7, 1000) == 7
+    assert budget_parameters(100, 5) == 5
+
+
+@pytest.mark.parametrize("percent", [0, -1, 100.5])
+def test_refuses_percent_outside_its_range(percent):
+    with pytest.raises(BudgetError, match="above 0 and at most 100"):
+        budget_parameters(percent, 1000)
+
+
+def test_refuses_duplicate_names():
+    with pytest.raises(BudgetError, match="duplicate"):
+        solve_ranks([MatrixShape("a", 2, 2), MatrixShape("a", 2, 2)], 100)
