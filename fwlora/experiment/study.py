@@ -86,8 +86,10 @@ def plan_study(
     for seed in seeds:
         for run in study.runs:
             seed_override = [] if seed is None else [f"run.training.seed={seed}"]
-            arguments = [f"run={run}", f"results_dir={study.results_dir}", "mode=full"]
-            arguments += [*seed_override, *study.overrides, *extra_overrides]
+            given = [f"run={run}", f"results_dir={study.results_dir}", "mode=full", *seed_override]
+            given += [*study.overrides, *extra_overrides]
+            # Of two values for one key the later counts: the caller's over the study's.
+            arguments = list({item.partition("=")[0]: item for item in given}.values())
             try:
                 planned.append(PlannedRun(compose_settings(arguments, config_dir, environment).run.run_id, arguments))
             except UserError as error:

@@ -1,0 +1,222 @@
+"""Records of runs, checked and read into what a comparison needs. Nothing here reads a run's name."""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fwlora.experiment import metrics
+from fwlora.experiment.errors import UserError
+from fwlora.experiment.records import RunRecord, unpack_classes
+
+_IDENTITY = ("run_id", "training.seed")
+_COST_NAMES = (
+    metrics.TRAINING_TIME_S,
+    metrics.STEP_TIME_MEDIAN_S,
+    metrics.TIME_SEARCH_S,
+    metrics.PEAK_MEMORY_MIB,
+    metrics.PARAMS_ADAPTER,
+    metrics.PARAMS_ADAPTER_FINAL,
+)
+
+
+@dataclass(frozen=True)
+class EvaluatedRun:
+    """A record that can be compared.
+
+    Attributes:
+        record: where it comes from.
+        seed: ``training.seed``.
+        method: as in the settings.
+        settings: the run node flattened to dotted keys, without run id, seed and what a search replaced.
+        cell_key: data set, backbone and budget, as displayed (data set, model name, pretrained id, budget).
+        primary: the task metric that is compared, such as ``matthews_correlation``.
+        values: final metrics by eval name (``eval_accuracy``), and costs; all finite.
+        labels, predictions: classes of the eval split, shape ``(n,)``.
+        label_names: one per class.
+    """
+
+    record: RunRecord
+    seed: int
+    method: str
+    settings: Mapping[str, str]
+    cell_key: tuple[str, str, str, str]
+    primary: str
+    values: Mapping[str, float]
+    labels: np.ndarray
+    predictions: np.ndarray
+    label_names: tuple[str, ...]
+
+    @property
+    def run_id(self) -> str:
+        return self.record.run_id
+
+
+def as_finite(value: Any) -> float | None:
+    """The number, or None for what is missing, text ("NaN" as W&B returns it), boolean or not finite."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def flatten_settings(node: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Dotted keys to JSON text; null counts as absent, 1.0 as 1, the search space as one value."""
+    flat: dict[str, str] = {}
+    for key, value in node.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and name != "optuna.search_space":
+            flat.update(flatten_settings(value, f"{name}."))
+        elif value is not None:
+            flat[name] = json.dumps(_with_integral_numbers(value), sort_keys=True, ensure_ascii=False)
+    return flat
+
+
+def read_runs(records: Sequence[RunRecord]) -> list[EvaluatedRun]:
+    """Check that every record can be compared, and read what comparison needs.
+
+    Raises:
+        UserError: names every run that is unfinished, lacks a value or has one that is not finite; every cell whose
+            runs were evaluated on different examples or compare different metrics; runs that repeat a seed.
+    """
+    runs: list[EvaluatedRun] = []
+    problems: list[str] = []
+    for record in records:
+        found = _find_problems(record)
+        problems.extend(f"run {record.run_id!r} {problem} (read from {record.source})" for problem in found)
+        if not found:
+            runs.append(_read_run(record))
+    for key in sorted({run.cell_key for run in runs}):
+        problems.extend(_find_cell_problems([run for run in runs if run.cell_key == key]))
+    if problems:
+        raise UserError.collect("cannot evaluate, nothing was written", problems)
+    return runs
+
+
+def _with_integral_numbers(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _with_integral_numbers(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_with_integral_numbers(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _primary_eval_name(record: RunRecord) -> str | None:
+    resolved = record.config.get("resolved") or {}
+    return record.summary.get(metrics.PRIMARY_METRIC) or resolved.get(metrics.PRIMARY_METRIC)
+
+
+def _find_problems(record: RunRecord) -> list[str]:
+    run, summary = record.config.get("run"), record.summary
+    if not record.finished or summary.get(metrics.COMPLETED) is not True:
+        return ["is unfinished: it did not reach the end of its last epoch; run it again"]
+    if not isinstance(run, Mapping):
+        return ["records no settings (config.run): it was not written by src.train"]
+    found = []
+    for path in ("method", "dataset.name", "training.seed"):
+        if path not in flatten_settings(run):
+            found.append(f"does not record the setting {path}")
+    primary = _primary_eval_name(record)
+    known = [metrics.eval_name(name) for name in metrics.TASK_METRICS]
+    if primary not in known:
+        return [*found, f"has the primary metric {primary!r}; one of {known} is expected"]
+    needed = [metrics.final_name(name) for name in dict.fromkeys((primary, "eval_accuracy"))]
+    for name in (*needed, metrics.TRAINING_TIME_S):
+        value = summary.get(name)
+        if as_finite(value) is None:
+            found.append(f"has no {name}" if value is None else f"has {name} = {value}, which is no finite number")
+    for name in (primary, metrics.TRAIN_LOSS):
+        if not any(as_finite(row.get(name)) is not None for row in record.history):
+            found.append(f"has no {name} in its history")
+    return found + _find_prediction_problems(record)
+
+
+def _find_prediction_problems(record: RunRecord) -> list[str]:
+    summary = record.summary
+    names = (metrics.EVAL_FINGERPRINT, metrics.EVAL_LABELS, metrics.EVAL_PREDICTIONS)
+    missing = [f"has no {name}" for name in names if not summary.get(name)]
+    num_classes = len((record.config.get("resolved") or {}).get("label_names") or ())
+    if num_classes < 2:
+        missing.append("records no label names (config.resolved.label_names)")
+    if missing:
+        return missing
+    try:
+        labels, predictions = (unpack_classes(summary[name]) for name in names[1:])
+    except (ValueError, KeyError, TypeError) as error:
+        return [f"has predictions or labels that cannot be read: {error}"]
+    if labels.size == 0 or labels.shape != predictions.shape:
+        return [f"has {predictions.size} predictions for {labels.size} labels"]
+    if max(labels.max(), predictions.max()) >= num_classes:
+        return [f"has classes beyond its {num_classes} label names"]
+    return []
+
+
+def _read_run(record: RunRecord) -> EvaluatedRun:
+    run, summary = record.config["run"], record.summary
+    model, dataset = run.get("model") or {}, run["dataset"]
+    rank_leads = model.get("budget_mode") == "rank" or model.get("parameter_budget_percent") is None
+    rank = (model.get("lora") or {}).get("rank")
+    budget = f"rank {rank}" if rank_leads else f"{float(model['parameter_budget_percent']):g} %"
+    data = "/".join(str(part) for part in (dataset["name"], dataset.get("subset")) if part)
+    pretrained = str(model.get("pretrained_id") or model.get("name"))
+    task_values = {
+        metrics.eval_name(name): metrics.final_name(metrics.eval_name(name)) for name in metrics.TASK_METRICS
+    }
+    recorded = {**task_values, **{name: name for name in _COST_NAMES}, "eval_loss": metrics.final_name("eval_loss")}
+    values = {name: as_finite(summary.get(source)) for name, source in recorded.items()}
+    return EvaluatedRun(
+        record=record,
+        seed=int(run["training"]["seed"]),
+        method=str(run["method"]),
+        settings=_comparable_settings(run),
+        cell_key=(data, str(model.get("name") or pretrained), pretrained, budget),
+        primary=str(_primary_eval_name(record)).removeprefix(metrics.eval_name("")),
+        values={name: value for name, value in values.items() if value is not None},
+        labels=unpack_classes(summary[metrics.EVAL_LABELS]),
+        predictions=unpack_classes(summary[metrics.EVAL_PREDICTIONS]),
+        label_names=tuple(str(name) for name in record.config["resolved"]["label_names"]),
+    )
+
+
+def _comparable_settings(run: Mapping[str, Any]) -> dict[str, str]:
+    settings = flatten_settings(run)
+    optuna = run.get("optuna") or {}
+    # What a search found is a result of the run, not a setting: it may differ between seeds of one group.
+    searched = set(optuna.get("search_space") or {}) if optuna.get("n_trials") else set()
+    if "lora_rank" in searched and settings.get("model.budget_mode") == '"rank"':
+        searched.add("rank")
+    return {
+        key: value
+        for key, value in sorted(settings.items())
+        if key not in _IDENTITY and (key.startswith("optuna.") or key.rsplit(".", 1)[-1] not in searched)
+    }
+
+
+def _find_cell_problems(runs: Sequence[EvaluatedRun]) -> list[str]:
+    name = name_cell(runs[0].cell_key, with_pretrained_id=False)
+    found = []
+    checks = {
+        "were evaluated on different examples (eval_fingerprint)": lambda run: run.record.summary["eval_fingerprint"],
+        "compare different primary metrics": lambda run: run.primary,
+        "have different label names": lambda run: ",".join(run.label_names),
+        "have different gold labels (checksum)": lambda run: zlib.crc32(run.labels.tobytes()),
+    }
+    for message, read in checks.items():
+        if len({read(run) for run in runs}) > 1:
+            found.append(f"{name}: runs {message}: " + ", ".join(f"{run.run_id} ({read(run)})" for run in runs))
+    same: dict[tuple[Any, ...], list[str]] = {}
+    for run in runs:
+        same.setdefault((tuple(run.settings.items()), run.seed), []).append(run.run_id)
+    for ids in (ids for ids in same.values() if len(ids) > 1):
+        found.append(f"{name}: runs {', '.join(ids)} record the same settings and the same seed; pass one of them")
+    return found
+
+
+def name_cell(key: tuple[str, str, str, str], with_pretrained_id: bool) -> str:
+    data, model, pretrained, budget = key
+    return ", ".join((data, pretrained if with_pretrained_id else model, budget))

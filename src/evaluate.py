@@ -1,0 +1,45 @@
+"""Evaluate finished runs: ``python -m src.evaluate results_dir=<dir> run_ids='["a","b"]'``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from fwlora.experiment.errors import EXIT_USER_ERROR, UserError
+from fwlora.experiment.evaluation import USAGE, collect_records, evaluate_records, parse_request, write_files
+from fwlora.experiment.wandb_store import load_records
+
+CONFIG_PATH = Path(__file__).resolve().parents[1] / "config" / "config.yaml"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parse, load, compare, write; print the results, then every path written."""
+    if any(argument in ("-h", "--help") for argument in arguments):
+        print(USAGE)
+        return 0
+    try:
+        request = parse_request(arguments, os.environ, CONFIG_PATH)
+        load = partial(
+            load_records,
+            results_dir=request.results_dir,
+            source=request.source,
+            entity=request.entity,
+            project=request.project,
+        )
+        records = collect_records(load, request.run_ids)
+        evaluation = evaluate_records(records, request.results_dir)
+        write_files(evaluation.files)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    print(evaluation.summary)
+    for path in evaluation.files:
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,319 @@
+"""Reading, grouping, aggregating and comparing made-up records."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fwlora.experiment import comparison, statistics, tables
+from fwlora.experiment.errors import UserError
+from fwlora.experiment.evaluated_runs import flatten_settings, read_runs
+from fwlora.experiment.records import pack_classes
+
+_spec = importlib.util.spec_from_file_location("evaluation_records", Path(__file__).with_name("evaluation_records.py"))
+assert _spec and _spec.loader
+records = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(records)
+make_record, change = records.make_record, records.change
+
+
+def cells_of(*given):
+    return comparison.group_cells(read_runs(given))
+
+
+def with_accuracy(record, value: float):
+    return change(record, summary__final_eval_accuracy=value)
+
+
+def three_seeds():
+    methods = {"x": "baseline_lora", "y": "adalora", "z": "proposed_fw_lora"}
+    return [make_record(f"{name}{seed}", method, seed) for seed in (1, 2, 3) for name, method in methods.items()]
+
+
+def test_runs_are_grouped_by_settings_not_by_names():
+    # Names that would mislead a parser of names.
+    cell = cells_of(
+        make_record("proposed-a", "baseline_lora", 1),
+        make_record("baseline-b", "proposed_fw_lora", 1),
+        make_record("comparative-c", "proposed_fw_lora", 2),
+    )[0]
+    assert [(group.label, [run.run_id for run in group.runs]) for group in cell.groups] == [
+        ("LoRA", ["proposed-a"]),
+        ("FW-LoRA", ["baseline-b", "comparative-c"]),
+    ]
+
+
+def test_variants_are_labelled_by_the_keys_that_differ():
+    uniform = change(make_record("u", "proposed_fw_lora"), config__run__fw_lora__importance="none")
+    unset = change(make_record("v", "proposed_fw_lora"), config__run__fw_lora__importance=None)
+    cell = cells_of(make_record("a"), make_record("p", "proposed_fw_lora"), uniform, unset)[0]
+    assert [group.label for group in cell.groups] == [
+        "LoRA",
+        "FW-LoRA (fw_lora.importance=none)",
+        "FW-LoRA (fw_lora.importance=sum)",
+        "FW-LoRA (fw_lora.importance=unset)",
+    ]
+    assert [group.is_control for group in cell.groups] == [False, True, False, False]
+    pairs = [(first.runs[0].run_id, second.runs[0].run_id) for first, second in cell.pairs()]
+    assert sorted(pairs) == [("p", "a"), ("p", "u"), ("u", "a"), ("v", "a"), ("v", "u")]
+
+
+def test_an_integral_float_is_the_same_setting():
+    node = {"a": 2.0, "b": [1.0, 2.5], "c": None, "optuna": {"search_space": {"x": {"low": 1.0}}}}
+    assert flatten_settings(node) == flatten_settings(
+        {"a": 2, "b": [1, 2.5], "optuna": {"search_space": {"x": {"low": 1}}}}
+    )
+
+
+def test_what_a_search_found_is_no_setting():
+    space = {"learning_rate": {"type": "loguniform", "low": 1e-4, "high": 3e-4}}
+    searched = [
+        change(
+            make_record(f"a{seed}", seed=seed),
+            config__run__optuna={"n_trials": 20, "search_space": space},
+            config__run__training__learning_rate=rate,
+        )
+        for seed, rate in ((1, 1.1e-4), (2, 2.7e-4))
+    ]
+    assert len(cells_of(*searched)[0].groups) == 1
+    unsearched = [change(record, config__run__optuna__n_trials=0) for record in searched]
+    assert len(cells_of(*unsearched)[0].groups) == 2
+
+
+def test_cells_are_data_set_model_and_budget():
+    cells = cells_of(
+        make_record("c", subset="cola"),
+        make_record("b5", budget=0.5),
+        make_record("b10", budget=10),
+        change(make_record("r"), config__run__model__budget_mode="rank"),
+        make_record("b2"),
+    )
+    assert [cell.name for cell in cells] == [
+        "glue/cola, roberta-base, 0.2 %",
+        "glue/sst2, roberta-base, 0.2 %",
+        "glue/sst2, roberta-base, 0.5 %",
+        "glue/sst2, roberta-base, rank 8",
+        "glue/sst2, roberta-base, 10 %",
+    ]
+    assert cells[0].condition == "glue-cola-roberta-base-0.2pct"
+    assert len({cell.condition for cell in cells}) == len(cells)
+
+
+def test_models_of_one_name_but_other_weights_are_told_apart():
+    cells = cells_of(make_record("a"), change(make_record("b"), config__run__model__pretrained_id="other/roberta"))
+    assert [cell.name for cell in cells] == ["glue/sst2, other/roberta, 0.2 %", "glue/sst2, roberta-base, 0.2 %"]
+
+
+def test_aggregate_of_hand_computed_values():
+    given = [
+        with_accuracy(make_record("p1", "proposed_fw_lora", 1, time_s=119), 0.92),
+        with_accuracy(make_record("p2", "proposed_fw_lora", 2, time_s=118), 0.96),
+        with_accuracy(make_record("b1", "baseline_lora", 1, time_s=99), 0.80),
+        with_accuracy(make_record("b2", "baseline_lora", 2, time_s=98), 0.90),
+    ]
+    document = comparison.aggregate(cells_of(*given), ["w"])
+    assert document["primary_metric"] == "eval_accuracy"
+    assert document["metrics"]["eval_accuracy"] == {"p1": 0.92, "p2": 0.96, "b1": 0.80, "b2": 0.90}
+    assert document["metrics"]["training_time_s"]["p1"] == 120
+    assert document["best_proposed"] == {"run_id": "p2", "value": 0.96}
+    assert document["best_baseline"] == {"run_id": "b2", "value": 0.90}
+    assert document["gap"] == pytest.approx(0.06)
+    assert document["improvement_rate"] == pytest.approx(0.06 / 0.90)
+    assert document["warnings"] == ["w"]
+    (cell,) = document["cells"]
+    lora, fw = cell["methods"]
+    assert (lora["n"], lora["seeds"], lora["run_ids"]) == (2, [1, 2], ["b1", "b2"])
+    assert lora["mean"] == pytest.approx(0.85)
+    assert lora["sd"] == pytest.approx(0.1 / math.sqrt(2))
+    assert fw["training_time_s_mean"] == pytest.approx(120)
+    assert fw["params_adapter"] == 248000
+    (difference,) = cell["differences"]
+    assert (difference["proposed"], difference["baseline"]) == ("FW-LoRA", "LoRA")
+    assert difference["difference"] == pytest.approx(0.09)
+    assert difference["improvement_rate"] == pytest.approx(0.09 / 0.85)
+    assert difference["training_time_ratio"] == pytest.approx(1.2)
+
+
+@pytest.mark.parametrize("baseline", [0.0, -0.1])
+def test_improvement_over_what_is_not_positive_is_null(baseline: float):
+    name = "summary__final_eval_matthews_correlation"
+    given = [
+        change(make_record("p", "proposed_fw_lora", subset="cola"), **{name: 0.5}),
+        change(make_record("b", subset="cola"), **{name: baseline}),
+    ]
+    written = json.loads(tables.to_json(comparison.aggregate(cells_of(*given), [])))
+    assert written["improvement_rate"] is None
+    assert "not positive" in written["reason"]
+    assert written["gap"] == pytest.approx(0.5 - baseline)
+    assert written["cells"][0]["differences"][0]["improvement_rate"] is None
+
+
+def test_several_cells_have_no_common_best():
+    given = [make_record("p", "proposed_fw_lora"), make_record("b"), make_record("c", subset="cola")]
+    document = comparison.aggregate(cells_of(*given), [])
+    assert [document[key] for key in ("primary_metric", "best_proposed", "best_baseline", "gap")] == [None] * 4
+    assert "2 cells" in document["reason"]
+    cola, sst2 = document["cells"]
+    assert sst2["best_proposed"]["run_id"] == "p" and sst2["gap"] is not None
+    assert cola["best_proposed"] is None and cola["reason"] == "no proposed run to compare with"
+
+
+def test_statistics_pair_by_seed():
+    given = [record for record in three_seeds() if record.run_id != "x2"]
+    document = comparison.compare_pairs(cells_of(*given), rng_seed=0, resamples=200)
+    lora, adalora = document["pairs"]
+    assert (lora["first"], lora["second"], lora["seeds"]) == ("FW-LoRA", "LoRA", [1, 3])
+    assert [(seed["first_run_id"], seed["second_run_id"]) for seed in lora["per_seed"]] == [("z1", "x1"), ("z3", "x3")]
+    assert adalora["seeds"] == [1, 2, 3]
+    by_id = {run.run_id: run for cell in cells_of(*given) for group in cell.groups for run in group.runs}
+    differences = [by_id[f"z{s}"].values["eval_accuracy"] - by_id[f"y{s}"].values["eval_accuracy"] for s in (1, 2, 3)]
+    overall = adalora["over_seeds"]["accuracy"]
+    assert overall["mean"] == pytest.approx(np.mean(differences))
+    assert overall["standard_deviation"] == pytest.approx(np.std(differences, ddof=1))
+    assert overall["low"] <= overall["mean"] <= overall["high"]
+    expected = statistics.mcnemar_exact(by_id["z1"].labels, by_id["z1"].predictions, by_id["y1"].predictions)
+    assert adalora["per_seed"][0]["mcnemar"]["p_value"] == expected.p_value
+    family = document["holm"]["paired_t"]
+    assert [test["p_value"] for test in family] == [p["over_seeds"]["accuracy"]["t_p_value"] for p in (lora, adalora)]
+    assert [test["p_value_holm"] for test in family] == statistics.holm_adjust([test["p_value"] for test in family])
+    assert len(document["holm"]["mcnemar"]) == 5
+
+
+def test_intervals_do_not_depend_on_other_runs():
+    few = [record for record in three_seeds() if not record.run_id.startswith("x")]
+    of_few = comparison.compare_pairs(cells_of(*few), 0, 200)["pairs"][0]
+    of_all = comparison.compare_pairs(cells_of(*reversed(three_seeds())), 0, 200)["pairs"][1]
+    assert of_few == of_all
+
+
+def test_one_seed_has_no_seed_level_test():
+    pair = comparison.compare_pairs(cells_of(make_record("p", "proposed_fw_lora"), make_record("b")), 0, 200)["pairs"][
+        0
+    ]
+    assert pair["seed_level_test"] == "no seed-level test possible: one paired seed"
+    overall = pair["over_seeds"]["accuracy"]
+    assert (overall["t_p_value"], overall["standard_deviation"], overall["interval_over"]) == (None, None, "examples")
+
+
+def test_methods_without_a_common_seed_are_not_paired():
+    cells = cells_of(make_record("p", "proposed_fw_lora", 1), make_record("b", seed=2))
+    document = comparison.compare_pairs(cells, 0, 200)
+    assert document["pairs"][0]["over_seeds"] == {} and document["holm"]["mcnemar"] == []
+    assert "no seed was run with both" in document["pairs"][0]["seed_level_test"]
+    assert any(
+        "unequal seeds" in warning and "0 can be paired" in warning for warning in comparison.find_warnings(cells)
+    )
+
+
+@pytest.mark.parametrize(
+    ("paths", "expected"),
+    [
+        ({"config__run__optuna__n_trials": 30}, "unequal search: optuna.n_trials is 0 for LoRA, 30 for FW-LoRA"),
+        ({"config__resolved__precision": "fp32"}, "unequal precision: bf16 for b, fp32 for p"),
+        (
+            {"config__run__training__epochs": 5},
+            "unequal training settings: training.epochs is 3 for LoRA, 5 for FW-LoRA",
+        ),
+        ({"config__run__dataset__max_length": 64}, "unequal data: dataset.max_length is 128 for LoRA, 64 for FW-LoRA"),
+        ({"summary__total_steps": 59}, "unequal steps: 60 for b, 59 for p"),
+        ({"config__resolved__environment": {"device": "H200"}}, "unequal hardware: None for b, H200 for p"),
+        ({"config__engine": {"fast": False}}, "unequal engine (fast): None for b, False for p"),
+        ({"summary__encoder_fingerprint": "w"}, "unequal encoder weights: None for b, w for p"),
+        ({"config__resolved__train_fingerprint": "f"}, "unequal data (train_fingerprint): None for b, f for p"),
+        ({"summary__final_eval_accuracy": 0.5}, "run p records accuracy 0.5000, its predictions give"),
+        ({"summary__budget_parameters": 1000}, "run p uses 248000 adapter parameters, its budget is 1000"),
+    ],
+)
+def test_unequal_comparisons_are_flagged(paths, expected):
+    baseline, proposed = make_record("b"), make_record("p", "proposed_fw_lora")
+    assert comparison.find_warnings(cells_of(baseline, proposed)) == []
+    (warning,) = comparison.find_warnings(cells_of(baseline, change(proposed, **paths)))
+    assert expected in warning and warning.startswith("glue/sst2, roberta-base, 0.2 %: ")
+
+
+def test_search_spaces_count_only_where_there_is_a_search():
+    baseline, proposed = make_record("b"), make_record("p", "proposed_fw_lora")
+    space = {"lambda_fw": {"type": "loguniform", "low": 1e-5, "high": 1e-4}}
+    proposed = change(proposed, config__run__optuna__search_space=space)
+    assert comparison.find_warnings(cells_of(baseline, proposed)) == []
+    searching = [change(record, config__run__optuna__n_trials=5) for record in (baseline, proposed)]
+    assert any("optuna.search_space" in warning for warning in comparison.find_warnings(cells_of(*searching)))
+
+
+def test_a_control_that_wins_is_not_sold_as_the_method():
+    uniform = change(with_accuracy(make_record("u", "proposed_fw_lora"), 1.0), config__run__fw_lora__importance="none")
+    found = comparison.find_warnings(cells_of(make_record("b"), make_record("p", "proposed_fw_lora"), uniform))
+    assert any("best_proposed u is the uniform-shrinkage control" in warning for warning in found)
+
+
+def test_constant_predictions_are_counted_not_dropped():
+    constant = change(make_record("b"), summary__eval_predictions=pack_classes(np.ones(400, dtype=int), 2))
+    cells = cells_of(constant, make_record("p", "proposed_fw_lora"))
+    assert any("predicts one class" in warning for warning in comparison.find_warnings(cells))
+    assert [m["constant_predictions"] for m in comparison.aggregate(cells, [])["cells"][0]["methods"]] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("paths", "expected"),
+    [
+        ({"finished": False}, "is unfinished"),
+        ({"summary__completed": None}, "is unfinished"),
+        ({"summary__final_eval_accuracy": None}, "has no final_eval_accuracy"),
+        ({"summary__final_eval_accuracy": math.nan}, "has final_eval_accuracy = nan"),
+        ({"summary__final_eval_accuracy": "NaN"}, "has final_eval_accuracy = NaN"),
+        ({"summary__primary_metric": "loss"}, "has the primary metric 'loss'"),
+        ({"summary__training_time_s": None}, "has no training_time_s"),
+        ({"summary__eval_predictions": None}, "has no eval_predictions"),
+        ({"summary__eval_predictions": {"encoding": "zip", "count": 1, "data": ""}}, "cannot be read"),
+        ({"summary__eval_predictions": pack_classes(np.zeros(399, dtype=int), 2)}, "399 predictions for 400 labels"),
+        ({"config__resolved__label_names": None}, "records no label names"),
+        ({"config__run": None}, "records no settings"),
+        ({"config__run__training__seed": None}, "does not record the setting training.seed"),
+        ({"history": []}, "has no eval_accuracy in its history"),
+    ],
+)
+def test_runs_that_cannot_be_compared_are_all_named(paths, expected):
+    broken = change(make_record("broken"), **paths)
+    other = change(make_record("other"), finished=False)
+    with pytest.raises(UserError) as raised:
+        read_runs([make_record("good", seed=7), broken, other])
+    message = str(raised.value)
+    assert f"run 'broken' {expected}" in message or expected in message
+    assert "'other' is unfinished" in message and "'good'" not in message
+
+
+def test_runs_evaluated_on_different_examples_are_refused():
+    with pytest.raises(UserError, match=r"different examples.*a \(fingerprint-sst2-400\), b \(other\)"):
+        read_runs([make_record("a"), change(make_record("b", seed=2), summary__eval_fingerprint="other")])
+    read_runs([make_record("a"), make_record("b", subset="cola")])
+
+
+def test_a_repeated_seed_is_refused():
+    with pytest.raises(UserError, match="runs a, b record the same settings and the same seed"):
+        read_runs([make_record("a"), make_record("b")])
+
+
+def test_json_has_no_non_finite_numbers():
+    text = tables.to_json({"a": [math.nan, "NaN", {"b": math.inf}], "c": 1.5})
+    assert json.loads(text, parse_constant=pytest.fail) == {"a": [None, None, {"b": None}], "c": 1.5}
+
+
+def test_tables_hold_every_method_and_pair():
+    cells = cells_of(*three_seeds())
+    document = comparison.compare_pairs(cells, 0, 200)
+    markdown = tables.render_markdown(cells, document, ["something | unequal"])
+    group = cells[0].groups[2]
+    row = f"| glue/sst2, roberta-base, 0.2 % | FW-LoRA | 3 | accuracy | {group.mean('eval_accuracy'):.4f} |"
+    assert row in markdown
+    assert f"{document['pairs'][0]['over_seeds']['accuracy']['mean']:+.4f}" in markdown
+    assert "- something | unequal" in markdown
+    header, *lines = tables.render_csv(cells).splitlines()
+    assert header.startswith("cell,method,primary_metric,n,seeds,eval_accuracy_mean,eval_accuracy_sd")
+    assert lines[2].split('"')[2].startswith(f",FW-LoRA,eval_accuracy,3,1 2 3,{group.mean('eval_accuracy')},")
+    header, *lines = tables.render_text_table(cells).splitlines()
+    assert all(line[: header.index("metric") + len("metric")].endswith("  3  accuracy") for line in lines)
