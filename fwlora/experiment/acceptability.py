@@ -127,7 +127,6 @@ IRREGULAR = _forms(
 )
 BASE, PAST, PARTICIPLE, GERUND = range(4)
 ADVERBS = ["secretly", "finally", "probably", "quietly"]
-DETERMINERS = ["the", "this", "every"], ["the", "these", "many"]
 SINGULAR_DETERMINERS, PLURAL_DETERMINERS = ["this", "that"], ["these", "those"]
 SINGULAR_QUANTIFIERS, PLURAL_QUANTIFIERS = ["every", "each", "another"], ["many", "several", "two"]
 ADJUNCTS = ["in the " + place for place in PLACES] + ["last night", "after dinner", "before the party", "yesterday"]
@@ -136,16 +135,17 @@ ADJUNCTS = ["in the " + place for place in PLACES] + ["last night", "after dinne
 def _subject_verb_agreement() -> Iterator[Frame]:
     """The verb agrees with the head noun, not with a noun of its prepositional phrase or relative clause."""
     for head in NUMBERS:
-        slots: Slots = {"the": DETERMINERS[head], "head": _form(WORKERS, head)}
-        slots |= {"verb": _contrast(COPULAS, head, 1 - head), "adjective": ADJECTIVES}
-        yield Frame("{the} {head} in the {place} {verb} {adjective}.", **slots, place=PLACES)
-        attractor: Slots = {"attractor": _form(RELATIVES, 1 - head)}
-        yield Frame("{the} {head} {near} the {attractor} {verb} {adjective}.", **slots, **attractor, near=NEAR)
-        yield Frame("{the} {head} who {met} the {attractor} {verb} {adjective}.", **slots, **attractor, met=MET)
-    # A singular head is the commoner case, here as in text.
-    slots = {"the": DETERMINERS[0], "head": _form(WORKERS, 0), "verb": _contrast(COPULAS, 0, 1)}
-    for smiled in (NO_OBJECT, [f"{met} the {king}" for met in MET for king in _form(RELATIVES, 0)]):
-        yield Frame("{the} {head} who {smiled} {verb} {adjective}.", **slots, smiled=smiled, adjective=ADJECTIVES)
+        slots: Slots = {
+            "head": _form(WORKERS, head),
+            "verb": _contrast(COPULAS, head, 1 - head),
+            "adjective": ADJECTIVES,
+        }
+        yield Frame("the {head} in the {place} {verb} {adjective}.", **slots, place=PLACES)
+        yield Frame("the {head} who {smiled} {verb} {adjective}.", **slots, smiled=NO_OBJECT)
+        for number in NUMBERS:
+            attractor: Slots = {"attractor": _form(RELATIVES, number)}
+            yield Frame("the {head} {near} the {attractor} {verb} {adjective}.", **slots, **attractor, near=NEAR)
+            yield Frame("the {head} who {met} the {attractor} {verb} {adjective}.", **slots, **attractor, met=MET)
 
 
 def _reflexive_agreement() -> Iterator[Frame]:
@@ -157,11 +157,11 @@ def _reflexive_agreement() -> Iterator[Frame]:
             (0, _form(WORKERS, 1), singular, "themselves"),
             (1, _form(WORKERS, 0), "themselves", singular),
         ):
-            slots: Slots = {"the": DETERMINERS[number], "subject": _form(nouns, number), "verb": REFLEXIVE_VERBS}
+            slots: Slots = {"subject": _form(nouns, number), "verb": REFLEXIVE_VERBS}
             end = f"{{verb}} [{good}|{bad}]"
-            yield Frame("{the} {subject} {near} the {other} " + end + ".", **slots, near=NEAR, other=attractors)
-            if number == 0:
-                yield Frame("{the} {subject} " + end + " {adjunct}.", **slots, adjunct=ADJUNCTS)
+            yield Frame("the {subject} " + end + " {adjunct}.", **slots, adjunct=ADJUNCTS)
+            yield Frame("the {subject} {near} the {other} " + end + ".", **slots, near=NEAR, other=attractors)
+            yield Frame("the {subject} who {met} the {other} " + end + ".", **slots, met=MET, other=attractors)
 
 
 def _determiner_noun() -> Iterator[Frame]:

@@ -25,12 +25,21 @@ from fwlora.experiment.progress import parse_progress
 TAIL_LINES = 15
 
 
+class StudyRun(BaseModel):
+    """An entry of ``runs`` with arguments of its own, which win over the study's."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    run: str
+    overrides: list[str] = Field(default_factory=list)
+
+
 class Study(BaseModel):
     """A file of ``config/study``.
 
     Attributes:
         results_dir: where runs and their comparison go, from the repository's root.
-        runs: run ids.
+        runs: run ids, or a run id with overrides.
         seeds: every run is made with each of them; null keeps the files' own.
         overrides: further arguments of every run, e.g. ``wandb.mode=offline``.
     """
@@ -38,7 +47,7 @@ class Study(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     results_dir: str = Field(min_length=1)
-    runs: list[str] = Field(min_length=1)
+    runs: list[str | StudyRun] = Field(min_length=1)
     seeds: list[int] | None = None
     overrides: list[str] = Field(default_factory=list)
 
@@ -84,11 +93,12 @@ def plan_study(
     planned, problems = [], []
     seeds: list[int | None] = list(study.seeds) if study.seeds else [None]
     for seed in seeds:
-        for run in study.runs:
+        for entry in study.runs:
+            run, own = (entry, []) if isinstance(entry, str) else (entry.run, entry.overrides)
             seed_override = [] if seed is None else [f"run.training.seed={seed}"]
             given = [f"run={run}", f"results_dir={study.results_dir}", "mode=full", *seed_override]
-            given += [*study.overrides, *extra_overrides]
-            # Of two values for one key the later counts: the caller's over the study's.
+            given += [*study.overrides, *own, *extra_overrides]
+            # Of two values for one key the later counts.
             arguments = list({item.partition("=")[0]: item for item in given}.values())
             try:
                 planned.append(PlannedRun(compose_settings(arguments, config_dir, environment).run.run_id, arguments))
