@@ -39,20 +39,23 @@ def launch_training(arguments: Sequence[str], log_path: Path) -> int:
     with log:
         log.write(f"# {datetime.now(UTC).isoformat(timespec='seconds')} {' '.join(command)}\n")
         log.flush()
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
-        previous = signal.signal(signal.SIGTERM, lambda number, frame: child.send_signal(number))
-        try:
-            assert child.stdout is not None
-            for line in child.stdout:
-                print(line, end="", flush=True)
-                log.write(line)
-                log.flush()
-        except KeyboardInterrupt:
-            # The terminal has sent the same signal to the child.
-            pass
-        finally:
-            signal.signal(signal.SIGTERM, previous)
-        return child.wait()
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        ) as child:
+            previous = signal.signal(signal.SIGTERM, lambda number, frame: child.send_signal(number))
+            try:
+                assert child.stdout is not None
+                for line in child.stdout:
+                    print(line, end="", flush=True)
+                    log.write(line)
+                    log.flush()
+            except KeyboardInterrupt:
+                # The terminal has sent the same signal to the child.
+                pass
+            finally:
+                child.wait()
+                signal.signal(signal.SIGTERM, previous)
+    return child.returncode
 
 
 @hydra.main(config_path="../config", config_name="config", version_base="1.3")

@@ -1,4 +1,4 @@
-"""Models and data that tests share: real small weights from a package, tiny random ones built here, GLUE where present."""
+"""Models and data that tests share: real small weights from a package, tiny random ones, GLUE where present."""
 
 from __future__ import annotations
 

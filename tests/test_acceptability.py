@@ -147,8 +147,10 @@ def test_frame_numbers_every_combination_once():
 
 def test_exclude_keeps_texts_out():
     first = generate_split(60, 5)
-    second = generate_split(60, 5, exclude=[s.text for s in first if s.label == 0])
-    assert not {s.text for s in first} & {s.text for s in second}
+    excluded = {s.text for s in first if s.label == 0}
+    second = generate_split(60, 5, exclude=excluded)
+    assert len(second) == 120
+    assert not excluded & {s.text for s in second}
 
 
 def test_grammar_can_be_used_up_to_its_last_pair(monkeypatch):
@@ -170,6 +172,8 @@ def test_wrong_arguments_are_reported_together():
     with pytest.raises(UserError) as caught:
         generate_split(0, -1)
     assert "`pairs` is 0" in str(caught.value) and "`seed` is -1" in str(caught.value)
+    with pytest.raises(UserError, match=r"(?s)`eval_pairs` is 0.*`seed` is -1"):
+        generate_task(10, 0, seed=-1)
 
 
 # --- An independent reading of the sentences: its own word lists, its own rules, no use of the generator's structure.

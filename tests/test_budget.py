@@ -15,7 +15,10 @@ def roberta_base() -> list[MatrixShape]:
     for layer in range(12):
         prefix = f"roberta.encoder.layer.{layer}"
         shapes += [MatrixShape(f"{prefix}.attention.self.{p}", 768, 768) for p in ("query", "key", "value")]
-        shapes += [MatrixShape(f"{prefix}.intermediate.dense", 768, 3072), MatrixShape(f"{prefix}.output.dense", 3072, 768)]
+        shapes += [
+            MatrixShape(f"{prefix}.intermediate.dense", 768, 3072),
+            MatrixShape(f"{prefix}.output.dense", 3072, 768),
+        ]
     return shapes
 
 
@@ -88,7 +91,9 @@ def test_remainder_is_spread_over_kind_and_depth():
     ranks = solve_ranks(roberta_base(), 248_110)
     raised = [name for name, rank in ranks.items() if rank == 2]
     per_kind = Counter(name.split(".")[-2] if name.endswith("dense") else name.split(".")[-1] for name in raised)
-    assert max(per_kind[k] for k in ("query", "key", "value")) - min(per_kind[k] for k in ("query", "key", "value")) <= 1
+    assert (
+        max(per_kind[k] for k in ("query", "key", "value")) - min(per_kind[k] for k in ("query", "key", "value")) <= 1
+    )
     assert abs(per_kind["intermediate"] - per_kind["output"]) <= 1
     halves = Counter(int(name.split(".")[3]) // 6 for name in raised)
     assert abs(halves[0] - halves[1]) <= 3

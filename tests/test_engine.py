@@ -93,7 +93,7 @@ def run(options=None, execution=CPU, method=None, split=None, model=None):
 
 
 def test_every_step_and_every_epoch_is_logged_under_its_names():
-    model, rows, result = run()
+    _, rows, result = run()
     steps = [row for row in rows if metrics.TRAIN_LOSS in row]
     epochs = [row for row in rows if metrics.EVAL_LOSS in row]
     assert [row[metrics.GLOBAL_STEP] for row in steps] == list(range(1, 13)) and result.total_steps == 12
@@ -156,7 +156,8 @@ def test_literal_padding_is_to_the_width_in_random_order_with_the_same_model():
     fast, _, _ = run()
     assert max(fast.widths) <= 8
     evaluation = [
-        evaluate(fast, make_split(30, 1), 8, TASK, Execution(torch.device("cpu"), "fp32", width)).loss for width in (None, 16)
+        evaluate(fast, make_split(30, 1), 8, TASK, Execution(torch.device("cpu"), "fp32", width)).loss
+        for width in (None, 16)
     ]
     assert evaluation[0] == pytest.approx(evaluation[1], rel=1e-6)
 
@@ -236,7 +237,7 @@ def test_bf16_only_where_the_cpu_multiplies_it(monkeypatch, capabilities, expect
 
 
 def test_bf16_computes_logits_in_bf16_and_the_loss_in_float32():
-    model, rows, _ = run({"epochs": 1}, execution=Execution(torch.device("cpu"), "bf16"))
+    _, rows, _ = run({"epochs": 1}, execution=Execution(torch.device("cpu"), "bf16"))
     _, exact, _ = run({"epochs": 1})
     assert rows[0]["train_loss"] != exact[0]["train_loss"]
     assert rows[0]["train_loss"] == pytest.approx(exact[0]["train_loss"], rel=0.02)
@@ -244,6 +245,6 @@ def test_bf16_computes_logits_in_bf16_and_the_loss_in_float32():
 
 def test_asking_for_a_gpu_that_is_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="engine.device is cuda, but torch sees no GPU"):
+    with pytest.raises(UserError, match=r"engine\.device is cuda, but torch sees no GPU"):
         choose_device("cuda")
     assert choose_device("auto").type == "cpu"

@@ -24,7 +24,8 @@ def dataset(name: str, **options) -> DatasetSettings:
 ROWS = pd.DataFrame({"sentence": [f"row {i}" for i in range(6)], "label": [0, 1, 0, 1, 1, 0]})
 
 
-def write(folder, form: str, train: pd.DataFrame = ROWS, validation: pd.DataFrame = ROWS.head(4)):
+def write(folder, form: str, train: pd.DataFrame = ROWS, validation: pd.DataFrame | None = None):
+    validation = ROWS.head(4) if validation is None else validation
     for split, frame in (("train", train), ("validation", validation)):
         path = folder / f"{split}.{form}"
         if form == "csv":
@@ -106,7 +107,7 @@ def test_missing_split_folder_and_hub(tmp_path):
         load_task(dataset(tmp_path))
     with pytest.raises(UserError, match="is a single file; give the folder"):
         load_task(dataset(tmp_path / "train.csv"))
-    with pytest.raises(UserError, match="cannot be loaded .* give a local folder"):
+    with pytest.raises(UserError, match=r"cannot be loaded .* give a local folder"):
         load_task(dataset("nowhere/at-all"))
     with pytest.raises(UserError, match="'stsb' is not a GLUE classification task; choose one of cola, sst2"):
         load_task(dataset("glue", subset="stsb"))

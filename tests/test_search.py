@@ -11,7 +11,8 @@ from fwlora.experiment.settings import RunSettings
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "config"
 SPACE = (
-    "{learning_rate: {type: loguniform, low: 1.0e-4, high: 1.0e-2}, weight_decay: {type: uniform, low: 0.0, high: 0.5}, "
+    "{learning_rate: {type: loguniform, low: 1.0e-4, high: 1.0e-2}, "
+    "weight_decay: {type: uniform, low: 0.0, high: 0.5}, "
     "warmup_steps: {type: int, low: 100, high: 700, step: 100}, batch_size: {type: categorical, choices: [16, 32]}, "
     "lora_rank: {type: categorical, choices: [4, 8]}}"
 )

@@ -37,7 +37,8 @@ def message(*arguments: str, **options) -> str:
 
 def test_the_specified_run_files_are_verbatim():
     digests = {
-        name: hashlib.sha256((CONFIG_DIR / "runs" / f"{name}.yaml").read_bytes()).hexdigest() for name in (PROPOSED, LORA)
+        name: hashlib.sha256((CONFIG_DIR / "runs" / f"{name}.yaml").read_bytes()).hexdigest()
+        for name in (PROPOSED, LORA)
     }
     assert digests == {
         PROPOSED: "4920e6ca8ebc8b38e8d1156c27d9d9aa238d183042aa28dbc2b41c3eb4ee5a16",
@@ -112,9 +113,15 @@ def test_all_mistakes_are_reported_at_once_with_their_paths():
     [
         ("run.optuna.search_space.batch_size.choices=[0,16]", "`optuna.search_space.batch_size` reaches 0"),
         ("run.optuna.search_space.warmup_steps.low=900", "`low` 900 must be below `high` 800"),
-        ("run.optuna.search_space.momentum={type: uniform, low: 0.0, high: 1.0}", "`optuna.search_space.momentum` is not"),
+        (
+            "run.optuna.search_space.momentum={type: uniform, low: 0.0, high: 1.0}",
+            "`optuna.search_space.momentum` is not",
+        ),
         ("run.optuna.search_space.init_rank_factor={type: uniform, low: 1.0, high: 2.0}", "belongs to adalora, not to"),
-        ("run.optuna.search_space.learning_rate.type=normal", "search_space.learning_rate.type = 'normal': choose one of"),
+        (
+            "run.optuna.search_space.learning_rate.type=normal",
+            "search_space.learning_rate.type = 'normal': choose one of",
+        ),
         ("run.fw_lora=null", "method proposed_fw_lora needs the node `fw_lora`"),
         ("run.training.seed=-1", "run.training.seed = -1"),
         ("run.model.lora.target_modules=[]", "run.model.lora.target_modules = []"),
@@ -193,7 +200,14 @@ def test_entity_and_project_come_from_file_environment_command_line():
 
 @pytest.mark.parametrize(
     ("value", "expected"),
-    [("", ".research/results"), ("a=b", "a=b"), ("a (b) c", "a (b) c"), ("2024", "2024"), ("a,b", "a,b"), ("it's", "it's")],
+    [
+        ("", ".research/results"),
+        ("a=b", "a=b"),
+        ("a (b) c", "a (b) c"),
+        ("2024", "2024"),
+        ("a,b", "a,b"),
+        ("it's", "it's"),
+    ],
 )
 def test_results_dir_is_text_whatever_it_looks_like(value, expected):
     assert resolve(f"results_dir={value}").results_dir == expected

@@ -60,7 +60,9 @@ def full_run(method: str, tiny_roberta, tiny_glue, recorded, *arguments: str, se
 @pytest.mark.parametrize("run_id", known_run_ids(CONFIG_DIR))
 def test_trial_of_every_run_file_takes_every_path(run_id, tiny_roberta, tiny_glue, monkeypatch, tmp_path):
     summaries = []
-    monkeypatch.setattr(src.train, "summarise", lambda *args, _real=src.train.summarise: summaries.append(_real(*args)) or summaries[-1])
+    monkeypatch.setattr(
+        src.train, "summarise", lambda *args, _real=src.train.summarise: summaries.append(_real(*args)) or summaries[-1]
+    )
     settings = compose(run_id, tiny_roberta, tiny_glue, mode="trial")
     run_training(settings)
     (summary,) = summaries
@@ -106,12 +108,16 @@ def test_full_run_records_what_evaluation_needs(method, tiny_roberta, tiny_glue,
         ranks = [row[metrics.ACTIVE_RANK] for row in rows]
         assert ranks == sorted(ranks, reverse=True) and ranks[-1] < ranks[0]
         assert ranks[-1] == sum(summary[metrics.MODULE_RANKS])
-    written = {path.relative_to(tmp_path / "results").parts[1] for path in (tmp_path / "results").rglob("*") if path.is_file()}
+    written = {
+        path.relative_to(tmp_path / "results").parts[1] for path in (tmp_path / "results").rglob("*") if path.is_file()
+    }
     assert written == {"checkpoint"}
 
 
 def test_saved_checkpoint_predicts_what_was_recorded(tiny_roberta, tiny_glue, recorded, tmp_path):
-    settings, tracker = full_run("proposed_fw_lora", tiny_roberta, tiny_glue, recorded, "run.training.mixed_precision=fp32")
+    settings, tracker = full_run(
+        "proposed_fw_lora", tiny_roberta, tiny_glue, recorded, "run.training.mixed_precision=fp32"
+    )
     prepared = src.train.prepare(settings)
     split = src.train.tokenize(prepared.data.evaluation, prepared.tokenizer, settings.run.dataset)
     base = AutoModelForSequenceClassification.from_pretrained(tiny_roberta)
@@ -199,8 +205,14 @@ def test_leading_rank(tiny_roberta, tiny_glue, recorded):
     ("arguments", "expected"),
     [
         (["run.fw_lora.warmup_steps=30"], "run.fw_lora.warmup_steps is 30, but the run has 30 optimiser steps"),
-        (["run.model.parameter_budget_percent=0.01"], "run.model.parameter_budget_percent = 0.01 of .* use at least 0.1886"),
-        (["run.model.lora.target_modules=[qkv]"], "run.model.lora.target_modules: no weight matrix of .* matches 'qkv'"),
+        (
+            ["run.model.parameter_budget_percent=0.01"],
+            "run.model.parameter_budget_percent = 0.01 of .* use at least 0.1886",
+        ),
+        (
+            ["run.model.lora.target_modules=[qkv]"],
+            "run.model.lora.target_modules: no weight matrix of .* matches 'qkv'",
+        ),
         (["run.model.pretrained_id=no/such-model"], r"'no/such-model' cannot be fetched .* run\.model\.pretrained_id="),
         (["run.model.pretrained_id=package:no_such_package/model"], "'no_such_package' is not installed"),
         (["run.model.pretrained_id=package:fwlora/model"], "holds no config.json"),
@@ -221,6 +233,6 @@ def test_mistakes_are_found_before_any_weight_is_loaded(arguments, expected, tin
 
 
 def test_adalora_without_room_for_its_schedule(tiny_roberta, tiny_glue, recorded):
-    with pytest.raises(UserError, match="run.adalora with 30 optimiser steps: .* budgeting phase"):
+    with pytest.raises(UserError, match=r"run\.adalora with 30 optimiser steps: .* budgeting phase"):
         full_run("adalora", tiny_roberta, tiny_glue, recorded, "run.adalora.tinit=20", "run.adalora.tfinal=10")
     assert recorded[-1].exit_code == 1 and metrics.COMPLETED not in recorded[-1].summary

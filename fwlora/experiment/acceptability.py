@@ -311,6 +311,21 @@ def _draw_pairs(
     return pairs
 
 
+def _require_at_least(**arguments: tuple[int, int]) -> None:
+    """Every argument is (value, least value).
+
+    Raises:
+        UserError: naming each argument below its least value.
+    """
+    problems = [
+        f"`{name}` is {value}; give a whole number of at least {least}"
+        for name, (value, least) in arguments.items()
+        if value < least
+    ]
+    if problems:
+        raise UserError.collect("acceptability task", problems)
+
+
 def generate_split(pairs: int, seed: int, *, exclude: Collection[str] = ()) -> list[Sentence]:
     """Distinct minimal pairs, spread over the phenomena as evenly as their number allows.
 
@@ -325,16 +340,11 @@ def generate_split(pairs: int, seed: int, *, exclude: Collection[str] = ()) -> l
     Raises:
         UserError: fewer than one pair, a negative seed, or more pairs than the grammar can give distinct.
     """
-    problems = [
-        f"{name} is {value}; give a whole number of at least {least}"
-        for name, value, least in (("`pairs`", pairs, 1), ("`seed`", seed, 0))
-        if value < least
-    ]
-    if problems:
-        raise UserError.collect("acceptability task", problems)
+    _require_at_least(pairs=(pairs, 1), seed=(seed, 0))
     generator = random.Random(seed)
     taken = set(exclude)
     drawn: list[tuple[str, tuple[str, str]]] = []
+    problems: list[str] = []
     for position, (phenomenon, frames) in enumerate(_GRAMMAR.items()):
         wanted = (pairs - position + len(_GRAMMAR) - 1) // len(_GRAMMAR)
         found = _draw_pairs(frames, wanted, taken, generator)
@@ -361,6 +371,7 @@ def generate_task(
     Raises:
         UserError: as :func:`generate_split`.
     """
+    _require_at_least(train_pairs=(train_pairs, 1), eval_pairs=(eval_pairs, 1), seed=(seed, 0))
     # Twice the seed, so that no split of one task is drawn as a split of another.
     train = generate_split(train_pairs, 2 * seed)
     validation = generate_split(eval_pairs, 2 * seed + 1, exclude=[sentence.text for sentence in train])

@@ -47,9 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         repository = find_repository(Path.cwd())
         study = load_study(arguments.name, repository / "config")
         planned = plan_study(study, repository / "config", os.environ, arguments.overrides)
-        console.print(f"study {arguments.name}: {len(planned)} runs, results in {study.results_dir}", highlight=False)
+        console.print(
+            f"study {arguments.name}: {len(planned)} runs, results in {planned[0].results_dir}", highlight=False
+        )
         try:
-            exit_code = run_study(planned, study.results_dir, repository, console)
+            exit_code = run_study(planned, repository, console)
         except KeyboardInterrupt:
             console.print("interrupted")
             return 130

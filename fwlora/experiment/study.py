@@ -54,9 +54,10 @@ class Study(BaseModel):
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run of a study: the id it will have and the arguments of ``src.main``."""
+    """One run of a study: the id it will have, where it goes, and the arguments of ``src.main``."""
 
     run_id: str
+    results_dir: str
     arguments: list[str]
 
 
@@ -101,7 +102,8 @@ def plan_study(
             # Of two values for one key the later counts.
             arguments = list({item.partition("=")[0]: item for item in given}.values())
             try:
-                planned.append(PlannedRun(compose_settings(arguments, config_dir, environment).run.run_id, arguments))
+                settings = compose_settings(arguments, config_dir, environment)
+                planned.append(PlannedRun(settings.run.run_id, settings.results_dir, arguments))
             except UserError as error:
                 problems.append(str(error))
     if problems:
@@ -109,16 +111,19 @@ def plan_study(
     return planned
 
 
-def run_study(planned: Sequence[PlannedRun], results_dir: str, repository: Path, console: Console) -> int:
+def run_study(planned: Sequence[PlannedRun], repository: Path, console: Console) -> int:
     """Runs everything and evaluates it; the exit code of the first command that fails, else 0."""
+    results_dir = planned[0].results_dir
     with _progress_display(console) as display:
         tasks = [display.add(run.run_id) for run in planned]
         for run, task in zip(planned, tasks, strict=True):
             exit_code = _run_one(run, repository, partial(display.line, task))
             display.finish(task, exit_code)
             if exit_code:
-                log = Path(results_dir) / run.run_id / "full.log"
-                console.print(f"{run.run_id} failed with exit code {exit_code}; its log is {log}", style="red")
+                log = repository / results_dir / run.run_id / "full.log"
+                console.print(
+                    f"{run.run_id} failed with exit code {exit_code}; its log is {log}", style="red", highlight=False
+                )
                 display.show_tail()
                 return exit_code
     run_ids = json.dumps([run.run_id for run in planned])
@@ -128,18 +133,17 @@ def run_study(planned: Sequence[PlannedRun], results_dir: str, repository: Path,
 
 def _run_one(run: PlannedRun, repository: Path, take_line: Callable[[str], None]) -> int:
     command = [sys.executable, "-u", "-m", "src.main", *run.arguments]
-    child = subprocess.Popen(
+    with subprocess.Popen(
         command, cwd=repository, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    )
-    assert child.stdout is not None
-    try:
-        for line in child.stdout:
-            take_line(line.rstrip("\n"))
-        return child.wait()
-    except BaseException:
-        child.terminate()
-        child.wait()
-        raise
+    ) as child:
+        assert child.stdout is not None
+        try:
+            for line in child.stdout:
+                take_line(line.rstrip("\n"))
+        except BaseException:
+            child.terminate()
+            raise
+    return child.returncode
 
 
 class _PlainDisplay:
