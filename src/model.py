@@ -25,6 +25,7 @@ from fwlora.adapters import (
 from fwlora.budget import BudgetError, MatrixShape, adapter_cost, budget_parameters, solve_ranks
 from fwlora.experiment import metrics
 from fwlora.experiment.errors import UserError
+from fwlora.experiment.provenance import fingerprint_weights
 from fwlora.experiment.settings import ModelSettings, RunSettings
 from fwlora.methods import AdaLora, FwLora, Method, PlainLora, attach_adalora, attach_lora, plan_adalora
 from fwlora.regularizer import FisherWeightedLora
@@ -58,11 +59,12 @@ class AdapterPlan:
 
 @dataclass(frozen=True)
 class AdaptedModel:
-    """A model ready to train, its method, and how many parameters it has."""
+    """A model ready to train, its method, how many parameters it has, and which encoder weights it started from."""
 
     model: nn.Module
     method: Method
     counts: dict[str, float]
+    encoder_fingerprint: str
 
 
 def plan_adapters(settings: ModelSettings) -> AdapterPlan:
@@ -120,6 +122,7 @@ def build_model(
     torch.manual_seed(run.training.seed)
     model, missing = _load_pretrained(run.model, num_classes)
     heads = head_module_names(model, missing)
+    fingerprint = fingerprint_weights(model, heads)
     torch.manual_seed(run.training.seed + ADAPTER_SEED_OFFSET)
     adapted, method = _attach(model, run, plan, heads, total_steps, device)
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
@@ -132,7 +135,7 @@ def build_model(
         metrics.PARAMS_TOTAL: sum(p.numel() for p in adapted.parameters()),
         metrics.BUDGET_PARAMETERS: plan.budget,
     }
-    return AdaptedModel(adapted, method, counts)
+    return AdaptedModel(adapted, method, counts, fingerprint)
 
 
 def final_adapter_parameters(method: Method) -> int:

@@ -23,7 +23,7 @@ from fwlora.experiment.batching import TokenizedSplit
 from fwlora.experiment.command_line import enter_program, settings_of, user_errors_exit
 from fwlora.experiment.engine import Execution, Task, TrainingResult, choose_device, choose_precision, train
 from fwlora.experiment.progress import ProgressPrinter
-from fwlora.experiment.provenance import describe_environment, fingerprint_weights
+from fwlora.experiment.provenance import describe_environment
 from fwlora.experiment.records import pack_classes
 from fwlora.experiment.search import SearchResult, search, trial_settings
 from fwlora.experiment.settings import ProgramSettings, RunSettings, check_fisher_warmup
@@ -198,7 +198,6 @@ def train_and_record(
         f"parameters: adapter {counts[metrics.PARAMS_ADAPTER]:,}, head {counts[metrics.PARAMS_HEAD]:,}, "
         f"total {counts[metrics.PARAMS_TOTAL]:,}"
     )
-    weights = fingerprint_weights(adapted.model)
     result = train(
         adapted.model,
         adapted.method,
@@ -211,7 +210,7 @@ def train_and_record(
         report=ProgressPrinter(announce),
     )
     summary = summarise(result, adapted, prepared, eval_split, search_time_s)
-    tracker.set_summary({**summary, "encoder_fingerprint": weights})
+    tracker.set_summary(summary)
     if directory is not None:
         save_checkpoint(adapted, prepared, directory / "checkpoint")
     tracker.set_summary({metrics.COMPLETED: True})
@@ -250,6 +249,7 @@ def summarise(
         metrics.MODULE_DELTA_NORMS: table["delta_norms"],
         metrics.EVAL_PREDICTIONS: pack_classes(result.last.predictions, classes),
         metrics.EVAL_LABELS: pack_classes(eval_split.labels, classes),
+        metrics.ENCODER_FINGERPRINT: adapted.encoder_fingerprint,
         metrics.EVAL_FINGERPRINT: prepared.data.evaluation.fingerprint,
     }
     for name, value in result.last.values.items():

@@ -330,7 +330,7 @@ def _read_facts(run: EvaluatedRun) -> dict[str, Any]:
         "precision": resolved.get("precision"),
         **{f"data ({key})": value for key, value in sorted(resolved.items()) if "fingerprint" in key},
         "steps": summary.get(metrics.TOTAL_STEPS),
-        "encoder weights": summary.get("encoder_fingerprint"),
+        "encoder weights": summary.get(metrics.ENCODER_FINGERPRINT),
         "engine (fast)": (config.get("engine") or {}).get("fast"),
         "hardware": environment.get("device"),
         "threads": environment.get("threads"),

@@ -51,6 +51,7 @@ MODULE_IMPORTANCES = "module_importances"  # null for methods that measure none
 MODULE_DELTA_NORMS = "module_delta_norms"  # Frobenius norm of the update that the adapter makes
 EVAL_PREDICTIONS = "eval_predictions"  # records.pack_classes, in data-set order
 EVAL_LABELS = "eval_labels"
+ENCODER_FINGERPRINT = "encoder_fingerprint"  # hash of the pretrained weights
 EVAL_FINGERPRINT = "eval_fingerprint"  # hash of the eval split's texts and labels
 
 TASK_METRICS = ("accuracy", "matthews_correlation", "f1")
