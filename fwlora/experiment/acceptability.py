@@ -19,8 +19,8 @@ from itertools import product
 
 from fwlora.experiment.errors import UserError
 
-DEFAULT_TRAIN_PAIRS = 1000
-DEFAULT_EVAL_PAIRS = 400
+DEFAULT_TRAIN_PAIRS = 1100
+DEFAULT_EVAL_PAIRS = 440
 
 Option = str | tuple[str, str]
 Slots = dict[str, Sequence[Option]]
@@ -98,6 +98,8 @@ WORKERS = _forms(
 MALES = _forms("boy boys, man men, king kings, father fathers, prince princes, brother brothers")
 FEMALES = _forms("girl girls, woman women, queen queens, mother mothers, princess princesses, sister sisters")
 RELATIVES = MALES + FEMALES
+# Agreement is the hardest rule to learn: few heads, each seen often, bring it within reach of a short training.
+HEADS, MALE_ANTECEDENTS, FEMALE_ANTECEDENTS = WORKERS[:6], MALES[:3], FEMALES[:3]
 OBJECTS = _forms(
     "lamp lamps, bottle bottles, camera cameras, ring rings, hammer hammers, clock clocks, basket baskets, "
     "book books, mirror mirrors, map maps"
@@ -132,36 +134,37 @@ SINGULAR_QUANTIFIERS, PLURAL_QUANTIFIERS = ["every", "each", "another"], ["many"
 ADJUNCTS = ["in the " + place for place in PLACES] + ["last night", "after dinner", "before the party", "yesterday"]
 
 
-def _subject_verb_agreement() -> Iterator[Frame]:
-    """The verb agrees with the head noun, not with a noun of its prepositional phrase or relative clause."""
+def _agreement_prepositional() -> Iterator[Frame]:
+    """The verb agrees with the head noun, not with the noun of its prepositional phrase."""
     for head in NUMBERS:
-        slots: Slots = {
-            "head": _form(WORKERS, head),
-            "verb": _contrast(COPULAS, head, 1 - head),
-            "adjective": ADJECTIVES,
-        }
+        slots: Slots = {"head": _form(HEADS, head), "verb": _contrast(COPULAS, head, 1 - head)}
+        slots |= {"adjective": ADJECTIVES}
         yield Frame("the {head} in the {place} {verb} {adjective}.", **slots, place=PLACES)
+        attractor: Slots = {"attractor": _form(RELATIVES, 1 - head)}
+        yield Frame("the {head} {near} the {attractor} {verb} {adjective}.", **slots, **attractor, near=NEAR)
+
+
+def _agreement_relative() -> Iterator[Frame]:
+    """The verb agrees with the head noun, not with a noun of its relative clause."""
+    for head in NUMBERS:
+        slots: Slots = {"head": _form(HEADS, head), "verb": _contrast(COPULAS, head, 1 - head)}
+        slots |= {"adjective": ADJECTIVES}
         yield Frame("the {head} who {smiled} {verb} {adjective}.", **slots, smiled=NO_OBJECT)
-        for number in NUMBERS:
-            attractor: Slots = {"attractor": _form(RELATIVES, number)}
-            yield Frame("the {head} {near} the {attractor} {verb} {adjective}.", **slots, **attractor, near=NEAR)
-            yield Frame("the {head} who {met} the {attractor} {verb} {adjective}.", **slots, **attractor, met=MET)
+        attractor: Slots = {"attractor": _form(RELATIVES, 1 - head)}
+        yield Frame("the {head} who {met} the {attractor} {verb} {adjective}.", **slots, **attractor, met=MET)
 
 
 def _reflexive_agreement() -> Iterator[Frame]:
     """A reflexive has its antecedent's gender and number, whatever other noun stands between."""
-    male, female = (MALES, "himself"), (FEMALES, "herself")
-    for (nouns, singular), (other_nouns, other_singular) in ((male, female), (female, male)):
-        for number, attractors, good, bad in (
-            (0, _form(other_nouns, 0), singular, other_singular),
-            (0, _form(WORKERS, 1), singular, "themselves"),
-            (1, _form(WORKERS, 0), "themselves", singular),
-        ):
-            slots: Slots = {"subject": _form(nouns, number), "verb": REFLEXIVE_VERBS}
-            end = f"{{verb}} [{good}|{bad}]"
-            yield Frame("the {subject} " + end + " {adjunct}.", **slots, adjunct=ADJUNCTS)
-            yield Frame("the {subject} {near} the {other} " + end + ".", **slots, near=NEAR, other=attractors)
-            yield Frame("the {subject} who {met} the {other} " + end + ".", **slots, met=MET, other=attractors)
+    male, female = (MALE_ANTECEDENTS, "himself"), (FEMALE_ANTECEDENTS, "herself")
+    for (nouns, own), (other_nouns, other) in ((male, female), (female, male)):
+        slots: Slots = {"subject": _form(nouns, 0), "verb": REFLEXIVE_VERBS}
+        end = f"{{verb}} [{own}|{other}]"
+        yield Frame("the {subject} " + end + " {adjunct}.", **slots, adjunct=ADJUNCTS)
+        yield Frame("the {subject} {near} the {other} " + end + ".", **slots, near=NEAR, other=_form(other_nouns, 0))
+        for number, contrast in enumerate((f"[{own}|themselves]", f"[themselves|{own}]")):
+            slots = {"subject": _form(nouns, number), "verb": REFLEXIVE_VERBS}
+            yield Frame("the {subject} {verb} " + contrast + " {adjunct}.", **slots, adjunct=ADJUNCTS)
 
 
 def _determiner_noun() -> Iterator[Frame]:
@@ -262,7 +265,8 @@ def _existential_there() -> Iterator[Frame]:
 _GRAMMAR = {
     build.__name__.removeprefix("_"): tuple(build())
     for build in (
-        _subject_verb_agreement,
+        _agreement_prepositional,
+        _agreement_relative,
         _reflexive_agreement,
         _determiner_noun,
         _argument_structure,

@@ -128,7 +128,19 @@ def run_study(planned: Sequence[PlannedRun], repository: Path, console: Console)
                 return exit_code
     run_ids = json.dumps([run.run_id for run in planned])
     evaluation = [sys.executable, "-m", "src.evaluate", f"results_dir={results_dir}", f"run_ids={run_ids}"]
-    return subprocess.run(evaluation, cwd=repository).returncode
+    done = subprocess.run(evaluation, cwd=repository, stdout=subprocess.PIPE, text=True)
+    lines = done.stdout.splitlines()
+    written = [line for line in lines if line.startswith(results_dir)]
+    for line in lines:
+        if line not in written:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+    figures = sum(line.endswith(".pdf") for line in written)
+    if done.returncode == 0:
+        place = repository / results_dir / "comparison"
+        console.print(
+            f"{len(written)} files written, {figures} of them figures: {place}", highlight=False, soft_wrap=True
+        )
+    return done.returncode
 
 
 def _run_one(run: PlannedRun, repository: Path, take_line: Callable[[str], None]) -> int:
