@@ -7,6 +7,7 @@ import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -218,5 +219,6 @@ def _find_cell_problems(runs: Sequence[EvaluatedRun]) -> list[str]:
 
 
 def name_cell(key: tuple[str, str, str, str], with_pretrained_id: bool) -> str:
+    """``glue/cola, roberta-base, 0.2 %``; of a folder's path the last two parts."""
     data, model, pretrained, budget = key
-    return ", ".join((data, pretrained if with_pretrained_id else model, budget))
+    return ", ".join(("/".join(Path(data).parts[-2:]), pretrained if with_pretrained_id else model, budget))
