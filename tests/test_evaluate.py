@@ -101,9 +101,12 @@ def test_the_repository_configuration_names_entity_and_project():
     assert request.entity and request.project
 
 
-def test_an_empty_results_dir_means_the_default(config_path: Path):
-    request = evaluation.parse_request(["results_dir=", 'run_ids=["x"]'], {}, config_path)
+def test_an_empty_results_dir_means_the_configured_one(config_path: Path):
+    arguments = ["results_dir=", 'run_ids=["x"]']
+    request = evaluation.parse_request(arguments, {}, ROOT / "config" / "config.yaml")
     assert request.results_dir == Path(".research/results")
+    config_path.write_text(config_path.read_text() + "results_dir: elsewhere\n")
+    assert evaluation.parse_request(arguments, {}, config_path).results_dir == Path("elsewhere")
 
 
 @pytest.mark.parametrize(

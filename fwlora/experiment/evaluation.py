@@ -21,18 +21,19 @@ from fwlora.experiment.settings import FORBIDDEN_IN_RUN_IDS
 
 COMPARISON_FOLDER = "comparison"
 Source = Literal["auto", "api", "files"]
-DEFAULT_RESULTS_DIR = ".research/results"
 RNG_SEED = 20_261_121
 USAGE = """\
 usage: python -m src.evaluate results_dir=<dir> run_ids='["a","b"]'
                               [source=auto|api|files] [wandb.entity=<name>] [wandb.project=<name>]
 
-  results_dir  where runs left W&B's offline files, and where results go (empty: .research/results)
+  results_dir  where runs left W&B's offline files, and where results go (empty: as in config/config.yaml)
   run_ids      JSON list of the runs to evaluate
   source       files: W&B's offline files under results_dir; api: the W&B server; auto: files, else the server"""
 
 _ENVIRONMENT = {"wandb.entity": "WANDB_ENTITY", "wandb.project": "WANDB_PROJECT"}
 _KEYS = ("results_dir", "run_ids", "source", *_ENVIRONMENT)
+# A pipeline that lost its variable passes `results_dir=`; the configured default is what it meant.
+_CONFIGURED = ("results_dir", *_ENVIRONMENT)
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Evaluation:
 
 
 def parse_request(arguments: Sequence[str], environment: Mapping[str, str], config_path: Path) -> EvaluationRequest:
-    """Read ``key=value`` arguments; entity and project: command line, then environment, then ``config_path``.
+    """Read ``key=value`` arguments; what is empty or missing: from the environment, then from ``config_path``.
 
     Raises:
         UserError: everything that is wrong with the arguments, at once.
@@ -83,16 +84,15 @@ def parse_request(arguments: Sequence[str], environment: Mapping[str, str], conf
     source = given.get("source", "auto")
     if source not in get_args(Source):
         problems.append(f"source is {source!r}; one of {', '.join(get_args(Source))} is expected")
-    account = _find_account(given, environment, config_path, problems)
+    configured = _complete(given, environment, config_path, problems)
     if problems:
         raise UserError.collect("command line", problems)
     return EvaluationRequest(
-        # A pipeline that lost its variable passes `results_dir=`; the configured default is what it meant.
-        results_dir=Path(given["results_dir"] or DEFAULT_RESULTS_DIR),
+        results_dir=Path(configured["results_dir"]),
         run_ids=run_ids,
         source=cast(Source, source),
-        entity=account["wandb.entity"],
-        project=account["wandb.project"],
+        entity=configured["wandb.entity"],
+        project=configured["wandb.project"],
     )
 
 
@@ -198,19 +198,19 @@ def _parse_run_ids(text: str | None, problems: list[str]) -> tuple[str, ...]:
     return tuple(parsed)
 
 
-def _find_account(
+def _complete(
     given: Mapping[str, str], environment: Mapping[str, str], config_path: Path, problems: list[str]
 ) -> dict[str, str]:
-    account = {key: given.get(key) or environment.get(variable) for key, variable in _ENVIRONMENT.items()}
-    missing = [key for key, value in account.items() if not value]
+    values = {key: given.get(key) or environment.get(_ENVIRONMENT.get(key, "")) for key in _CONFIGURED}
+    missing = [key for key, value in values.items() if not value]
     if missing:
         try:
             config = OmegaConf.load(config_path)
-            account.update({key: OmegaConf.select(config, key) for key in missing})
+            values.update({key: OmegaConf.select(config, key) for key in missing})
         except (OSError, YAMLError, OmegaConfBaseException) as error:
             problems.append(f"{config_path}: cannot read {' and '.join(missing)}: {str(error).splitlines()[0]}")
             return {}
     for key in missing:
-        if not account[key]:
-            problems.append(f"{key} is not set; give {key}=<name>, {_ENVIRONMENT[key]}, or set it in {config_path}")
-    return {key: str(value) for key, value in account.items()}
+        if not values[key]:
+            problems.append(f"{key} is not set; give {key}=<value>, or set it in {config_path}")
+    return {key: str(value) for key, value in values.items()}
