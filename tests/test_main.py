@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.wandb_server import API_KEY, ENTITY, WandbServer
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 PROPOSED = "proposed-roberta-base-110M--CoLA-GLUE"
 LORA = "comparative-1-roberta-base-110M--CoLA-GLUE"
@@ -74,6 +76,29 @@ def test_full_offline_run_then_evaluation(tiny, tmp_path):
         ("LoRA", [1, 2]),
         ("FW-LoRA", [1, 2]),
     ]
+
+
+def test_online_run_is_evaluated_from_a_fresh_checkout_through_the_api(tiny, tmp_path):
+    with WandbServer() as server:
+        account = {
+            "WANDB_BASE_URL": server.url, "WANDB_API_KEY": API_KEY, "WANDB_ENTITY": ENTITY, "WANDB_PROJECT": "study",
+            "WANDB_MODE": "online", "HOME": str(tmp_path), "WANDB_CONFIG_DIR": str(tmp_path / "wandb-config"),
+        }  # fmt: skip
+        arguments = [f"run={LORA}", f"results_dir={tmp_path / 'there'}", "mode=full", "run.optuna.n_trials=0"]
+        done = python("src.main", *arguments, "run.training.epochs=2", *tiny, **account)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"W&B run: {server.url}/{ENTITY}/study/runs/{LORA}" in done.stdout
+        here = tmp_path / "here"
+        done = python("src.evaluate", f"results_dir={here}", f'run_ids=["{LORA}"]', **account)
+        assert done.returncode == 0, done.stdout + done.stderr
+        stored = server.run(LORA, "study")
+    steps = [row["global_step"] for row in stored.history if "train_loss" in row]
+    assert steps == list(range(1, 21))
+    metrics = json.loads((here / LORA / "metrics.json").read_text())
+    confusion = metrics["confusion_matrix"]["counts"]
+    right = sum(confusion[i][i] for i in range(2)) / sum(map(sum, confusion))
+    assert right == pytest.approx(metrics["summary"]["final_eval_accuracy"])
+    assert [row["epoch"] for row in metrics["epochs"]] == [1, 2]
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,15 @@ def test_imports_are_light(module, absent):
     assert done.stdout.strip() == "[]"
 
 
+def test_everything_exported_is_there():
+    import fwlora
+
+    assert all(getattr(fwlora, name) is not None for name in fwlora.__all__)
+    assert fwlora.FisherWeightedLora.__module__ == "fwlora.regularizer"
+    with pytest.raises(AttributeError, match="'fwlora' has no attribute 'Missing'"):
+        _ = fwlora.Missing
+
+
 def test_that_the_test_above_can_fail():
     code = "import sys, src.train; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
