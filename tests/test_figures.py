@@ -14,7 +14,7 @@ import pytest
 from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 
-from fwlora.experiment import comparison, comparison_figures, figures
+from fwlora.experiment import comparison, comparison_figures, figures, metrics
 from fwlora.experiment.evaluated_runs import read_runs
 from fwlora.experiment.evaluation import evaluate_records
 
@@ -65,6 +65,8 @@ def test_a_run_has_its_figures_and_heat_maps_only_where_recorded():
         assert b"CreationDate" not in content and b"Matplotlib" not in content
     (plain,) = read_runs([make_record("l", modules=True)])
     assert "l_module_importance.pdf" not in figures.draw_run(plain)
+    plain.record.summary[metrics.MODULE_IMPORTANCES] = [None] * len(plain.record.summary[metrics.MODULE_NAMES])
+    assert "l_module_importance.pdf" not in figures.draw_run(plain), "LoRA measures no importance"
 
 
 def test_learning_curve_marks_final_and_best():

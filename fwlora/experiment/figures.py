@@ -74,7 +74,7 @@ def draw_run(run: EvaluatedRun) -> dict[str, bytes]:
     names = run.record.summary.get(metrics.MODULE_NAMES)
     for topic, (key, label) in topics.items():
         values = run.record.summary.get(key)
-        if names and values:
+        if names and values and any(value is not None for value in values):
             grid, layers, projections = arrange_modules(names, values)
             width, height = 2.6 + 0.75 * len(projections), 1.5 + 0.3 * len(layers)
             drawn[topic] = render_pdf(
