@@ -22,8 +22,8 @@ PROJECTION_ALIASES: dict[str, tuple[str, ...]] = {
     "query": ("query", "query_proj", "q_lin", "q_proj", "q"),
     "key": ("key", "key_proj", "k_lin", "k_proj", "k"),
     "value": ("value", "value_proj", "v_lin", "v_proj", "v"),
-    "intermediate": ("intermediate.dense", "ffn.lin1", "mlp.Wi", "DenseReluDense.wi", "wi", "fc1"),
-    "output": ("output.dense", "ffn.lin2", "mlp.Wo", "DenseReluDense.wo", "wo", "fc2"),
+    "intermediate": ("intermediate.dense", "ffn.lin1", "ffn", "mlp.Wi", "DenseReluDense.wi", "wi", "fc1"),
+    "output": ("output.dense", "ffn.lin2", "ffn_output", "mlp.Wo", "DenseReluDense.wo", "wo", "fc2"),
 }
 ATTENTION_OUTPUT = "attention.output.dense"
 
@@ -111,21 +111,36 @@ def matrix_features(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
+def stores_transposed(model: nn.Module, names: Sequence[str]) -> bool:
+    """Whether these matrices are stored as (d_in, d_out): GPT-2's Conv1D. PEFT wants to be told."""
+    return any(isinstance(model.get_submodule(name), Conv1D) for name in names)
+
+
 def head_module_names(model: nn.Module, missing_keys: Sequence[str] = ()) -> list[str]:
-    """Modules that start untrained and therefore train fully: all outside the encoder, and any without loaded weights.
+    """Modules that start untrained and therefore train fully: all outside the encoder, and a pooler without weights.
 
     Args:
         model: a transformers model with a task head.
         missing_keys: parameter names that ``from_pretrained`` did not find in the checkpoint.
+
+    Raises:
+        ValueError: the checkpoint lacks parameters of the encoder itself.
     """
     encoder = getattr(model, "base_model_prefix", "")
     names = [
         name for name, child in model.named_children() if name != encoder and any(True for _ in child.parameters())
     ]
+    unexplained = []
     for key in missing_keys:
         module = key.rpartition(".")[0]
-        if module and not any(module == name or module.startswith(f"{name}.") for name in names):
+        if any(f"{module}.".startswith(f"{name}.") for name in names):
+            continue
+        if any("pool" in part or "summary" in part for part in module.split(".")):
             names.append(module)
+        else:
+            unexplained.append(key)
+    if unexplained:
+        raise ValueError(f"{len(unexplained)} encoder parameters are not in it, the first {unexplained[0]!r}")
     return names
 
 

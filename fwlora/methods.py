@@ -18,7 +18,7 @@ import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from fwlora.adapters import AdapterPair, delta_norms, find_adapter_pairs
+from fwlora.adapters import AdapterPair, delta_norms, find_adapter_pairs, stores_transposed
 from fwlora.budget import MatrixShape
 from fwlora.regularizer import FisherWeightedLora
 
@@ -279,6 +279,7 @@ def attach_lora(
         rank_pattern=used,
         alpha_pattern={name: scaling * rank for name, rank in used.items()},
         target_modules=list(used),
+        fan_in_fan_out=stores_transposed(model, list(used)),
         lora_dropout=dropout,
         modules_to_save=list(head_modules) or None,
         task_type=task_type,
@@ -303,11 +304,13 @@ def attach_adalora(
     Args:
         schedule: PEFT's own keys: ``tinit``, ``tfinal``, ``deltaT``, ``beta1``, ``beta2``, ``orth_reg_weight``.
     """
+    names = [matrix.name for matrix in matrices]
     config = AdaLoraConfig(
         init_r=plan.init_rank,
         target_r=max(1, round(plan.target_triplets / len(matrices))),
         lora_alpha=scaling * plan.init_rank,  # type: ignore[arg-type]
-        target_modules=[matrix.name for matrix in matrices],
+        target_modules=names,
+        fan_in_fan_out=stores_transposed(model, names),
         lora_dropout=dropout,
         total_step=total_steps,
         modules_to_save=list(head_modules) or None,

@@ -106,7 +106,7 @@ def load_tokenizer(settings: ModelSettings) -> Any:
 
 
 def build_model(
-    run: RunSettings, plan: AdapterPlan, num_classes: int, total_steps: int, device: torch.device
+    run: RunSettings, plan: AdapterPlan, num_classes: int, pad_token_id: int, total_steps: int, device: torch.device
 ) -> AdaptedModel:
     """Loads the encoder and attaches the run's method.
 
@@ -114,6 +114,7 @@ def build_model(
 
     Args:
         num_classes: outputs of the head.
+        pad_token_id: what batches are padded with; models that classify by the last token look for it.
         total_steps: optimiser steps of the training to come; AdaLoRA's schedule and the Fisher warm-up need them.
 
     Raises:
@@ -121,7 +122,13 @@ def build_model(
     """
     torch.manual_seed(run.training.seed)
     model, missing = _load_pretrained(run.model, num_classes)
-    heads = head_module_names(model, missing)
+    model.config.pad_token_id = pad_token_id
+    try:
+        heads = head_module_names(model, missing)
+    except ValueError as error:
+        where = f"run.model.pretrained_id = {run.model.pretrained_id!r}"
+        raise UserError(f"{where}: its weights do not fit {type(model).__name__}: {error}") from None
+    total = sum(p.numel() for p in model.parameters())
     fingerprint = fingerprint_weights(model, heads)
     torch.manual_seed(run.training.seed + ADAPTER_SEED_OFFSET)
     adapted, method = _attach(model, run, plan, heads, total_steps, device)
@@ -132,7 +139,7 @@ def build_model(
         metrics.PARAMS_HEAD: trainable - adapters,
         metrics.PARAMS_TRAINABLE: trainable,
         metrics.PARAMS_ENCODER: plan.encoder_parameters,
-        metrics.PARAMS_TOTAL: sum(p.numel() for p in adapted.parameters()),
+        metrics.PARAMS_TOTAL: total + adapters,
         metrics.BUDGET_PARAMETERS: plan.budget,
     }
     return AdaptedModel(adapted, method, counts, fingerprint)

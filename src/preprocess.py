@@ -152,8 +152,9 @@ def tokenize(split: TextSplit, tokenizer: Any, dataset: DatasetSettings) -> Toke
             f"raise run.dataset.max_length above {dataset.max_length} or allow truncation"
         )
     segments = None
-    if len(split.texts) == 2 and "token_type_ids" in encoded:
+    if "token_type_ids" in encoded:
         segments = np.concatenate([np.asarray(row, dtype=np.int8) for row in encoded["token_type_ids"]])
+        segments = segments if segments.any() else None
     tokens = np.concatenate([np.asarray(row, dtype=np.int32) for row in ids])
     return TokenizedSplit(tokens, segments, np.concatenate([[0], np.cumsum(lengths)]), split.labels)
 

@@ -21,12 +21,21 @@ from fwlora.adapters import save_adapter
 from fwlora.experiment import metrics
 from fwlora.experiment.batching import TokenizedSplit
 from fwlora.experiment.command_line import enter_program, settings_of, user_errors_exit
-from fwlora.experiment.engine import Execution, Task, TrainingResult, choose_device, choose_precision, train
+from fwlora.experiment.engine import (
+    DivergedError,
+    Execution,
+    Task,
+    TrainingResult,
+    choose_device,
+    choose_precision,
+    train,
+)
+from fwlora.experiment.errors import UserError
 from fwlora.experiment.progress import ProgressPrinter
 from fwlora.experiment.provenance import describe_environment
 from fwlora.experiment.records import pack_classes
 from fwlora.experiment.resolution import check_fisher_warmup
-from fwlora.experiment.search import SearchResult, search, trial_settings
+from fwlora.experiment.search import InfeasibleTrial, SearchResult, search, trial_settings
 from fwlora.experiment.settings import ProgramSettings, RunSettings
 from fwlora.experiment.tracking import Tracker
 from fwlora.experiment.wandb_store import WandbTarget, start_tracker
@@ -103,7 +112,13 @@ def prepare(settings: ProgramSettings) -> Prepared:
     plan = plan_adapters(run.model)
     data = load_task(run.dataset)
     tokenizer = load_tokenizer(run.model)
-    task = Task(tokenizer.pad_token_id, len(data.label_names), data.task_metric)
+    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if pad_token_id is None:
+        raise UserError(
+            f"run.model.pretrained_id = {run.model.pretrained_id!r}: its tokenizer has neither a padding nor an "
+            "end-of-text token; set one of them in tokenizer_config.json"
+        )
+    task = Task(pad_token_id, len(data.label_names), data.task_metric, tokenizer.padding_side == "left")
     width = None if settings.engine.fast else run.dataset.max_length
     return Prepared(data, tokenizer, plan, task, Execution(device, precision, width))
 
@@ -158,17 +173,20 @@ def run_search(run: RunSettings, prepared: Prepared) -> SearchResult:
         trial = trial_settings(candidate, len(prepared.data.train.labels), len(train_split))
         trial_plan = plan_adapters(trial.model) if trial.model != run.model else prepared.plan
         adapted = build(trial, trial_plan, prepared, trial.training.total_steps(len(train_split)))
-        result = train(
-            adapted.model,
-            adapted.method,
-            train_split,
-            heldout_split,
-            trial.training,
-            prepared.task,
-            prepared.execution,
-            log=lambda row: None,
-            report=ProgressPrinter(announce),
-        )
+        try:
+            result = train(
+                adapted.model,
+                adapted.method,
+                train_split,
+                heldout_split,
+                trial.training,
+                prepared.task,
+                prepared.execution,
+                log=lambda row: None,
+                report=ProgressPrinter(announce),
+            )
+        except DivergedError as error:
+            raise InfeasibleTrial(str(error).partition(";")[0]) from None
         return result.last.values[metrics.eval_name(prepared.task.task_metric)]
 
     return search(run, objective, announce=announce)
@@ -176,7 +194,8 @@ def run_search(run: RunSettings, prepared: Prepared) -> SearchResult:
 
 def build(run: RunSettings, plan: AdapterPlan, prepared: Prepared, total_steps: int) -> AdaptedModel:
     """The adapted model of these settings, on the device."""
-    return build_model(run, plan, prepared.task.num_classes, total_steps, prepared.execution.device)
+    task, device = prepared.task, prepared.execution.device
+    return build_model(run, plan, task.num_classes, task.pad_token_id, total_steps, device)
 
 
 def train_and_record(

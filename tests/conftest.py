@@ -49,9 +49,9 @@ def glue_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_roberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random two-layer RoBERTa with a trained byte-level tokenizer, as a folder."""
+    """A random two-layer RoBERTa encoder without a head, with a trained byte-level tokenizer, as a folder."""
     from tokenizers import ByteLevelBPETokenizer
-    from transformers import RobertaConfig, RobertaForSequenceClassification, RobertaTokenizerFast
+    from transformers import RobertaConfig, RobertaModel, RobertaTokenizerFast
 
     folder = tmp_path_factory.mktemp("tiny-roberta")
     bpe = ByteLevelBPETokenizer()
@@ -67,7 +67,7 @@ def tiny_roberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vocab_size=400, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
         max_position_embeddings=140, type_vocab_size=1, pad_token_id=1, bos_token_id=0, eos_token_id=2,
     )  # fmt: skip
-    RobertaForSequenceClassification(config).save_pretrained(folder)
+    RobertaModel(config, add_pooling_layer=False).save_pretrained(folder)
     return folder
 
 

@@ -95,6 +95,9 @@ def test_heads_are_whatever_starts_untrained():
     model = weightless("bert", num_hidden_layers=1)
     missing = ["classifier.weight", "bert.pooler.dense.weight", "bert.pooler.dense.bias"]
     assert head_module_names(model, missing) == ["classifier", "bert.pooler.dense"]
+    wrong = [*missing, "bert.encoder.layer.0.output.dense.weight"]
+    with pytest.raises(ValueError, match=r"1 encoder parameters are not in it, the first 'bert\.encoder\.layer\.0"):
+        head_module_names(model, wrong)
 
 
 def test_attached_ranks_and_scaling_are_those_asked_for_and_the_rest_is_frozen():

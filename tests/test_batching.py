@@ -59,6 +59,8 @@ def test_collate_pads_to_the_longest_or_to_a_width():
     assert inputs["attention_mask"].tolist() == [[1, 0], [1, 1]]
     assert inputs["token_type_ids"].tolist() == [[0, 0], [1, 0]]
     assert labels.tolist() == [0, 0]
+    left, _ = collate(split, np.array([2, 0]), pad_token_id=99, pad_left=True)
+    assert left["input_ids"].tolist() == [[99, 6], [1, 2]] and left["attention_mask"].tolist() == [[0, 1], [1, 1]]
     wide, _ = collate(split, np.array([1]), pad_token_id=99, width=5)
     assert wide["input_ids"].tolist() == [[3, 4, 5, 99, 99]]
 

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from fwlora.adapters import delta_norms, find_adapter_pairs
-from fwlora.fisher import FisherAccumulator
+from fwlora.fisher import FisherAccumulator, GradientRecorder
 from fwlora.importance import normalise_importance
 from fwlora.regularizer import FisherWeightedLora
 from fwlora.shrinkage import shrinkage_gradients, shrinkage_penalty, squared_delta_norm
@@ -206,6 +206,15 @@ def test_importance_refuses_what_is_no_importance():
         normalise_importance(torch.tensor([1.0, float("nan")]))
     with pytest.raises(ValueError, match="'softmax'"):
         normalise_importance(torch.ones(2), "softmax")
+
+
+def test_bf16_gradients_are_multiplied_in_float32():
+    torch.manual_seed(0)
+    recorder = GradientRecorder([nn.Linear(64, 32)])
+    X, G = torch.randn(500, 64).bfloat16(), torch.randn(500, 32).bfloat16()
+    recorder.observe(0, X, G)
+    expected = (G.double().T @ X.double()).square().sum()
+    torch.testing.assert_close(recorder.take_squared_norms()[0].double(), expected, rtol=1e-5, atol=0)
 
 
 def test_accumulator_by_hand():

@@ -95,6 +95,17 @@ def test_trials_keep_the_warmups_share_of_the_steps():
         trial_settings(run, 67_349, 32)
 
 
+def test_adaloras_schedule_keeps_its_share_of_the_steps():
+    base = ["run=comparative-2-roberta-base-110M--SST-2-GLUE", "mode=full"]
+    run = compose_settings([*base, "run.adalora.tinit=200", "run.adalora.tfinal=1000"], CONFIG_DIR, {}).run
+    schedule = trial_settings(run, 67_349, 8_000).adalora
+    assert (schedule.tinit, schedule.tfinal) == (int(200 * 250 / 6315), int(1000 * 250 / 6315)) == (7, 39)
+    tiny = trial_settings(run, 67_349, 96).adalora
+    assert tiny.tinit < 3 - tiny.tfinal and 3 - tiny.tfinal >= 2
+    with pytest.raises(InfeasibleTrial, match="leave no step of the run's 804"):
+        trial_settings(run, 8_551, 8_000)
+
+
 def test_nothing_to_search_is_an_error():
     run = settings("run.optuna.n_trials=2")
     only = {"lora_rank": run.optuna.search_space["lora_rank"]}

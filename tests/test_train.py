@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 import src.train
 from fwlora.experiment import metrics
 from fwlora.experiment.command_line import compose_settings, known_run_ids
+from fwlora.experiment.engine import Evaluation, TrainingResult, evaluate
 from fwlora.experiment.errors import UserError
 from fwlora.experiment.records import unpack_classes
 from fwlora.experiment.tracking import MemoryTracker
@@ -92,6 +95,13 @@ def test_full_run_records_what_evaluation_needs(method, tiny_roberta, tiny_glue,
     assert len(evaluations) == 3
     assert summary["final_eval_accuracy"] == evaluations[-1]["eval_accuracy"]
     assert summary["best_eval_accuracy"] == max(row["eval_accuracy"] for row in evaluations)
+    assert summary["best_eval_loss"] == min(row["eval_loss"] for row in evaluations)
+    parts = summary[metrics.TIME_WARMUP_S] + summary[metrics.TIME_TRAIN_S]
+    assert summary[metrics.TRAINING_TIME_S] == parts
+    assert (summary[metrics.TIME_WARMUP_S] > 0) == (method == "proposed_fw_lora")
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_roberta)
+    alone = sum(p.numel() for p in base.parameters())
+    assert summary[metrics.PARAMS_TOTAL] == alone + summary[metrics.PARAMS_ADAPTER]
     predictions, labels = (unpack_classes(summary[name]) for name in (metrics.EVAL_PREDICTIONS, metrics.EVAL_LABELS))
     assert np.mean(predictions == labels) == pytest.approx(summary["final_eval_accuracy"])
     assert summary[metrics.PARAMS_TRAINABLE] == summary[metrics.PARAMS_ADAPTER] + summary[metrics.PARAMS_HEAD]
@@ -105,6 +115,9 @@ def test_full_run_records_what_evaluation_needs(method, tiny_roberta, tiny_glue,
     elif method == "baseline_lora":
         assert set(penalties) == {0.0} and set(summary[metrics.MODULE_IMPORTANCES]) == {None}
     else:
+        checkpoint = load_file(tmp_path / "results" / settings.run.run_id / "checkpoint" / "adapter_model.safetensors")
+        kept = {name: int((E != 0).sum()) for name, E in checkpoint.items() if name.endswith("lora_E")}
+        assert sum(kept.values()) == sum(summary[metrics.MODULE_RANKS]), "no pruned triplet came back"
         ranks = [row[metrics.ACTIVE_RANK] for row in rows]
         assert ranks == sorted(ranks, reverse=True) and ranks[-1] < ranks[0]
         assert ranks[-1] == sum(summary[metrics.MODULE_RANKS])
@@ -114,31 +127,58 @@ def test_full_run_records_what_evaluation_needs(method, tiny_roberta, tiny_glue,
     assert written == {"checkpoint"}
 
 
-def test_saved_checkpoint_predicts_what_was_recorded(tiny_roberta, tiny_glue, recorded, tmp_path):
-    settings, tracker = full_run(
-        "proposed_fw_lora", tiny_roberta, tiny_glue, recorded, "run.training.mixed_precision=fp32"
-    )
+def test_reported_values_are_the_last_epochs_even_where_another_was_better(tiny_roberta, tiny_glue, monkeypatch):
+    rows = [{"epoch": e, "eval_loss": loss, "eval_accuracy": acc} for e, loss, acc in ((1, 0.3, 0.9), (2, 0.5, 0.8))]
+    last = Evaluation(0.5, {"eval_loss": 0.5, "eval_accuracy": 0.8}, np.array([0, 1]))
+    result = TrainingResult(last, rows, {"warmup": 2.0, "train": 3.0, "eval": 1.0}, [0.1, 0.3], 2, 10.0)
+    run = compose("comparative-1-roberta-base-110M--CoLA-GLUE", tiny_roberta, tiny_glue)
+    prepared = src.train.prepare(run)
+    adapted = build_model(run.run, prepared.plan, 2, 1, 900, torch.device("cpu"))
+    split = src.train.tokenize(prepared.data.evaluation, prepared.tokenizer, run.run.dataset).select(np.array([0, 1]))
+    summary = src.train.summarise(result, adapted, prepared, split, 0.0)
+    assert (summary["final_eval_accuracy"], summary["best_eval_accuracy"]) == (0.8, 0.9)
+    assert (summary["final_eval_loss"], summary["best_eval_loss"]) == (0.5, 0.3)
+    assert summary["best_eval_accuracy_epoch"] == summary["best_eval_loss_epoch"] == 1
+    assert summary[metrics.TRAINING_TIME_S] == 5.0 and summary[metrics.STEP_TIME_MEDIAN_S] == 0.2
+
+
+def test_settings_of_the_method_reach_it(tiny_roberta, tiny_glue, recorded):
+    full_run("proposed_fw_lora", tiny_roberta, tiny_glue, recorded, "run.fw_lora.importance=none")
+    assert set(recorded[-1].summary[metrics.MODULE_IMPORTANCES]) == {0.0}
+    for strength in ("1.0e-3", "2.0e-3"):
+        full_run("proposed_fw_lora", tiny_roberta, tiny_glue, recorded, f"run.fw_lora.lambda_fw={strength}")
+    first = [t.record("x").history[5][metrics.PENALTY] for t in recorded[1:]]
+    assert first[1] == pytest.approx(2 * first[0], rel=1e-6) and first[0] > 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_saved_checkpoint_predicts_what_was_recorded(method, tiny_roberta, tiny_glue, recorded, tmp_path):
+    settings, tracker = full_run(method, tiny_roberta, tiny_glue, recorded, "run.training.mixed_precision=fp32")
     prepared = src.train.prepare(settings)
     split = src.train.tokenize(prepared.data.evaluation, prepared.tokenizer, settings.run.dataset)
     base = AutoModelForSequenceClassification.from_pretrained(tiny_roberta)
     model = PeftModel.from_pretrained(base, tmp_path / "results" / settings.run.run_id / "checkpoint")
-    from fwlora.experiment.engine import evaluate
-
     again = evaluate(model, split, 32, prepared.task, prepared.execution)
+    assert again.loss == pytest.approx(tracker.summary["final_eval_loss"], rel=1e-5)
     assert again.predictions.tolist() == unpack_classes(tracker.summary[metrics.EVAL_PREDICTIONS]).tolist()
 
 
-def test_equal_seeds_give_every_method_the_same_head_data_order_and_adapters(tiny_roberta, tiny_glue):
+def test_equal_seeds_give_every_method_the_same_head_and_lora_adapters(tiny_roberta, tiny_glue):
     heads, adapters = [], []
-    for prefix in METHODS.values():
-        run = compose(f"{prefix}-roberta-base-110M--CoLA-GLUE", tiny_roberta, tiny_glue).run
-        adapted = build_model(run, plan_adapters(run.model), 2, 900, torch.device("cpu"))
+    for prefix, seed in [*((prefix, 42) for prefix in METHODS.values()), ("proposed", 43)]:
+        torch.rand(seed % 7)  # whatever was drawn before must not matter
+        arguments = [f"run.training.seed={seed}"]
+        run = compose(f"{prefix}-roberta-base-110M--CoLA-GLUE", tiny_roberta, tiny_glue, *arguments).run
+        adapted = build_model(run, plan_adapters(run.model), 2, 1, 900, torch.device("cpu"))
         heads.append({n: p for n, p in adapted.model.named_parameters() if "classifier" in n and p.requires_grad})
         adapters.append([pair.A.detach() for pair in adapted.method.pairs])
     assert len(heads[0]) == 4
-    for other in heads[1:]:
+    for other in heads[1:3]:
         assert all(torch.equal(heads[0][name], other[name]) for name in heads[0])
     assert all(torch.equal(a, b) for a, b in zip(adapters[0], adapters[2], strict=True))
+    weights = [name for name in heads[0] if name.endswith("weight")]
+    assert not any(torch.equal(heads[0][name], heads[3][name]) for name in weights), "heads are drawn, not loaded"
+    assert not torch.equal(adapters[0][0], adapters[3][0])
 
 
 def test_first_steps_are_shared_until_the_warmup_ends(tiny_roberta, tiny_glue, recorded):
@@ -174,6 +214,9 @@ def test_search_scores_on_held_out_train_and_records_the_best(tiny_roberta, tiny
     run_training(settings)
     assert [len(split[0]) for split in seen] == [200, 200, 200, 300]
     assert [len(split[1]) for split in seen] == [30, 30, 30, 90]
+    texts = [{split.tokens[a:b].tobytes() for a, b in itertools.pairwise(split.offsets)} for split in seen[0][:2]]
+    everything = {seen[3][0].tokens[a:b].tobytes() for a, b in itertools.pairwise(seen[3][0].offsets)}
+    assert texts[0].isdisjoint(texts[1]) and texts[0] | texts[1] <= everything
     assert [split[2].epochs for split in seen] == [1, 1, 1, 3]
     tracker = recorded[-1]
     best = tracker.config["search"]["best_values"]

@@ -20,7 +20,7 @@ class TokenizedSplit:
 
     Attributes:
         tokens: int32, all examples' token ids one after another.
-        segments: int8 like ``tokens``: which sentence of a pair a token belongs to; None for single sentences.
+        segments: int8 like ``tokens``: which segment a token belongs to; None where all are 0.
         offsets: int64, shape (n + 1,); example i is ``tokens[offsets[i]:offsets[i + 1]]``.
         labels: int64 classes, shape (n,).
     """
@@ -73,17 +73,28 @@ def plan_evaluation(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
 
 
 def collate(
-    split: TokenizedSplit, indices: Sequence[int] | np.ndarray, *, pad_token_id: int, width: int | None = None
+    split: TokenizedSplit,
+    indices: Sequence[int] | np.ndarray,
+    *,
+    pad_token_id: int,
+    width: int | None = None,
+    pad_left: bool = False,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Model inputs and labels of a batch, padded to its longest example, or to ``width``.
 
+    Args:
+        pad_left: padding before the tokens, for models that read the last position.
+
     Returns:
-        ``input_ids``, ``attention_mask`` and, for pairs, ``token_type_ids``, each (batch, width); labels (batch,).
+        ``input_ids``, ``attention_mask`` and, where the split has segments, ``token_type_ids``, each (batch, width);
+        labels (batch,).
     """
     starts, stops = split.offsets[indices], split.offsets[np.asarray(indices) + 1]
     lengths = stops - starts
     width = width or int(lengths.max())
     mask = np.arange(width) < lengths[:, None]
+    if pad_left:
+        mask = mask[:, ::-1]
     places = np.concatenate([np.arange(start, stop) for start, stop in zip(starts, stops, strict=True)])
     input_ids = np.full(mask.shape, pad_token_id, dtype=np.int64)
     input_ids[mask] = split.tokens[places]

@@ -22,6 +22,11 @@ from fwlora.experiment.progress import Progress
 from fwlora.experiment.settings import TrainingSettings
 from fwlora.methods import Method
 
+
+class DivergedError(UserError):
+    """The training loss is no longer finite."""
+
+
 # Step values are read from the device this many steps at a time: a read makes the host wait for the device.
 STEPS_PER_FLUSH = 20
 EVALUATION_BATCH_FACTOR = 2
@@ -35,11 +40,13 @@ class Task:
         pad_token_id: of the tokenizer.
         num_classes: classes.
         task_metric: the metric that is compared, one of :data:`fwlora.experiment.metrics.TASK_METRICS`.
+        pad_left: whether the model wants its padding before the tokens.
     """
 
     pad_token_id: int
     num_classes: int
     task_metric: str
+    pad_left: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,9 +82,10 @@ class TrainingResult:
         last: evaluation after the last epoch; the only one that is compared.
         epochs: the per-epoch history rows.
         times_s: seconds by phase: ``warmup``, ``train`` (steps after the warm-up) and ``eval``.
-        step_times_s: wall-clock seconds of each optimiser step.
+        step_times_s: wall-clock seconds of each optimiser step, as means over the steps between two reads of the
+            device: on a GPU single steps return before they are done.
         total_steps: optimiser steps taken.
-        peak_memory_mib: of the device on a GPU, of the process otherwise.
+        peak_memory_mib: allocated on the GPU during this training; elsewhere of the whole process, a search included.
     """
 
     last: Evaluation
@@ -110,13 +118,15 @@ def train(
         report: takes progress, after every flush of step values.
 
     Raises:
-        UserError: the loss is no longer finite.
+        DivergedError: the loss is no longer finite.
     """
     total_steps = training.total_steps(len(train_split))
     optimizer, scheduler = _make_optimizer(model, training, total_steps)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     clock = _PhaseClock(execution.device)
     torch.manual_seed(training.seed)
+    if execution.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(execution.device)
     step, epoch_rows, step_times = 0, [], []
     evaluation = None
     for epoch in range(training.epochs):
@@ -124,7 +134,6 @@ def train(
         meter = _EpochMeter(log, report, total_steps, training.steps_per_epoch(len(train_split)))
         for micro_batches in _epoch_steps(train_split, training, execution, epoch):
             step += 1
-            started = time.perf_counter()
             with clock.phase("warmup" if method.in_warmup else "train"):
                 warming_up = method.in_warmup
                 loss, correct = _forward_backward(model, method, train_split, micro_batches, task, execution)
@@ -137,7 +146,6 @@ def train(
                 scheduler.step()
                 method.after_step(step)
                 optimizer.zero_grad(set_to_none=True)
-                step_times.append(time.perf_counter() - started)
                 values = {
                     metrics.TRAIN_LOSS: loss,
                     metrics.GRADIENT_NORM: norm,
@@ -149,6 +157,7 @@ def train(
                 meter.add(values, correct, sum(len(batch) for batch in micro_batches))
         with clock.phase("warmup" if method.in_warmup else "train"):
             meter.flush()
+        step_times += meter.step_times_s
         with clock.phase("eval"):
             evaluation = evaluate(model, eval_split, training.batch_size, task, execution)
         row = {metrics.GLOBAL_STEP: step, metrics.EPOCH: epoch + 1, **meter.epoch_values(), **evaluation.values}
@@ -242,7 +251,9 @@ def _forward(
     model: nn.Module, split: TokenizedSplit, batch: np.ndarray, task: Task, execution: Execution
 ) -> tuple[Tensor, Tensor]:
     """Float32 logits (batch, classes) and labels (batch,)."""
-    inputs, labels = collate(split, batch, pad_token_id=task.pad_token_id, width=execution.fixed_width)
+    inputs, labels = collate(
+        split, batch, pad_token_id=task.pad_token_id, width=execution.fixed_width, pad_left=task.pad_left
+    )
     inputs = {name: value.to(execution.device, non_blocking=True) for name, value in inputs.items()}
     with torch.autocast(execution.device.type, torch.bfloat16, enabled=execution.precision == "bf16"):
         logits = model(**inputs).logits
@@ -281,14 +292,21 @@ class _PhaseClock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        if self._device.type == "cuda" and name != self._current:
-            torch.cuda.synchronize(self._device)
+        if name != self._current:
+            self._settle()
         self._current = name
         started = time.perf_counter()
         yield
-        if self._device.type == "cuda" and name == "eval":
-            torch.cuda.synchronize(self._device)
         self.seconds[name] += time.perf_counter() - started
+        if name == "eval":
+            self._settle()
+
+    def _settle(self) -> None:
+        """Waits for the device, on the account of the phase that gave it the work."""
+        if self._device.type == "cuda" and self._current is not None:
+            started = time.perf_counter()
+            torch.cuda.synchronize(self._device)
+            self.seconds[self._current] += time.perf_counter() - started
 
 
 class _EpochMeter:
@@ -306,6 +324,8 @@ class _EpochMeter:
         self._pending: list[tuple[dict[str, Any], Tensor, int]] = []
         self._loss_sum = self._correct = 0.0
         self._examples = 0
+        self._last_flush = time.perf_counter()
+        self.step_times_s: list[float] = []
 
     def add(self, values: dict[str, Any], correct: Tensor, examples: int) -> None:
         self._pending.append((values, correct, examples))
@@ -316,12 +336,15 @@ class _EpochMeter:
         """Reads all pending tensors in one transfer and logs a row per step.
 
         Raises:
-            UserError: a loss that is not finite.
+            DivergedError: a loss that is not finite.
         """
         if not self._pending:
             return
         tensors = [v for values, correct, _ in self._pending for v in (*values.values(), correct) if torch.is_tensor(v)]
         numbers = iter(torch.stack([t.detach().double().reshape(()).to(tensors[0].device) for t in tensors]).tolist())
+        now = time.perf_counter()
+        self.step_times_s += [(now - self._last_flush) / len(self._pending)] * len(self._pending)
+        self._last_flush = now
         row: dict[str, float] = {}
         for values, _, examples in self._pending:
             row = {name: next(numbers) if torch.is_tensor(value) else value for name, value in values.items()}
@@ -331,7 +354,7 @@ class _EpochMeter:
             self._examples += examples
             self._log(row)
             if not np.isfinite(row[metrics.TRAIN_LOSS]):
-                raise UserError(
+                raise DivergedError(
                     f"the training loss is {row[metrics.TRAIN_LOSS]} at step {row[metrics.GLOBAL_STEP]:.0f}; lower "
                     "run.training.learning_rate, or set run.training.max_gradient_norm=1.0"
                 )

@@ -15,6 +15,7 @@ import numpy as np
 from fwlora.experiment import metrics
 from fwlora.experiment.errors import UserError
 from fwlora.experiment.records import RunRecord, unpack_classes
+from fwlora.experiment.settings import SEARCHABLE
 
 _IDENTITY = ("run_id", "training.seed")
 _COST_NAMES = (
@@ -159,9 +160,11 @@ def _find_prediction_problems(record: RunRecord) -> list[str]:
 
 def _read_run(record: RunRecord) -> EvaluatedRun:
     run, summary = record.config["run"], record.summary
-    model, dataset = run.get("model") or {}, run["dataset"]
+    model, dataset, optuna = run.get("model") or {}, run["dataset"], run.get("optuna") or {}
     rank_leads = model.get("budget_mode") == "rank" or model.get("parameter_budget_percent") is None
     rank = (model.get("lora") or {}).get("rank")
+    if rank_leads and optuna.get("n_trials") and "lora_rank" in (optuna.get("search_space") or {}):
+        rank = "searched"
     budget = f"rank {rank}" if rank_leads else f"{float(model['parameter_budget_percent']):g} %"
     data = "/".join(str(part) for part in (dataset["name"], dataset.get("subset")) if part)
     pretrained = str(model.get("pretrained_id") or model.get("name"))
@@ -188,14 +191,11 @@ def _comparable_settings(run: Mapping[str, Any]) -> dict[str, str]:
     settings = flatten_settings(run)
     optuna = run.get("optuna") or {}
     # What a search found is a result of the run, not a setting: it may differ between seeds of one group.
-    searched = set(optuna.get("search_space") or {}) if optuna.get("n_trials") else set()
-    if "lora_rank" in searched and settings.get("model.budget_mode") == '"rank"':
-        searched.add("rank")
-    return {
-        key: value
-        for key, value in sorted(settings.items())
-        if key not in _IDENTITY and (key.startswith("optuna.") or key.rsplit(".", 1)[-1] not in searched)
-    }
+    names = set(optuna.get("search_space") or {}) if optuna.get("n_trials") else set()
+    if settings.get("model.budget_mode") != '"rank"':
+        names.discard("lora_rank")
+    searched = {".".join(SEARCHABLE[name]) for name in names & SEARCHABLE.keys()}
+    return {key: value for key, value in sorted(settings.items()) if key not in _IDENTITY and key not in searched}
 
 
 def _find_cell_problems(runs: Sequence[EvaluatedRun]) -> list[str]:

@@ -91,7 +91,8 @@ def compute_task_metrics(labels: np.ndarray, predictions: np.ndarray, num_classe
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        f1 = f1_score(labels, predictions, average="binary" if num_classes == 2 else "macro", zero_division=0.0)
+        average = {"average": "binary"} if num_classes == 2 else {"average": "macro", "labels": range(num_classes)}
+        f1 = f1_score(labels, predictions, zero_division=0.0, **average)
         return {
             "accuracy": float(accuracy_score(labels, predictions)),
             "matthews_correlation": float(matthews_corrcoef(labels, predictions)),
