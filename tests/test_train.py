@@ -151,6 +151,8 @@ def test_settings_of_the_method_reach_it(tiny_roberta, tiny_glue, recorded):
     assert first[1] == pytest.approx(2 * first[0], rel=1e-6) and first[0] > 0
 
 
+# PEFT writes AdaLoRA's pattern under names that its own loader then calls unmatched.
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match:RuntimeWarning")
 @pytest.mark.parametrize("method", METHODS)
 def test_saved_checkpoint_predicts_what_was_recorded(method, tiny_roberta, tiny_glue, recorded, tmp_path):
     settings, tracker = full_run(method, tiny_roberta, tiny_glue, recorded, "run.training.mixed_precision=fp32")
