@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +19,7 @@ from fwlora.experiment.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIG_DIR = REPOSITORY / "config"
+INTERRUPT_PATIENCE_S = 10.0
 
 
 def launch_training(arguments: Sequence[str], log_path: Path) -> int:
@@ -42,19 +44,24 @@ def launch_training(arguments: Sequence[str], log_path: Path) -> int:
         with subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
         ) as child:
-            previous = signal.signal(signal.SIGTERM, lambda number, frame: child.send_signal(number))
+            interrupted = threading.Timer(INTERRUPT_PATIENCE_S, child.send_signal, [signal.SIGINT])
+            handlers = {
+                signal.SIGTERM: lambda number, frame: child.send_signal(number),
+                # A terminal interrupts the child too; only a child that was not is told a second time.
+                signal.SIGINT: lambda number, frame: interrupted.is_alive() or interrupted.start(),
+            }
+            previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
             try:
                 assert child.stdout is not None
                 for line in child.stdout:
                     print(line, end="", flush=True)
                     log.write(line)
                     log.flush()
-            except KeyboardInterrupt:
-                # The terminal has sent the same signal to the child.
-                pass
             finally:
                 child.wait()
-                signal.signal(signal.SIGTERM, previous)
+                interrupted.cancel()
+                for number, handler in previous.items():
+                    signal.signal(number, handler)
     return child.returncode
 
 

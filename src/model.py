@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,21 @@ from fwlora.methods import AdaLora, FwLora, Method, PlainLora, attach_adalora, a
 from fwlora.regularizer import FisherWeightedLora
 
 CACHE_DIR = ".cache/"
+# transformers makes up an empty tokenizer for a folder without any of these.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.*",
+    "spm.*",
+)
+WEIGHT_FILES = ("*.safetensors*", "*.bin*")
+# Families with absolute positions, and how many of them come before the first token's.
+POSITIONS_BEFORE_TEXT = {
+    "bert": 0, "distilbert": 0, "electra": 0, "albert": 0, "roberta": 2, "xlm-roberta": 2, "camembert": 2, "mpnet": 2,
+}  # fmt: skip
 PACKAGE_PREFIX = "package:"
 # Adapters are initialised from a stream of their own, so that heads do not depend on what a method draws.
 ADAPTER_SEED_OFFSET = 1_000_003
@@ -73,8 +89,10 @@ def plan_adapters(settings: ModelSettings) -> AdapterPlan:
     Raises:
         UserError: a model that cannot be fetched, targets that match nothing, a budget too small for any rank.
     """
-    with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(_load_config(settings))
+    config = _load_config(settings)
+    with _fetching(settings), torch.device("meta"):
+        _require_file(Path(resolve_pretrained(settings.pretrained_id)), WEIGHT_FILES, "weights")
+        model = AutoModelForSequenceClassification.from_config(config)
     encoder_parameters = encoder_parameter_count(model)
     try:
         matrices = find_target_matrices(model, settings.lora.target_modules)
@@ -87,10 +105,12 @@ def plan_adapters(settings: ModelSettings) -> AdapterPlan:
     try:
         return AdapterPlan(matrices, solve_ranks(matrices, budget), encoder_parameters, budget)
     except BudgetError as error:
-        smallest = min(matrix.cost for matrix in matrices)
+        # AdaLoRA's triplets cost one parameter more than a rank of LoRA.
+        smallest = min(matrix.cost for matrix in matrices) + 1
+        needed = math.ceil(1e6 * smallest / encoder_parameters) / 1e4
         raise UserError(
             f"run.model.parameter_budget_percent = {settings.parameter_budget_percent} of {encoder_parameters:,} "
-            f"encoder parameters: {error}; use at least {100 * (smallest + 1) / encoder_parameters:.4f}"
+            f"encoder parameters: {error}; use at least {needed:.4f}"
         ) from None
 
 
@@ -102,6 +122,7 @@ def load_tokenizer(settings: ModelSettings) -> Any:
     """
     with _fetching(settings):
         source = resolve_pretrained(settings.pretrained_id)
+        _require_file(Path(source), TOKENIZER_FILES, "a tokenizer")
         return AutoTokenizer.from_pretrained(source, revision=settings.revision, cache_dir=CACHE_DIR)
 
 
@@ -218,6 +239,28 @@ def _attach(
     return adapted, FwLora(fisher_weighted)
 
 
+def check_max_length(settings: ModelSettings, max_length: int) -> None:
+    """Refuses texts longer than the encoder has positions for.
+
+    Raises:
+        UserError: ``max_length`` is above them.
+    """
+    config = _load_config(settings)
+    if config.model_type not in POSITIONS_BEFORE_TEXT:
+        return
+    limit = config.max_position_embeddings - POSITIONS_BEFORE_TEXT[config.model_type]
+    if max_length > limit:
+        raise UserError(
+            f"run.dataset.max_length = {max_length}: {settings.pretrained_id} has positions for {limit} tokens; "
+            f"use at most {limit}"
+        )
+
+
+def _require_file(folder: Path, patterns: tuple[str, ...], what: str) -> None:
+    if folder.is_dir() and not any(next(folder.glob(pattern), None) for pattern in patterns):
+        raise OSError(f"{folder} holds no file of {what}: none of {', '.join(patterns)}")
+
+
 def _load_config(settings: ModelSettings, **options: Any) -> Any:
     with _fetching(settings):
         source = resolve_pretrained(settings.pretrained_id)
@@ -252,7 +295,7 @@ def _fetching(settings: ModelSettings) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except Exception as error:  # loaders raise types of several libraries, safetensors' among them
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"run.model.pretrained_id = {settings.pretrained_id!r} cannot be fetched ({reason}); without the Hub give "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,7 @@ GLUE_TEXT_COLUMNS: dict[str, tuple[str, ...]] = {
     "wnli": ("sentence1", "sentence2"),
 }
 OWN_TEXT_COLUMNS = (("sentence",), ("text",), ("sentence1", "sentence2"), ("premise", "hypothesis"))
+MOST_CLASSES = 256
 FILE_FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
@@ -81,8 +84,11 @@ def load_task(dataset: DatasetSettings) -> TaskData:
         UserError: data that cannot be fetched, splits or columns that are missing, labels outside the classes.
     """
     if dataset.name == EMBEDDED_TASK:
-        return _limit(_embedded_task(), dataset)
-    tables = {name: _load_table(dataset, name) for name in (dataset.split, dataset.eval_split)}
+        return _limit(_embedded_task(dataset), dataset)
+    names = (dataset.split, dataset.eval_split)
+    if names[0] == names[1]:
+        raise UserError(f"run.dataset.split and run.dataset.eval_split are both {names[0]!r}; name two splits")
+    tables = {name: _load_table(dataset, name) for name in names}
     problems: list[str] = []
     text_columns = _text_columns(dataset, tables[dataset.split].column_names, problems)
     for name, table in tables.items():
@@ -146,6 +152,10 @@ def tokenize(split: TextSplit, tokenizer: Any, dataset: DatasetSettings) -> Toke
     encoded = tokenizer(*split.texts, truncation=dataset.truncation, max_length=dataset.max_length, padding=False)
     ids = encoded["input_ids"]
     lengths = np.fromiter((len(row) for row in ids), dtype=np.int64, count=len(ids))
+    if lengths.max() > dataset.max_length and dataset.truncation:
+        raise UserError(
+            f"run.dataset.max_length = {dataset.max_length} leaves no room for text beside the special tokens; raise it"
+        )
     if lengths.max() > dataset.max_length:
         raise UserError(
             f"run.dataset.truncation is false and example {int(lengths.argmax())} has {lengths.max()} tokens; "
@@ -159,13 +169,17 @@ def tokenize(split: TextSplit, tokenizer: Any, dataset: DatasetSettings) -> Toke
     return TokenizedSplit(tokens, segments, np.concatenate([[0], np.cumsum(lengths)]), split.labels)
 
 
-def _embedded_task() -> TaskData:
-    splits = {
-        name: make_split(([s.text for s in sentences],), np.array([s.label for s in sentences], dtype=np.int64))
-        for name, sentences in acceptability.generate_task().items()
-    }
-    names = ("unacceptable", "acceptable")
-    return TaskData(EMBEDDED_TASK, names, "matthews_correlation", splits["train"], splits["validation"])
+def _embedded_task(dataset: DatasetSettings) -> TaskData:
+    if (dataset.split, dataset.eval_split) != ("train", "validation"):
+        raise UserError(
+            f"run.dataset.split = {dataset.split!r} and run.dataset.eval_split = {dataset.eval_split!r}: the embedded "
+            "task has the splits 'train' and 'validation'"
+        )
+    train, evaluation = (
+        make_split(([s.text for s in sentences],), np.array([s.label for s in sentences], dtype=np.int64))
+        for sentences in acceptability.generate_task().values()
+    )
+    return TaskData(EMBEDDED_TASK, ("unacceptable", "acceptable"), "matthews_correlation", train, evaluation)
 
 
 def _limit(data: TaskData, dataset: DatasetSettings) -> TaskData:
@@ -206,7 +220,8 @@ def _load_table(dataset: DatasetSettings, split: str) -> Any:
     if len(named) > 1:
         raise UserError(f"{folder} holds several files for split {split!r}: {', '.join(path.name for path in named)}")
     if named:
-        options = {"sep": "\t"} if named[0].suffix == ".tsv" else {}
+        # Quotation marks in a .tsv are text: GLUE's own files hold unbalanced ones.
+        options = {"sep": "\t", "quoting": csv.QUOTE_NONE} if named[0].suffix == ".tsv" else {}
         file_format = FILE_FORMATS[named[0].suffix]
         return _load(lambda load: load(file_format, data_files=str(named[0]), split="train", **options), dataset)
     return _load(lambda load: load(str(folder), dataset.subset, split=split), dataset)
@@ -217,16 +232,21 @@ def _load(call: Callable[[Callable[..., Any]], Any], dataset: DatasetSettings) -
     import datasets
 
     datasets.disable_progress_bars()
+    for name in ("datasets", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    local = Path(dataset.name).exists()
     try:
         return call(lambda *args, **options: datasets.load_dataset(*args, cache_dir=CACHE_DIR, **options))
     except Exception as error:  # datasets raises over twenty types here, several of them third-party
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no details'}"
-        raise UserError(
-            f"run.dataset.name = {dataset.name!r}"
-            + (f", subset {dataset.subset!r}" if dataset.subset else "")
-            + f" cannot be loaded ({reason}); without the Hub give a local folder: one in the Hub's layout, or one "
-            f"with {dataset.split}.csv and {dataset.eval_split}.csv (or .json, .parquet)"
-        ) from None
+        cause = error.__cause__ or error
+        reason = f"{type(cause).__name__}: {str(cause).strip().splitlines()[0] if str(cause).strip() else 'no details'}"
+        expected = (
+            f"one in the Hub's layout, or one with {dataset.split}.csv and {dataset.eval_split}.csv (or .tsv, .json, "
+            ".jsonl, .parquet), in UTF-8"
+        )
+        remedy = f"the folder must be {expected}" if local else f"without the Hub give a local folder: {expected}"
+        subset = f", subset {dataset.subset!r}," if dataset.subset else ""
+        raise UserError(f"run.dataset.name = {dataset.name!r}{subset} cannot be loaded ({reason}); {remedy}") from None
 
 
 def _text_columns(dataset: DatasetSettings, available: Sequence[str], problems: list[str]) -> tuple[str, ...]:
@@ -265,7 +285,7 @@ def _label_encoding(
         names = tuple(declared)
         classes = {index: index for index in range(len(names))}
     elif values and all(isinstance(value, int) for value in values):
-        names = tuple(str(index) for index in range(max(values) + 1))
+        names = tuple(str(index) for index in range(min(max(values), MOST_CLASSES) + 1))
         classes = {index: index for index in range(len(names))}
     elif values and all(isinstance(value, str) for value in values):
         names = tuple(sorted(set(values)))
@@ -275,11 +295,14 @@ def _label_encoding(
             f"column {dataset.label_column!r} holds neither integers nor strings, but {values[:1]}; labels are classes"
         )
         names, classes = ("0", "1"), {}
-    if not 2 <= len(names) <= 256:
-        problems.append(f"column {dataset.label_column!r} has {len(names)} classes; between 2 and 256 can be learnt")
+    if not 2 <= len(names) <= MOST_CLASSES:
+        count = f"labels up to {max(values)}" if names[-1] == str(MOST_CLASSES) else f"{len(names)} classes"
+        problems.append(f"column {dataset.label_column!r} has {count}; 2 to {MOST_CLASSES} classes can be learnt")
 
     def encode(column: Sequence[Any], split: str, problems: list[str]) -> np.ndarray:
-        outside = [(row, value) for row, value in enumerate(column) if value not in classes]
+        outside = [
+            (row, value) for row, value in enumerate(column) if not isinstance(value, int | str) or value not in classes
+        ]
         if outside and classes:
             row, value = outside[0]
             hidden = "; -1 marks the hidden labels of a GLUE test split" if value == -1 else ""
@@ -287,6 +310,7 @@ def _label_encoding(
                 f"split {split!r}, column {dataset.label_column!r}: {len(outside)} labels outside the classes "
                 f"{', '.join(names[:10])}, first row {row}: {value!r}{hidden}"
             )
-        return np.array([classes.get(value, 0) for value in column], dtype=np.int64)
+        rows = {row for row, _ in outside}
+        return np.array([0 if row in rows else classes[value] for row, value in enumerate(column)], dtype=np.int64)
 
     return names, encode

@@ -34,7 +34,7 @@ from fwlora.experiment.errors import UserError
 from fwlora.experiment.progress import ProgressPrinter
 from fwlora.experiment.provenance import describe_environment
 from fwlora.experiment.records import pack_classes
-from fwlora.experiment.resolution import check_fisher_warmup
+from fwlora.experiment.resolution import check_schedules, fit_trial_to_data
 from fwlora.experiment.search import InfeasibleTrial, SearchResult, search, trial_settings
 from fwlora.experiment.settings import ProgramSettings, RunSettings
 from fwlora.experiment.tracking import Tracker
@@ -43,6 +43,7 @@ from src.model import (
     AdaptedModel,
     AdapterPlan,
     build_model,
+    check_max_length,
     final_adapter_parameters,
     load_tokenizer,
     plan_adapters,
@@ -75,12 +76,14 @@ def run_training(settings: ProgramSettings) -> None:
     Raises:
         UserError: input that cannot make a run; before any weight is loaded, wherever that can be known.
     """
-    run = settings.run
     prepared = prepare(settings)
+    if settings.mode == "trial":
+        settings = fit_trial_to_data(settings, len(prepared.data.train.labels))
+    run = settings.run
     describe(settings, prepared)
     total_steps = run.training.total_steps(len(prepared.data.train.labels))
-    if run.fw_lora and run.model.lora.enabled and run.optuna.n_trials == 0:
-        warning = check_fisher_warmup(run.fw_lora.warmup_steps, total_steps)
+    if run.model.lora.enabled and run.optuna.n_trials == 0:
+        warning = check_schedules(run, total_steps)
         if warning:
             announce(warning)
     directory = Path(settings.results_dir) / run.run_id
@@ -110,6 +113,7 @@ def prepare(settings: ProgramSettings) -> Prepared:
     if remark:
         announce(remark)
     plan = plan_adapters(run.model)
+    check_max_length(run.model, run.dataset.max_length)
     data = load_task(run.dataset)
     tokenizer = load_tokenizer(run.model)
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -210,8 +214,8 @@ def train_and_record(
     train_split = tokenize(prepared.data.train, prepared.tokenizer, run.dataset)
     eval_split = tokenize(prepared.data.evaluation, prepared.tokenizer, run.dataset)
     total_steps = run.training.total_steps(len(train_split))
-    if found and run.fw_lora:
-        check_fisher_warmup(run.fw_lora.warmup_steps, total_steps)
+    if found:
+        check_schedules(run, total_steps)
     adapted = build(run, prepared.plan if found is None else plan_adapters(run.model), prepared, total_steps)
     counts = adapted.counts
     announce(

@@ -111,6 +111,25 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, tiny_roberta, tiny_glue):
         build_model(settings.run, plan_adapters(settings.run.model), 2, 1, 100, torch.device("cpu"))
 
 
+@pytest.mark.parametrize(
+    ("broken", "expected"),
+    [
+        ({"remove": "tokenizer.json vocab.json merges.txt"}, "holds no file of a tokenizer"),
+        ({"remove": "model.safetensors"}, "holds no file of weights"),
+        ({"garble": "model.safetensors"}, "'.*' cannot be fetched"),
+    ],
+)
+def test_incomplete_folders_are_refused(broken, expected, tmp_path, tiny_roberta, tiny_glue):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_roberta, folder)
+    for name in broken.get("remove", "").split():
+        (folder / name).unlink(missing_ok=True)
+    if "garble" in broken:
+        (folder / broken["garble"]).write_bytes(b"version https://git-lfs" * 40)
+    with pytest.raises(UserError, match=expected):
+        run_training(settings_for(folder, tiny_glue, "roberta"))
+
+
 def test_a_tokenizer_without_any_end_is_refused(tmp_path, tiny_roberta, tiny_glue):
     folder = tmp_path / "model"
     shutil.copytree(tiny_roberta, folder)

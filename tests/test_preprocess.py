@@ -101,6 +101,33 @@ def test_bad_data_is_named(tmp_path, train, options, expected):
     assert all(part in str(caught.value) for part in expected), str(caught.value)
 
 
+def test_quotation_marks_in_tsv_are_text(tmp_path):
+    lines = 'sentence\tlabel\nan "unbalanced quote\t0\n"another\t1\nplain\t0\n'
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.tsv").write_text(lines)
+    data = load_task(dataset(tmp_path))
+    assert data.train.texts == (['an "unbalanced quote', '"another', "plain"],)
+    assert data.train.labels.tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ([0, 1, 0, 1, 1, 10**12], "has labels up to 1000000000000; 2 to 256"),
+        ([[0]] * 6, "neither integers nor strings"),
+    ],
+)
+def test_labels_that_are_no_classes(tmp_path, labels, expected):
+    frame = pd.DataFrame({"sentence": list("abcdef"), "label": labels})
+    with pytest.raises(UserError, match=expected):
+        load_task(dataset(write(tmp_path, "json", frame, frame)))
+
+
+def test_the_embedded_task_has_its_two_splits():
+    with pytest.raises(UserError, match="has the splits 'train' and 'validation'"):
+        load_task(dataset("acceptability", eval_split="test"))
+
+
 def test_missing_split_folder_and_hub(tmp_path):
     (tmp_path / "train.csv").write_text(ROWS.to_csv(index=False))
     with pytest.raises(UserError, match=r"validation\.csv"):
@@ -111,7 +138,7 @@ def test_missing_split_folder_and_hub(tmp_path):
         load_task(dataset("nowhere/at-all"))
     with pytest.raises(UserError, match="'stsb' is not a GLUE classification task; choose one of cola, sst2"):
         load_task(dataset("glue", subset="stsb"))
-    with pytest.raises(UserError, match=r"'glue', subset 'cola' cannot be loaded"):
+    with pytest.raises(UserError, match=r"'glue', subset 'cola', cannot be loaded"):
         load_task(dataset("glue", subset="cola"))
 
 

@@ -127,6 +127,11 @@ def test_all_mistakes_are_reported_at_once_with_their_paths():
         ("run.training.seed=-1", "run.training.seed = -1"),
         ("run.model.lora.target_modules=[]", "run.model.lora.target_modules = []"),
         ("run.run_id='a/b'", "'/'"),
+        ("run.run_id=..", "`run_id` '..' is taken"),
+        ("run.run_id=comparison", "`run_id` 'comparison' is taken"),
+        ("run.training=5", "run.training = 5"),
+        ("run.optuna=5", "run.optuna = 5"),
+        ("run.adalora=3", "run.adalora.(not a section) = 3"),
         ("run.training.learning_rate=nan", "run.training.learning_rate"),
         ("engine.device=tpu", "engine.device = 'tpu'"),
     ],
@@ -192,6 +197,11 @@ def test_which_wandb_mode_wins(arguments, environment, mode):
     assert resolve(*arguments, environment=environment).wandb.mode == mode
 
 
+def test_text_and_null():
+    run = resolve("run.model.revision=null", "run.dataset.revision=1234", environment={"WANDB_PROJECT": "123"})
+    assert run.run.model.revision is None and run.run.dataset.revision == "1234" and run.wandb.project == "123"
+
+
 def test_entity_and_project_come_from_file_environment_command_line():
     environment = {"WANDB_ENTITY": "team", "WANDB_PROJECT": "study"}
     assert resolve().wandb.entity == "gengaru617-personal"
@@ -229,6 +239,8 @@ def test_preparing_twice_changes_nothing():
         (["run=../config", "mode=full"], ["holds no path separator"]),
         ([f"run={PROPOSED}-s7", "run.training.seed=8", "mode=full"], ["means seed 7, but run.training.seed=8"]),
         ([f"run={PROPOSED}", f"run={LORA}", "mode=full"], ["run is given twice"]),
+        ([f"run={PROPOSED}-s07", "mode=full"], ["unknown run id"]),
+        ([f"run={PROPOSED}-s7", "run.run_id=mine", "mode=full"], ["name two ids"]),
         ([f"run={PROPOSED}", "mode=full", "epochs"], ["'epochs' is not of the form key=value"]),
         (["run=x", "mode=y"], ["2 problems", "unknown run id", "mode is y"]),
     ],
@@ -246,6 +258,9 @@ def test_command_line_mistakes(arguments, expected):
         ("run_id: mine\nmethod: [unclosed\n", "cannot be composed"),
         ("run_id: mine\nmethod: baseline_lora\nmodel: 3\n", "run.model = 3"),
         ("run_id: mine\nmethod: baseline_lora\n", "run.training.epochs: missing"),
+        ("run_id: mine\nmethod: baseline_lora\ntraining: 5\n", "run.training = 5"),
+        ("5\n", "config/runs/mine.yaml cannot be composed: "),
+        ("- a\n", "config/runs/mine.yaml"),
     ],
 )
 def test_broken_run_files(tmp_path, content, expected):

@@ -111,6 +111,13 @@ def test_mistakes(tmp_path, monkeypatch, capsys):
     assert stopped.value.code == 2 and "not inside a checkout" in capsys.readouterr().err
 
 
+def test_a_run_planned_twice_is_refused(tmp_path):
+    repository = fake_repository(tmp_path, RECORD)
+    study = load_study("mine", repository / "config").model_copy(update={"seeds": [2, 2]})
+    with pytest.raises(UserError, match="is planned 2 times"):
+        plan_study(study, repository / "config", {})
+
+
 def test_checkout_is_found_from_below():
     assert find_repository(REPOSITORY / "tests") == REPOSITORY
 

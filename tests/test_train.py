@@ -6,6 +6,7 @@ import itertools
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from peft import PeftModel
@@ -18,6 +19,7 @@ from fwlora.experiment.command_line import compose_settings, known_run_ids
 from fwlora.experiment.engine import Evaluation, TrainingResult, evaluate
 from fwlora.experiment.errors import UserError
 from fwlora.experiment.records import unpack_classes
+from fwlora.experiment.settings import Categorical, IntRange
 from fwlora.experiment.tracking import MemoryTracker
 from src.model import build_model, plan_adapters
 from src.train import run_training
@@ -252,7 +254,7 @@ def test_leading_rank(tiny_roberta, tiny_glue, recorded):
         (["run.fw_lora.warmup_steps=30"], "run.fw_lora.warmup_steps is 30, but the run has 30 optimiser steps"),
         (
             ["run.model.parameter_budget_percent=0.01"],
-            "run.model.parameter_budget_percent = 0.01 of .* use at least 0.1886",
+            "run.model.parameter_budget_percent = 0.01 of .* use at least 0.1887",
         ),
         (
             ["run.model.lora.target_modules=[qkv]"],
@@ -261,6 +263,11 @@ def test_leading_rank(tiny_roberta, tiny_glue, recorded):
         (["run.model.pretrained_id=no/such-model"], r"'no/such-model' cannot be fetched .* run\.model\.pretrained_id="),
         (["run.model.pretrained_id=package:no_such_package/model"], "'no_such_package' is not installed"),
         (["run.model.pretrained_id=package:fwlora/model"], "holds no config.json"),
+        (
+            ["run.dataset.max_length=600"],
+            "max_length = 600: .* has positions for 138 tokens; use at most 138",
+        ),
+        (["run.dataset.eval_split=train"], "run.dataset.split and run.dataset.eval_split are both 'train'"),
         (["run.dataset.label_column=gold"], "has no column gold"),
     ],
 )
@@ -278,6 +285,40 @@ def test_mistakes_are_found_before_any_weight_is_loaded(arguments, expected, tin
 
 
 def test_adalora_without_room_for_its_schedule(tiny_roberta, tiny_glue, recorded):
-    with pytest.raises(UserError, match=r"run\.adalora with 30 optimiser steps: .* budgeting phase"):
+    with pytest.raises(UserError, match=r"tinit = 20 and tfinal = 10 of 30 optimiser steps leave AdaLoRA no steps"):
         full_run("adalora", tiny_roberta, tiny_glue, recorded, "run.adalora.tinit=20", "run.adalora.tfinal=10")
+    assert not recorded, "found before the run is recorded"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_diverging_run_is_recorded_as_failed(method, tiny_roberta, tiny_glue, recorded):
+    with pytest.raises(UserError, match=r"(loss is|step \d+: `fisher` holds) .*; lower run\.training\.learning_rate"):
+        full_run(method, tiny_roberta, tiny_glue, recorded, "run.training.learning_rate=1.0e+30")
     assert recorded[-1].exit_code == 1 and metrics.COMPLETED not in recorded[-1].summary
+
+
+def test_a_search_survives_a_trial_that_diverges(tiny_roberta, tiny_glue, recorded, capsys):
+    settings = compose(
+        "comparative-1-roberta-base-110M--CoLA-GLUE", tiny_roberta, tiny_glue, "run.optuna.n_trials=6",
+        "run.optuna.train_examples=64",
+    )  # fmt: skip
+    space = {
+        "learning_rate": Categorical(type="categorical", choices=[1e-3, 1e30]),
+        "epochs": IntRange(type="int", low=1, high=2),
+    }
+    run = settings.run.model_copy(update={"optuna": settings.run.optuna.model_copy(update={"search_space": space})})
+    run_training(settings.model_copy(update={"run": run}))
+    found = recorded[-1].config["search"]
+    assert found["infeasible_trials"] > 0 and found["best_values"]["learning_rate"] == 1e-3
+    output = capsys.readouterr().out
+    assert "infeasible (the training loss is nan" in output or "infeasible (the evaluation loss is nan" in output
+    assert "step 4/4  epoch 2" in output, "searched epochs are trained"
+
+
+def test_a_trial_of_data_that_make_one_batch_takes_smaller_ones(tiny_roberta, tmp_path, capsys):
+    frame = pd.DataFrame({"sentence": [f"the cat {i}" for i in range(10)], "label": [0, 1] * 5})
+    for split in ("train", "validation"):
+        frame.to_csv(tmp_path / f"{split}.csv", index=False)
+    for run_id in ("proposed-roberta-base-110M--CoLA-GLUE", "comparative-2-roberta-base-110M--CoLA-GLUE"):
+        run_training(compose(run_id, tiny_roberta, tmp_path, "run.dataset.subset=null", mode="trial"))
+    assert capsys.readouterr().out.count("step 2/2") == 2

@@ -31,7 +31,10 @@ from fwlora.experiment.settings import ProgramSettings
 MODES = ("trial", "full")
 ENVIRONMENT_DEFAULTS = {"wandb.mode": "WANDB_MODE", "wandb.entity": "WANDB_ENTITY", "wandb.project": "WANDB_PROJECT"}
 # Values of these keys are text whatever they look like.
-TEXT_KEYS = ("results_dir", "run.dataset.name", "run.model.pretrained_id", "run.dataset.revision", "run.model.revision")
+TEXT_KEYS = (
+    "results_dir", "run.dataset.name", "run.model.pretrained_id", "run.dataset.revision", "run.model.revision",
+    "wandb.entity", "wandb.project",
+)  # fmt: skip
 USAGE = """\
 usage: python -u -m {program} run=<run_id> results_dir=<dir> mode=trial|full [run.<key>=<value> ...]
 
@@ -137,18 +140,21 @@ def settings_of(composed: DictConfig, overrides: Sequence[str], config_dir: Path
     Raises:
         UserError: see :func:`fwlora.experiment.resolution.resolve_settings`.
     """
-    file_id = next(item.partition("=")[2] for item in overrides if item.startswith("runs@run="))
+    file_id = _file_id(overrides)
     try:
         plain: Any = OmegaConf.to_container(composed, resolve=True)
         run_file: Any = OmegaConf.to_container(OmegaConf.load(config_dir / "runs" / f"{file_id}.yaml"))
         defaults: Any = OmegaConf.to_container(OmegaConf.load(config_dir / "config.yaml"))
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, OSError, ValueError) as error:
         raise UserError(f"config/runs/{file_id}.yaml: {str(error).splitlines()[0]}") from None
+    if not isinstance(run_file, dict):
+        raise UserError(f"config/runs/{file_id}.yaml: holds {run_file!r}, not a mapping of settings")
     if run_file.get("run_id") != file_id:
         raise UserError(
             f"config/runs/{file_id}.yaml: run_id is {run_file.get('run_id')!r}; it must be the file's name, {file_id!r}"
         )
-    file_seed = (run_file.get("training") or {}).get("seed")
+    training = run_file.get("training")
+    file_seed = training.get("seed") if isinstance(training, dict) else None
     return resolve_settings(plain, file_id=file_id, file_seed=file_seed, defaults=defaults)
 
 
@@ -162,9 +168,14 @@ def compose_settings(argv: Sequence[str], config_dir: Path, environment: Mapping
     with initialize_config_dir(str(config_dir.resolve()), version_base="1.3"):
         try:
             composed = compose("config", overrides)
-        except (HydraException, OmegaConfBaseException, YAMLError) as error:
-            raise UserError(f"the configuration cannot be composed: {error}") from None
+        except (HydraException, OmegaConfBaseException, YAMLError, OSError, ValueError, RecursionError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"config/runs/{_file_id(overrides)}.yaml cannot be composed: {reason}") from None
         return settings_of(composed, overrides, config_dir)
+
+
+def _file_id(overrides: Sequence[str]) -> str:
+    return next(item.partition("=")[2] for item in overrides if item.startswith("runs@run="))
 
 
 def _select_runs(
@@ -184,6 +195,8 @@ def _select_runs(
             problems.append(f"run={run_id}: with --multirun name the seeds by run.training.seed=1,2")
         elif values.get("run.training.seed", str(seed)) != str(seed):
             problems.append(f"run={run_id} means seed {seed}, but run.training.seed={values['run.training.seed']}")
+        elif values.get("run.run_id", run_id).strip("'\"") != run_id:
+            problems.append(f"run={run_id} and run.run_id={values['run.run_id']} name two ids; give one of them")
         else:
             values["run.training.seed"] = str(seed)
             values["run.run_id"] = run_id
@@ -194,8 +207,10 @@ def split_run_id(run_id: str, config_dir: Path, problems: list[str]) -> tuple[st
     """(file, seed) that a run id names; ``<file>-s<N>`` is the file with seed N. Adds to ``problems`` what is wrong."""
     known = known_run_ids(config_dir)
     if run_id in known:
+        if not _parses(f"runs@run={run_id}") or run_id.isdigit() or run_id.lower() in ("true", "false", "null"):
+            problems.append(f"run={run_id}: rename the file; run ids take letters, digits, '.', '_' and '-'")
         return run_id, None
-    with_seed = re.fullmatch(r"(.+)-s(\d+)", run_id)
+    with_seed = re.fullmatch(r"(.+)-s(0|[1-9][0-9]*)", run_id)
     if with_seed and with_seed.group(1) in known:
         return with_seed.group(1), int(with_seed.group(2))
     if re.search(r"[/\\]", run_id) or run_id in (".", ".."):
@@ -209,7 +224,8 @@ def split_run_id(run_id: str, config_dir: Path, problems: list[str]) -> tuple[st
 
 def _as_override(key: str, value: str, multirun: bool, problems: list[str]) -> str:
     quoted = len(value) >= 2 and value[0] == value[-1] and value[0] in "'\""
-    if key in TEXT_KEYS and not quoted and not (multirun and "," in value):
+    cleared = value == "null" and key.endswith("revision")
+    if key in TEXT_KEYS and not quoted and not cleared and not (multirun and "," in value):
         value = _quote(value)
     override = f"++{key}={value}"
     if _parses(override):

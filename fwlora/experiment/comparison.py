@@ -26,6 +26,7 @@ NO_PAIR = "no seed-level test possible: no seed was run with both methods"
 _METHOD_SETTINGS = ("method", "fw_lora.", "adalora.")
 _SETTING_KINDS = {"optuna": "search", "dataset": "data", "training": "training settings", "model": "model settings"}
 _LONGEST_VALUE_IN_LABEL = 24
+_LEAST_BUDGET_SHARE = 0.95
 
 
 @dataclass(frozen=True)
@@ -364,8 +365,9 @@ def _find_doubts(run: EvaluatedRun) -> list[str]:
         found.append(f"run {run.run_id} predicts one class for every example (counted, not dropped)")
     summary = run.record.summary
     budget, used = as_finite(summary.get(metrics.BUDGET_PARAMETERS)), run.values.get(metrics.PARAMS_ADAPTER_FINAL)
-    if budget and used is not None and used > budget:
-        found.append(f"run {run.run_id} uses {used:.0f} adapter parameters, its budget is {budget:.0f}")
+    if budget and used is not None and (used > budget or used < _LEAST_BUDGET_SHARE * budget):
+        share = f"{100 * used / budget:.0f} % of its budget of {budget:.0f}"
+        found.append(f"run {run.run_id} uses {used:.0f} adapter parameters, {share}")
     return found
 
 

@@ -22,9 +22,11 @@ from fwlora.experiment.progress import Progress
 from fwlora.experiment.settings import TrainingSettings
 from fwlora.methods import Method
 
+DIVERGENCE_REMEDY = "lower run.training.learning_rate, or set run.training.max_gradient_norm=1.0"
+
 
 class DivergedError(UserError):
-    """The training loss is no longer finite."""
+    """The loss is no longer finite."""
 
 
 # Step values are read from the device this many steps at a time: a read makes the host wait for the device.
@@ -137,7 +139,10 @@ def train(
             with clock.phase("warmup" if method.in_warmup else "train"):
                 warming_up = method.in_warmup
                 loss, correct = _forward_backward(model, method, train_split, micro_batches, task, execution)
-                method.after_backward()
+                try:
+                    method.after_backward()
+                except ValueError as error:
+                    raise DivergedError(f"step {step}: {error}; {DIVERGENCE_REMEDY}") from None
                 norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
                 if training.max_gradient_norm is not None:
                     nn.utils.clip_grads_with_norm_(parameters, training.max_gradient_norm, norm)
@@ -169,7 +174,11 @@ def train(
 
 @torch.no_grad()
 def evaluate(model: nn.Module, split: TokenizedSplit, batch_size: int, task: Task, execution: Execution) -> Evaluation:
-    """Cross-entropy, task metrics and predictions of a split, each example counted once; no penalty enters."""
+    """Cross-entropy, task metrics and predictions of a split, each example counted once; no penalty enters.
+
+    Raises:
+        DivergedError: the cross-entropy is not finite.
+    """
     model.eval()
     predictions = np.zeros(len(split), dtype=np.int64)
     total = 0.0
@@ -177,6 +186,8 @@ def evaluate(model: nn.Module, split: TokenizedSplit, batch_size: int, task: Tas
         logits, labels = _forward(model, split, batch, task, execution)
         total += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
         predictions[batch] = logits.argmax(dim=-1).cpu().numpy()
+    if not np.isfinite(total):
+        raise DivergedError(f"the evaluation loss is {total / len(split)}; {DIVERGENCE_REMEDY}")
     values = metrics.compute_task_metrics(split.labels, predictions, task.num_classes)
     named = {metrics.EVAL_LOSS: total / len(split), **{metrics.eval_name(k): v for k, v in values.items()}}
     return Evaluation(named[metrics.EVAL_LOSS], named, predictions)
@@ -354,10 +365,8 @@ class _EpochMeter:
             self._examples += examples
             self._log(row)
             if not np.isfinite(row[metrics.TRAIN_LOSS]):
-                raise DivergedError(
-                    f"the training loss is {row[metrics.TRAIN_LOSS]} at step {row[metrics.GLOBAL_STEP]:.0f}; lower "
-                    "run.training.learning_rate, or set run.training.max_gradient_norm=1.0"
-                )
+                where = f"at step {row[metrics.GLOBAL_STEP]:.0f}"
+                raise DivergedError(f"the training loss is {row[metrics.TRAIN_LOSS]} {where}; {DIVERGENCE_REMEDY}")
         step = int(row[metrics.GLOBAL_STEP])
         epoch = (step - 1) // self._steps_per_epoch + 1
         warming_up = bool(row[metrics.FISHER_WARMUP])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -154,23 +156,28 @@ def evaluate_records(records: Sequence[RunRecord], results_dir: Path, rng_seed: 
 
 
 def write_files(files: Mapping[Path, bytes]) -> None:
-    """Write each file under a temporary name and rename it.
+    """Write every file under a temporary name, then rename them all: what cannot be written leaves the rest as it was.
 
     Raises:
         UserError: a folder or file that cannot be written.
     """
-    for path, content in files.items():
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
+    temporaries = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
+    path = Path()
+    try:
+        for path, content in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                temporary.write_bytes(content)
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
-        except OSError as error:
-            reason = error.strerror or error
-            raise UserError(f"results_dir: cannot write {path}: {reason}; give a writable results_dir=<dir>") from None
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            temporaries[path].write_bytes(content)
+        for path, temporary in temporaries.items():
+            os.replace(temporary, path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"results_dir: cannot write {path}: {reason}; give a writable results_dir=<dir>") from None
+    finally:
+        for temporary in temporaries.values():
+            with suppress(OSError):
+                temporary.unlink()
 
 
 def _parse_run_ids(text: str | None, problems: list[str]) -> tuple[str, ...]:

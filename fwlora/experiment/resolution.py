@@ -9,7 +9,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from fwlora.experiment.errors import UserError
-from fwlora.experiment.settings import METHOD_NODES, ProgramSettings
+from fwlora.experiment.settings import METHOD_NODES, ProgramSettings, RunSettings
 
 TRIAL_BATCHES = 2
 
@@ -32,13 +32,17 @@ def resolve_settings(
         UserError: every unknown key, wrong type and refused value, each with its key path.
     """
     composed = {key: value for key, value in composed.items() if key != "hydra"}
-    run = dict(composed.get("run") or {})
+    run = composed.get("run")
+    if not isinstance(run, Mapping):
+        raise UserError(f"config/runs/{file_id}.yaml: holds {run!r}, not a mapping of settings")
+    run = dict(run)
     problems = _drop_foreign_nodes(run, defaults["run"])
-    if run.get("optuna"):
+    if isinstance(run.get("optuna"), Mapping):
         run["optuna"] = _normalise_search_space(run["optuna"])
-    seed = (run.get("training") or {}).get("seed")
+    training = run.get("training")
+    seed = training.get("seed") if isinstance(training, Mapping) else None
     run_id = run.get("run_id")
-    if isinstance(run_id, str) and seed != file_seed and not run_id.endswith(f"-s{seed}"):
+    if isinstance(run_id, str) and seed is not None and seed != file_seed and not run_id.endswith(f"-s{seed}"):
         run["run_id"] = f"{run_id}-s{seed}"
     # Pipelines may pass `results_dir=` with nothing behind it; that means the default.
     composed["results_dir"] = composed.get("results_dir") or defaults["results_dir"]
@@ -75,6 +79,31 @@ def limit_to_trial(settings: ProgramSettings) -> ProgramSettings:
     )
 
 
+def fit_trial_to_data(settings: ProgramSettings, examples: int) -> ProgramSettings:
+    """A trial of data that make a single batch takes smaller ones: warm-up and shrinkage need a step each."""
+    training = settings.run.training
+    if training.total_steps(examples) >= TRIAL_BATCHES or examples < TRIAL_BATCHES:
+        return settings
+    smaller = training.model_copy(update={"batch_size": examples // TRIAL_BATCHES + examples % TRIAL_BATCHES})
+    return settings.model_copy(update={"run": settings.run.model_copy(update={"training": smaller})})
+
+
+def check_schedules(run: RunSettings, total_steps: int) -> str | None:
+    """Whether the method's schedule fits the run; a warning where it barely does.
+
+    Raises:
+        UserError: a Fisher warm-up that never ends, or an AdaLoRA schedule without steps to allocate in.
+    """
+    if run.adalora is not None:
+        tinit, tfinal = run.adalora.tinit, run.adalora.tfinal
+        if tinit >= total_steps - tfinal or total_steps - tfinal < 2:
+            raise UserError(
+                f"run.adalora: tinit = {tinit} and tfinal = {tfinal} of {total_steps} optimiser steps leave AdaLoRA "
+                "no steps to allocate ranks in; lower them, or lower run.training.batch_size"
+            )
+    return check_fisher_warmup(run.fw_lora.warmup_steps, total_steps) if run.fw_lora else None
+
+
 def check_fisher_warmup(warmup_steps: int, total_steps: int) -> str | None:
     """A warning where the Fisher warm-up takes more than half of the run.
 
@@ -84,7 +113,8 @@ def check_fisher_warmup(warmup_steps: int, total_steps: int) -> str | None:
     if warmup_steps >= total_steps:
         raise UserError(
             f"run.fw_lora.warmup_steps is {warmup_steps}, but the run has {total_steps} optimiser steps: importances "
-            f"would never be used and FW-LoRA would be LoRA; set run.fw_lora.warmup_steps below {total_steps}"
+            f"would never be used and FW-LoRA would be LoRA; set run.fw_lora.warmup_steps below {total_steps}, or "
+            "lower run.training.batch_size"
         )
     if 2 * warmup_steps > total_steps:
         return (
@@ -99,7 +129,8 @@ def _drop_foreign_nodes(run: dict[str, Any], run_defaults: Mapping[str, Any]) ->
     for node, method in METHOD_NODES.items():
         if run.get("method") == method or node not in run:
             continue
-        given = run.pop(node) or {}
+        given = run.pop(node)
+        given = given if isinstance(given, Mapping) else {"(not a section)": given} if given else {}
         default = run_defaults.get(node) or {}
         changed = sorted(key for key, value in given.items() if key not in default or default[key] != value)
         problems += [

@@ -120,7 +120,10 @@ def trial_settings(candidate: RunSettings, run_examples: int, trial_examples: in
     Raises:
         InfeasibleTrial: the candidate's schedule does not fit the run, or the trial has a single step.
     """
-    training = candidate.training.model_copy(update={"epochs": candidate.optuna.epochs, "seed": candidate.optuna.seed})
+    # Searched epochs are what a trial has to try; otherwise the search's own budget counts.
+    searched = "epochs" in candidate.optuna.search_space
+    epochs = candidate.training.epochs if searched else candidate.optuna.epochs
+    training = candidate.training.model_copy(update={"epochs": epochs, "seed": candidate.optuna.seed})
     trial = candidate.model_copy(update={"training": training})
     run_steps, trial_steps = candidate.training.total_steps(run_examples), training.total_steps(trial_examples)
     if trial_steps < 2:

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-FORBIDDEN_IN_RUN_IDS = set('":<>|*?/\\\r\n')
+FORBIDDEN_IN_RUN_IDS = set("\":<>|*?/\\\r\n#%;,'")
+RESERVED_RUN_IDS = {".", "..", "comparison"}
 
 MethodName = Literal["baseline_lora", "adalora", "proposed_fw_lora"]
 # The node of a run that only one method reads.
@@ -213,6 +214,8 @@ class RunSettings(_Settings):
                 problems.append(f"method {method} needs the node `{node}`")
         if bad := sorted(FORBIDDEN_IN_RUN_IDS & set(self.run_id)):
             problems.append(f"`run_id` holds {bad}, which cannot stand in a folder name")
+        if self.run_id in RESERVED_RUN_IDS:
+            problems.append(f"`run_id` {self.run_id!r} is taken: it names a folder of the results")
         problems += _search_space_problems(self)
         if problems:
             raise ValueError("; ".join(problems))

@@ -106,6 +106,10 @@ def plan_study(
                 planned.append(PlannedRun(settings.run.run_id, settings.results_dir, arguments))
             except UserError as error:
                 problems.append(str(error))
+    ids = [run.run_id for run in planned]
+    problems += [
+        f"{run_id} is planned {ids.count(run_id)} times" for run_id in sorted(set(ids)) if ids.count(run_id) > 1
+    ]
     if problems:
         raise UserError.collect("study", problems)
     return planned
