@@ -226,6 +226,7 @@ def test_methods_without_a_common_seed_are_not_paired():
         ({"summary__encoder_fingerprint": "w"}, "unequal encoder weights: None for b, w for p"),
         ({"config__resolved__train_fingerprint": "f"}, "unequal data (train_fingerprint): None for b, f for p"),
         ({"summary__final_eval_accuracy": 0.5}, "run p records accuracy 0.5000, its predictions give"),
+        ({"summary__budget_parameters": 400000}, "run p uses 248000 adapter parameters, 62 % of its budget of 400000"),
         ({"summary__budget_parameters": 1000}, "run p uses 248000 adapter parameters, 24800 % of its budget of 1000"),
     ],
 )

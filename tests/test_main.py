@@ -138,7 +138,8 @@ def test_unwritable_results_dir(tmp_path, tiny):
     assert done.returncode == 2 and "cannot be written" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_request_to_stop_reaches_the_child(tmp_path, tiny):
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGINT, 130)])
+def test_a_request_to_stop_reaches_the_child(tmp_path, tiny, number, expected):
     command = [
         sys.executable, "-u", "-m", "src.main", f"run={LORA}", f"results_dir={tmp_path}", "mode=full",
         "wandb.mode=disabled", "run.optuna.n_trials=0", "run.training.epochs=10000", *tiny,
@@ -148,10 +149,11 @@ def test_a_request_to_stop_reaches_the_child(tmp_path, tiny):
         for line in started.stdout:
             if line.startswith("step "):
                 break
-        started.send_signal(signal.SIGTERM)
+        started.send_signal(number)
         asked = time.monotonic()
-        started.stdout.read()
-        assert started.wait(timeout=60) == 128 + signal.SIGTERM and time.monotonic() - asked < 30
+        rest = started.stdout.read()
+        assert started.wait(timeout=60) == expected and time.monotonic() - asked < 30
+        assert "Traceback" not in rest
 
 
 def test_multirun_takes_runs_and_seeds(tmp_path, tiny):

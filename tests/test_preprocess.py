@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -10,6 +14,8 @@ from transformers import AutoTokenizer
 from fwlora.experiment.errors import UserError
 from fwlora.experiment.settings import DatasetSettings
 from src.preprocess import draw_subset, load_task, make_split, split_heldout, tokenize
+
+REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def dataset(name: str, **options) -> DatasetSettings:
@@ -140,6 +146,17 @@ def test_missing_split_folder_and_hub(tmp_path):
         load_task(dataset("glue", subset="stsb"))
     with pytest.raises(UserError, match=r"'glue', subset 'cola', cannot be loaded"):
         load_task(dataset("glue", subset="cola"))
+
+
+@pytest.mark.network
+def test_the_hubs_glue_is_what_the_settings_name():
+    code = (
+        "from tests.test_preprocess import dataset; from src.preprocess import load_task; "
+        "data = load_task(dataset('glue', subset='cola')); print(len(data.train.labels), data.label_names)"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "0", "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.split("\n")[-2] == "8551 ('unacceptable', 'acceptable')"
 
 
 def test_subsets_are_fixed_and_keep_their_order(tmp_path):
