@@ -12,12 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import wandb
 
 from fwlora.experiment.errors import UserError
 from fwlora.experiment.records import RunRecord
 from fwlora.experiment.tracking import NullTracker, Tracker, spell_non_finite
-from fwlora.experiment.wandb_store import WandbTarget, load_records, start_tracker
+from fwlora.experiment.wandb_store import WandbTarget, end_session, load_records, start_tracker
 from tests.wandb_server import API_KEY, ENTITY, WandbServer
 
 TARGET = WandbTarget(entity=ENTITY, project="project", mode="online")
@@ -45,9 +44,9 @@ def isolated_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     monkeypatch.setenv("NETRC", str(home / "netrc"))
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
     monkeypatch.setenv("WANDB_X_DISABLE_STATS", "true")
-    wandb.teardown()
+    end_session(3.0)
     yield
-    wandb.teardown()
+    end_session(3.0)
 
 
 @pytest.fixture

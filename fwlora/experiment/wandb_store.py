@@ -12,11 +12,15 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+import psutil
 
 from fwlora.experiment import metrics, tracking
 from fwlora.experiment.errors import UserError
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
 INIT_TIMEOUT_S = 30.0
 FINISH_TIMEOUT_S = 120.0
 API_TIMEOUT_S = 30
+TEARDOWN_TIMEOUT_S = 10.0
 PARALLEL_READS = 8
 
 
@@ -140,13 +145,32 @@ def _init_run(
             settings=settings,
         )
     except Exception:
-        wandb.teardown()  # otherwise the service holds the run id, and an offline run of that id is refused
+        end_session()  # otherwise the service holds the run id, and an offline run of that id is refused
         for folder in _run_folders(directory, run_id):
             if folder not in earlier_folders:
                 shutil.rmtree(folder, ignore_errors=True)
         raise
     run.define_metric("*", step_metric=metrics.GLOBAL_STEP)
     return run
+
+
+def end_session(timeout_s: float = TEARDOWN_TIMEOUT_S) -> None:
+    """Stop W&B's service process, by force where it still waits for a server that does not answer."""
+    import wandb
+
+    def tear_down() -> None:
+        with suppress(Exception):  # a service that was killed is reported as an error
+            wandb.teardown()
+
+    thread = threading.Thread(target=tear_down, daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    if thread.is_alive():
+        for child in psutil.Process().children():
+            with suppress(psutil.Error):
+                if "wandb-core" in child.name():
+                    child.kill()
+        thread.join(timeout_s)
 
 
 def _open_session(mode: Literal["online", "offline"]) -> None:
@@ -379,7 +403,9 @@ def _connect(place: str, timeout_s: int) -> wandb.Api:
         _open_session("online")
         return wandb.Api(timeout=timeout_s)
     except Exception as error:
-        raise _Unavailable(_explain(error, place, timeout_s)) from error
+        reason = _explain(error, place, timeout_s)
+        end_session()  # otherwise the process waits at its end for the service, which still asks the server
+        raise _Unavailable(reason) from error
 
 
 def _read_api(api: wandb.Api, run_id: str, entity: str, project: str) -> RunRecord:
