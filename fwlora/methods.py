@@ -172,7 +172,7 @@ class AdaLora:
             )
 
     def regularisation(self) -> Tensor | None:
-        r"""orth_reg_weight / (2 M) sum_m (||A A^T - I||_F + ||B^T B - I||_F), equation 4 as PEFT computes it."""
+        r"""orth_reg_weight / (2 M) sum_m (||A A^T - I||_F + ||B^T B - I||_F): R(P, Q) as PEFT computes it."""
         if self._config.orth_reg_weight == 0:
             return None
         groups: dict[torch.Size, list[Tensor]] = defaultdict(list)
@@ -250,7 +250,7 @@ class AdaLora:
         return masks
 
     def _triplet_scores(self, key_E: str) -> Tensor:
-        """PEFT's importance of each triplet of one matrix, equation 8 of the paper, shape (r,)."""
+        """PEFT's importance of each triplet of one matrix, s(E) + mean s(A) + mean s(B), shape (r,)."""
         score = self._allocator._element_score
         of_A = score(key_E.replace(".lora_E.", ".lora_A.")).mean(dim=1)
         of_B = score(key_E.replace(".lora_E.", ".lora_B.")).mean(dim=0)

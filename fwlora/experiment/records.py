@@ -19,7 +19,7 @@ class RunRecord:
     Attributes:
         run_id: the id it was started under.
         config: settings as resolved (``config["run"]`` is the run node) plus ``config["resolved"]``, what the
-            program found out: task, label names, parameter counts, data fingerprints, provenance.
+            program found out: task, label names, precision, data fingerprints, environment.
         summary: final values, by the names of :mod:`fwlora.experiment.metrics`.
         history: one mapping per logged row, ascending in ``global_step``, each step once.
         finished: whether the tracker saw the run end with exit code 0.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -119,46 +119,36 @@ class AdaLoraSettings(_Settings):
         return self.model_dump(exclude={"init_rank_factor"})
 
 
-class LogUniform(_Settings):
-    type: Literal["loguniform"]
-    low: float = Field(gt=0)
-    high: float
-
-    @model_validator(mode="after")
-    def _ordered(self) -> LogUniform:
-        return _check_order(self)
-
-
-class Uniform(_Settings):
-    type: Literal["uniform"]
+class _Range(_Settings):
     low: float
     high: float
 
     @model_validator(mode="after")
-    def _ordered(self) -> Uniform:
-        return _check_order(self)
+    def _ordered(self) -> Self:
+        if self.low >= self.high:
+            raise ValueError(f"`low` {self.low} must be below `high` {self.high}")
+        return self
 
 
-class IntRange(_Settings):
+class LogUniform(_Range):
+    type: Literal["loguniform"]
+    low: float = Field(gt=0)
+
+
+class Uniform(_Range):
+    type: Literal["uniform"]
+
+
+class IntRange(_Range):
     type: Literal["int"]
     low: int
     high: int
     step: int = Field(default=1, ge=1)
 
-    @model_validator(mode="after")
-    def _ordered(self) -> IntRange:
-        return _check_order(self)
-
 
 class Categorical(_Settings):
     type: Literal["categorical"]
     choices: list[int | float | str | bool] = Field(min_length=1)
-
-
-def _check_order(distribution: Any) -> Any:
-    if distribution.low >= distribution.high:
-        raise ValueError(f"`low` {distribution.low} must be below `high` {distribution.high}")
-    return distribution
 
 
 Distribution = Annotated[LogUniform | Uniform | IntRange | Categorical, Field(discriminator="type")]
