@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,18 +12,28 @@ import torch
 from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers.pytorch_utils import Conv1D
 
 from fwlora.budget import MatrixShape
 
-# Names that papers and run files use for the projections of an encoder layer, and what the families call them.
+# One product for query, key and value, as ModernBERT, GPT-2, GPT-NeoX and Phi-3 have it.
+FUSED_ATTENTION = ("attn.Wqkv", "attn.c_attn", "query_key_value", "qkv_proj")
+# Names that papers and run files use for the projections of an encoder layer, and what the families call them. The
+# first name that a model has counts; names joined by a space are the parts of one role (a gated feed-forward layer).
 PROJECTION_ALIASES: dict[str, tuple[str, ...]] = {
-    "query": ("query", "query_proj", "q_lin", "q_proj", "q"),
-    "key": ("key", "key_proj", "k_lin", "k_proj", "k"),
-    "value": ("value", "value_proj", "v_lin", "v_proj", "v"),
-    "intermediate": ("intermediate.dense", "ffn.lin1", "ffn", "mlp.Wi", "DenseReluDense.wi", "wi", "fc1"),
-    "output": ("output.dense", "ffn.lin2", "ffn_output", "mlp.Wo", "DenseReluDense.wo", "wo", "fc2"),
-}
+    "query": ("query", "query_proj", "q_lin", "q_proj", "q", *FUSED_ATTENTION),
+    "key": ("key", "key_proj", "k_lin", "k_proj", "k", *FUSED_ATTENTION),
+    "value": ("value", "value_proj", "v_lin", "v_proj", "v", *FUSED_ATTENTION),
+    "intermediate": (
+        "intermediate.dense", "ffn.lin1", "ffn", "mlp.Wi", "DenseReluDense.wi", "wi", "wi_0 wi_1", "fc1", "mlp.c_fc",
+        "mlp.gate_proj mlp.up_proj", "gate_up_proj", "dense_h_to_4h", "ff.layer_1",
+    ),
+    "output": (
+        "output.dense", "ffn.lin2", "ffn_output", "mlp.Wo", "DenseReluDense.wo", "wo", "fc2", "mlp.c_proj",
+        "mlp.down_proj", "dense_4h_to_h", "ff.layer_2",
+    ),
+}  # fmt: skip
 ATTENTION_OUTPUT = "attention.output.dense"
 
 
@@ -43,6 +52,7 @@ class AdapterPair:
         B: shape (d_out, r).
         E: AdaLoRA's singular values, shape (r, 1); None for LoRA.
         scaling: s, so that the update is s B diag(E) A with E = 1 for LoRA.
+        adapter_name: PEFT's name of the adapter.
     """
 
     name: str
@@ -51,20 +61,62 @@ class AdapterPair:
     B: nn.Parameter
     E: nn.Parameter | None
     scaling: float
+    adapter_name: str = "default"
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(A', B) with the update equal to s B A': E is folded into A."""
         return (self.A if self.E is None else self.A * self.E), self.B
 
 
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside ``torch.compile`` and data-parallel wrappers."""
+    while True:
+        if isinstance(model, (DistributedDataParallel, DataParallel)):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def adapter_config(model: nn.Module, adapter_name: str) -> Any:
+    """PEFT's configuration of the adapter; None for a model that was adapted without a PeftModel around it."""
+    return (getattr(unwrap(model), "peft_config", None) or {}).get(adapter_name)
+
+
+def find_active_adapter(model: nn.Module) -> str:
+    """The name of the one active adapter.
+
+    Raises:
+        ValueError: there is no adapter, or several are active.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    active = list(dict.fromkeys(name for layer in layers for name in layer.active_adapters))
+    if not layers:
+        raise ValueError(f"`model` ({type(model).__name__}) has no adapter; wrap it with peft.get_peft_model")
+    if len(active) != 1:
+        raise ValueError(f"`adapter_name` is not given and {len(active)} adapters are active {active}; name one")
+    return active[0]
+
+
 def find_adapter_pairs(model: nn.Module, adapter_name: str = "default") -> list[AdapterPair]:
     """Every matrix of ``model`` that carries the adapter, in model order.
 
     Raises:
-        ValueError: the model has no such adapter.
+        ValueError: the model has no such adapter, or one whose update is not s B A of two matrices (DoRA, a
+            convolution).
     """
-    pairs = []
+    model = unwrap(model)
+    pairs: list[AdapterPair] = []
+    unsuitable: list[str] = []
+    present: set[str] = set()
     for path, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            present.update(module.lora_A)
         if not isinstance(module, LoraLayer) or adapter_name not in module.lora_A:
             continue
         layer: Any = module  # PEFT's layers are untyped mixins
@@ -75,12 +127,67 @@ def find_adapter_pairs(model: nn.Module, adapter_name: str = "default") -> list[
             scaling /= float(layer.ranknum[adapter_name]) + 1e-5
         else:
             A, B = A.weight, B.weight
-        pairs.append(AdapterPair(path.removeprefix("base_model.model."), layer, A, B, E, scaling))
-    if not pairs:
+        name = path.replace("_orig_mod.", "").removeprefix("base_model.model.")
+        if A.dim() != 2 or adapter_name in getattr(module, "lora_variant", {}):
+            unsuitable.append(name)
+        pairs.append(AdapterPair(name, layer, A, B, E, scaling, adapter_name))
+    if unsuitable:
         raise ValueError(
-            f"`model` ({type(model).__name__}) has no adapter named {adapter_name!r}; wrap it with peft.get_peft_model"
+            f"{len(unsuitable)} matrices of `model`, the first {unsuitable[0]!r}, carry a variant of LoRA (DoRA, a "
+            "convolution) whose update is not s B A; use plain LoRA on linear layers"
+        )
+    if not pairs:
+        others = f"; it has {', '.join(map(repr, sorted(present)))}" if present else ""
+        raise ValueError(
+            f"`model` ({type(model).__name__}) has no adapter named {adapter_name!r}{others}; "
+            "wrap it with peft.get_peft_model"
         )
     return pairs
+
+
+@torch.no_grad()
+def resize_adapter(pair: AdapterPair, A: Tensor, B: Tensor) -> None:
+    """Gives a LoRA pair new factors, A (r', d_in) and B (d_out, r'), with the same scaling.
+
+    Its parameters stay the same objects, so that an optimiser that holds them goes on; their gradients are forgotten.
+    With r' = 0 the matrix loses its adapter: its layer computes the base alone from then on.
+    """
+    layer: Any = pair.module
+    name, rank = pair.adapter_name, A.shape[0]
+    if name not in layer.lora_A and rank > 0:
+        raise RuntimeError(f"{pair.name!r} has lost its adapter and cannot be given rank {rank}")
+    for parameter, value in ((pair.A, A), (pair.B, B)):
+        parameter.grad = None
+        parameter.data = value.to(parameter).contiguous()
+    if name not in layer.lora_A:
+        return
+    if rank == 0:
+        for container in (layer.lora_A, layer.lora_B, layer.lora_dropout, layer.scaling, layer.r, layer.lora_alpha):
+            del container[name]
+        return
+    layer.lora_A[name].out_features = layer.lora_B[name].in_features = rank
+    layer.lora_alpha[name] *= _alpha_growth(layer, name, rank)
+    layer.r[name] = rank
+
+
+def _alpha_growth(layer: Any, adapter_name: str, rank: int) -> float:
+    """What alpha is multiplied by so that the scaling stays: alpha / r for LoRA, alpha / sqrt(r) for rsLoRA."""
+    alpha, former = layer.lora_alpha[adapter_name], layer.r[adapter_name]
+    by_root = abs(layer.scaling[adapter_name] - alpha / former) > 1e-9 * alpha
+    return (rank / former) ** (0.5 if by_root else 1.0)
+
+
+def record_ranks(model: nn.Module, pairs: Sequence[AdapterPair]) -> None:
+    """Writes the pairs' ranks into the adapter's configuration, so that what is saved can be loaded."""
+    config = adapter_config(model, pairs[0].adapter_name)
+    if config is None:
+        return
+    kept: list[tuple[AdapterPair, Any]] = [(pair, pair.module) for pair in pairs if pair.rank > 0]
+    config.rank_pattern = {pair.name: pair.rank for pair, _ in kept}
+    config.alpha_pattern = {pair.name: layer.lora_alpha[pair.adapter_name] for pair, layer in kept}
+    config.r = max(config.rank_pattern.values())
+    config.lora_alpha = max(config.alpha_pattern.values())
+    config.target_modules = {pair.name for pair, _ in kept}
 
 
 def save_adapter(model: Any, folder: str | Path) -> None:
@@ -144,11 +251,15 @@ def head_module_names(model: nn.Module, missing_keys: Sequence[str] = ()) -> lis
     return names
 
 
-def encoder_parameter_count(model: nn.Module) -> int:
+def encoder_parameter_count(model: Any) -> int:
     """Parameters of the encoder alone: embeddings and layers, no pooler and no head."""
     encoder = getattr(model, getattr(model, "base_model_prefix", ""), model)
-    pooler = {id(p) for name, child in encoder.named_children() if "pooler" in name for p in child.parameters()}
-    return sum(p.numel() for p in encoder.parameters() if id(p) not in pooler)
+    outside = {id(p) for name, child in encoder.named_children() if "pooler" in name for p in child.parameters()}
+    if hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is not None:
+        inputs = model.get_input_embeddings()
+        tied = {id(p) for p in inputs.parameters()} if inputs is not None else set()
+        outside |= {id(p) for p in model.get_output_embeddings().parameters()} - tied
+    return sum(p.numel() for p in encoder.parameters() if id(p) not in outside)
 
 
 def find_target_matrices(model: nn.Module, targets: Sequence[str]) -> list[MatrixShape]:
@@ -170,7 +281,7 @@ def find_target_matrices(model: nn.Module, targets: Sequence[str]) -> list[Matri
         if not matches:
             unmatched.append(target)
     if unmatched:
-        kinds = dict.fromkeys(re.sub(r"(^|\.)\d+\.", r"\1*.", name) for name in available)
+        kinds = dict.fromkeys(shape.kind for shape in available.values())
         raise TargetModuleError(
             f"no weight matrix of {type(model).__name__}'s encoder matches {', '.join(map(repr, unmatched))}; "
             f"it has {', '.join(kinds)}"
@@ -178,13 +289,27 @@ def find_target_matrices(model: nn.Module, targets: Sequence[str]) -> list[Matri
     return [shape for name, shape in available.items() if name in chosen]
 
 
-def _encoder_matrices(model: nn.Module) -> Iterator[tuple[str, MatrixShape]]:
+def present_roles(model: nn.Module) -> list[str]:
+    """The roles of :data:`PROJECTION_ALIASES` that the model has matrices for.
+
+    Raises:
+        TargetModuleError: none of them; the targets have to be named then.
+    """
+    names = [name for name, _ in _encoder_matrices(model)]
+    roles = [role for role in PROJECTION_ALIASES if _match_target(role, names)]
+    if not roles:
+        raise TargetModuleError(f"{type(model).__name__} has no projection of a known name; give `target_modules`")
+    return roles
+
+
+def _encoder_matrices(model: Any) -> Iterator[tuple[str, MatrixShape]]:
     encoder_name = getattr(model, "base_model_prefix", "")
     encoder = getattr(model, encoder_name, None)
     root, prefix = (model, "") if encoder is None else (encoder, f"{encoder_name}.")
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     for path, module in root.named_modules():
         features = matrix_features(module)
-        if features and not any("pooler" in part for part in path.split(".")):
+        if features and module is not head and not any("pooler" in part for part in path.split(".")):
             yield prefix + path, MatrixShape(prefix + path, *features)
 
 
@@ -196,7 +321,7 @@ def _match_target(target: str, names: Sequence[str]) -> list[str]:
 
     direct = ending_in(target) or ending_in(f"{target}.dense")
     for alias in PROJECTION_ALIASES.get(target, ()):
-        direct = direct or ending_in(alias)
+        direct = direct or [name for part in alias.split() for name in ending_in(part)]
     if target.startswith("attention."):
         return direct
     return [name for name in direct if not name.endswith(f".{ATTENTION_OUTPUT}") or target == name]

@@ -7,6 +7,7 @@ most one, and the raised matrices are chosen so that as much of the budget as po
 
 from __future__ import annotations
 
+import heapq
 import math
 import re
 from collections import Counter, defaultdict
@@ -94,6 +95,51 @@ def solve_ranks(matrices: Sequence[MatrixShape], budget: int) -> dict[str, int]:
     for cost, count in _most_costly_counts({c: len(group) for c, group in classes.items()}, remainder).items():
         raised.update(_spread(classes[cost], count))
     return {name: base_rank + (name in raised) for name in names}
+
+
+def reallocate_ranks(
+    matrices: Sequence[MatrixShape], importances: Mapping[str, float], budget: int, caps: Mapping[str, int]
+) -> dict[str, int]:
+    """Ranks whose parameters are shared out in proportion to importance, within a budget.
+
+    Highest averages (D'Hondt): the next unit of rank goes to the matrix with the largest
+    I_m / ((r_m + 1) (d_in + d_out)) among those below their cap that the rest of the budget pays for, ties in the order
+    given; when it ends, no further unit fits. Without caps a matrix ends with about budget x I_m / sum(I) parameters.
+
+    Args:
+        matrices: candidates.
+        importances: I_m >= 0 by name; only proportions count.
+        budget: parameters that the adapters may have together.
+        caps: most units of rank by name.
+
+    Returns:
+        name -> rank, in the order given; 0 where a matrix gets none.
+
+    Raises:
+        BudgetError: the budget pays for no rank, or no importance is above 0.
+    """
+    shares = [importances[matrix.name] for matrix in matrices]
+    if not all(math.isfinite(share) and share >= 0 for share in shares) or not any(shares):
+        raise BudgetError("importances have to be finite, at least 0, and not all of them 0")
+    ranks = {matrix.name: 0 for matrix in matrices}
+    waiting = [
+        (-share / matrix.cost, place) for place, (share, matrix) in enumerate(zip(shares, matrices, strict=True))
+    ]
+    heapq.heapify(waiting)
+    remaining = budget
+    while waiting:
+        _, place = heapq.heappop(waiting)
+        matrix = matrices[place]
+        # What does not fit now never will: the remainder only shrinks.
+        if matrix.cost > remaining or ranks[matrix.name] >= caps[matrix.name]:
+            continue
+        ranks[matrix.name] += 1
+        remaining -= matrix.cost
+        heapq.heappush(waiting, (-shares[place] / (matrix.cost * (ranks[matrix.name] + 1)), place))
+    if not any(ranks.values()):
+        smallest = min(matrix.cost for matrix in matrices)
+        raise BudgetError(f"{budget} parameters do not pay for any rank; the cheapest matrix costs {smallest}")
+    return ranks
 
 
 def adapter_cost(matrices: Sequence[MatrixShape], ranks: Mapping[str, int]) -> int:

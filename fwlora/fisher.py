@@ -2,82 +2,271 @@
 
 For an adapted module with input X (T, d_in) and gradient G (T, d_out) of the loss at its output, the gradient of its
 frozen weight is G^T X. Both pass by during the backward pass; autograd is never asked for the weight's own gradient.
+
+    exact     ||G^T X||_F^2                                         one weight-gradient product per module
+    sketch    ||G^T (X P)||_F^2,  P (d_in, k), E[P P^T] = I         2 k / d of that; unbiased
+    adapter   ||dL/dB||_F^2 d_in / (s^2 ||A||_F^2)                  a norm; biased where A aligns with the gradient
+
+Every estimator sums its product over repeated calls of a module, micro-batches and processes *before* the norm: the
+gradient of a step is one sum, and a mean of norms is another quantity. Processes are averaged, as data-parallel
+training averages gradients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+
+from fwlora.adapters import AdapterPair
 
 
 class GradientRecorder:
-    """Sums G^T X per module over all backward passes until it is read.
+    """Sums one product per adapted matrix while it is measuring; the base of the three estimators.
+
+    Args:
+        pairs: the adapted matrices; norms come in their order.
+
+    Attributes:
+        measuring: whether passing gradients are recorded; hooks stay in place and look here.
+    """
+
+    def __init__(self, pairs: Sequence[AdapterPair]) -> None:
+        self.measuring = False
+        self._pairs = list(pairs)
+        self._products: list[Tensor | None] = [None] * len(pairs)
+        self._handles: list[Any] = self._register()
+
+    def start(self, step: int) -> None:
+        """Records what passes from now on, for optimiser step ``step``."""
+        self.measuring = True
+
+    def take_squared_norms(self, loss_scale: float | Tensor = 1.0) -> Tensor:
+        """The estimate of ||grad W||_F^2 per matrix, shape (matrices,), of everything since :meth:`start`.
+
+        A matrix that no backward pass reached has the gradient 0. With ``torch.distributed`` initialised this is a
+        collective: every process calls it.
+
+        Args:
+            loss_scale: what the loss was multiplied by (a ``GradScaler``'s scale).
+
+        Raises:
+            RuntimeError: no backward pass reached any matrix.
+        """
+        reference = next((product for product in self._products if product is not None), None)
+        if reference is None:
+            raise RuntimeError(
+                "`step` was called before any backward pass reached the adapted modules; call it once between "
+                "loss.backward() and optimizer.step(), on the model that the adapter is active in"
+            )
+        products = [
+            reference.new_zeros(self._shape(pair)) if product is None else product
+            for pair, product in zip(self._pairs, self._products, strict=True)
+        ]
+        self._products = [None] * len(self._pairs)
+        self.measuring = False
+        products = _average_over_processes(products)
+        # One call for all: on a GPU the norms of all matrices are one kernel.
+        norms = torch.stack([norm.to(reference.device) for norm in torch._foreach_norm(products)])
+        return self._rescale((norms / loss_scale).square())
+
+    def close(self) -> None:
+        """Removes the hooks; the modules are as before."""
+        self.measuring = False
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._products = [None] * len(self._pairs)
+
+    def _add(self, index: int, product: Tensor) -> None:
+        """Adds to the sum of one matrix; takes ownership of ``product``."""
+        product = product.to(torch.promote_types(product.dtype, torch.float32))
+        previous = self._products[index]
+        self._products[index] = product if previous is None else previous.add_(product)
+
+    def _register(self) -> list[Any]:
+        raise NotImplementedError
+
+    def _shape(self, pair: AdapterPair) -> tuple[int, int]:
+        raise NotImplementedError
+
+    def _rescale(self, squared_norms: Tensor) -> Tensor:
+        return squared_norms
+
+
+class ExactRecorder(GradientRecorder):
+    """||G^T X||_F^2: the reference. Holds every module's input until its backward pass.
 
     G is taken at the output of the adapted module: at the base layer alone, autograd computes no gradient where the
     input needs none, which would miss the first layer's projections. Under gradient checkpointing the first,
     gradient-free forward is passed over.
     """
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._products: list[Tensor | None] = [None] * len(modules)
-        self._handles = [module.register_forward_hook(self._make_hook(index)) for index, module in enumerate(modules)]
-
     def observe(self, index: int, inputs: Tensor, output_gradient: Tensor) -> None:
         """Adds one pass of module ``index``: X (..., d_in) and G (..., d_out).
 
         The entry for paths that bypass module hooks (a fused adapter layer): they call this themselves.
         """
-        dtype = torch.promote_types(output_gradient.dtype, torch.float32)
-        X = inputs.detach().flatten(0, -2).to(dtype)
-        G = output_gradient.detach().flatten(0, -2).to(dtype)
-        with torch.autocast(X.device.type, enabled=False):
-            product = G.T @ X
-        previous = self._products[index]
-        self._products[index] = product if previous is None else previous.add_(product)
+        self._accumulate(index, self._compress_input(inputs), output_gradient)
 
-    def take_squared_norms(self) -> Tensor:
-        """||sum of G^T X||_F^2 per module, shape (modules,), and forgets the sums.
+    def _register(self) -> list[Any]:
+        return [pair.module.register_forward_hook(self._make_hook(index)) for index, pair in enumerate(self._pairs)]
 
-        Raises:
-            RuntimeError: some module saw no backward pass since the last call.
-        """
-        missing = sum(product is None for product in self._products)
-        if missing:
-            raise RuntimeError(
-                f"{missing} of {len(self._products)} adapted modules saw no backward pass since the last step(); "
-                "call it once after loss.backward() and before optimizer.step()"
-            )
-        norms = torch.stack([product.square().sum() for product in self._products if product is not None])
-        self._products = [None] * len(self._products)
-        return norms
-
-    def close(self) -> None:
-        """Removes the hooks; the modules are as before."""
-        for handle in self._handles:
-            handle.remove()
-        self._products = [None] * len(self._products)
-
-    def _make_hook(self, index: int) -> Any:
-        def record_forward(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            if not (module.training and torch.is_grad_enabled() and output.requires_grad):
+    def _make_hook(self, index: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        # Kept out of torch.compile's graphs: a compiled graph sees the flag alone, so steps that do not measure run
+        # without a break.
+        @torch.compiler.disable
+        def watch(module: nn.Module, inputs: Tensor, output: Tensor) -> None:
+            # A deep copy of the model shares this hook and is none of our business.
+            if module is not self._pairs[index].module or not (torch.is_grad_enabled() and output.requires_grad):
                 return
-            inputs = args[0]
-            output.register_hook(lambda gradient: self.observe(index, inputs, gradient))
+            compressed = self._compress_input(inputs)
+            output.register_hook(lambda gradient: self._accumulate(index, compressed, gradient))
+
+        def record_forward(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            if self.measuring:
+                watch(module, args[0], output)
 
         return record_forward
 
+    def _compress_input(self, inputs: Tensor) -> Tensor:
+        return self._compress(inputs.detach().flatten(0, -2))
+
+    def _compress(self, X: Tensor) -> Tensor:
+        """What to keep of X (T, d_in) until its gradient comes: shape (T, anything)."""
+        return X
+
+    def _accumulate(self, index: int, compressed: Tensor, output_gradient: Tensor) -> None:
+        if not self.measuring:
+            return
+        G = output_gradient.detach().flatten(0, -2)
+        dtype = self._product_dtype(torch.promote_types(G.dtype, compressed.dtype))
+        with torch.autocast(G.device.type, enabled=False):
+            # Transposed: on a CPU a thin result is had three times as fast by its rows as by its columns.
+            self._add(index, compressed.to(dtype).T @ G.to(dtype))
+
+    def _product_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.promote_types(dtype, torch.float32)
+
+    def _shape(self, pair: AdapterPair) -> tuple[int, int]:
+        return pair.A.shape[1], pair.B.shape[0]
+
+
+class SketchRecorder(ExactRecorder):
+    r"""||G^T (X P)||_F^2 with P = S / sqrt(k), S (d_in, k) of random signs: unbiased, because E[P P^T] = I.
+
+    With M = G^T X the variance is (2 / k) (||M^T M||_F^2 - sum_i (M^T M)_ii^2) (Hutchinson's estimator with Rademacher
+    entries); Gaussian entries would lose the second term and vary more. S is drawn once per measured step and width,
+    from (seed, step, d_in) alone: the same on all processes and after a resume, and no other stream is touched. Only
+    X S (T, k) is kept from forward to backward.
+
+    Args:
+        size: k.
+        seed: of all draws.
+    """
+
+    def __init__(self, pairs: Sequence[AdapterPair], size: int, seed: int = 0) -> None:
+        self.size, self.seed = size, seed
+        self._step = 0
+        self._signs: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
+        # Query, key and value read one tensor: its sketch is taken once.
+        self._latest: tuple[weakref.ref[Tensor], int, Tensor] | None = None
+        super().__init__(pairs)
+
+    def start(self, step: int) -> None:
+        super().start(step)
+        self._step = step
+
+    def take_squared_norms(self, loss_scale: float | Tensor = 1.0) -> Tensor:
+        self._signs.clear()
+        self._latest = None
+        return super().take_squared_norms(loss_scale)
+
+    @torch.no_grad()
+    def _compress_input(self, inputs: Tensor) -> Tensor:
+        version = inputs._version
+        if self._latest is not None and self._latest[0]() is inputs and self._latest[1] == version:
+            return self._latest[2]
+        compressed = super()._compress_input(inputs)
+        self._latest = (weakref.ref(inputs), version, compressed)
+        return compressed
+
+    def _compress(self, X: Tensor) -> Tensor:
+        return X @ self._draw_signs(X.shape[-1], X.device, X.dtype)
+
+    def _draw_signs(self, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """S for one input width, entries -1 and 1: exact in every floating-point type."""
+        key = (width, device, dtype)
+        if key not in self._signs:
+            digest = hashlib.blake2b(f"{self.seed}:{self._step}:{width}".encode(), digest_size=4).digest()
+            generator = torch.Generator(device).manual_seed(int.from_bytes(digest, "big"))
+            bits = torch.randint(0, 2, (width, self.size), generator=generator, device=device, dtype=torch.int8)
+            self._signs[key] = bits.to(dtype).mul_(2).sub_(1)
+        return self._signs[key]
+
+    def _product_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        # bfloat16 has float32's range and fast products, and its rounding drowns in the sketch's variance; float16
+        # would overflow in the sum.
+        return torch.float32 if dtype == torch.float16 else dtype
+
+    def _shape(self, pair: AdapterPair) -> tuple[int, int]:
+        return self.size, pair.B.shape[0]
+
+    def _rescale(self, squared_norms: Tensor) -> Tensor:
+        return squared_norms / self.size
+
+
+class AdapterRecorder(GradientRecorder):
+    """||dL/dB||_F^2 d_in / (s^2 ||A||_F^2), from the gradient that the adapter gets anyway.
+
+    dL/dB = s grad W A^T, so this is ||grad W||_F^2 if A points nowhere in particular, as it does at the start. Recorded
+    at B as each backward pass adds to it, so that a loop which clips before ``step`` measures unclipped gradients.
+    """
+
+    def __init__(self, pairs: Sequence[AdapterPair]) -> None:
+        super().__init__(pairs)
+        factors = [pair.A.shape[1] / pair.scaling**2 for pair in pairs]
+        self._factors = torch.tensor(factors, device=pairs[0].A.device, dtype=torch.float64)
+
+    def _register(self) -> list[Any]:
+        return [pair.B.register_hook(self._make_hook(index)) for index, pair in enumerate(self._pairs)]
+
+    def _make_hook(self, index: int) -> Callable[[Tensor], None]:
+        def record(gradient: Tensor) -> None:
+            if self.measuring:
+                self._add(index, gradient.detach().clone())
+
+        return record
+
+    def _shape(self, pair: AdapterPair) -> tuple[int, int]:
+        return pair.B.shape[0], pair.B.shape[1]
+
+    def _rescale(self, squared_norms: Tensor) -> Tensor:
+        norms = torch._foreach_norm([pair.A.detach() for pair in self._pairs])
+        norms_A = torch.stack([norm.to(squared_norms) for norm in norms])
+        return squared_norms * self._factors.to(squared_norms) / norms_A.square()
+
 
 class FisherAccumulator:
-    """F_m <- beta F_m + (1 - beta) ||grad W_m||_F^2, one update per optimiser step.
+    """F_m <- beta^n F_m + (1 - beta^n) ||grad W_m||_F^2, one update per measured step, n steps apart.
+
+    A step with a gradient that is not finite is skipped and counted, never averaged in. Nothing here waits for the
+    device.
 
     Args:
         count: matrices.
-        decay: beta in [0, 1).
+        decay: beta^n in [0, 1).
         device: where F lives; updates cause no transfer.
         dtype: of F.
+
+    Attributes:
+        values: F, shape (matrices,).
+        measured, skipped: scalar tensors, steps that were averaged in and steps that were not.
 
     Raises:
         ValueError: ``decay`` outside [0, 1).
@@ -89,10 +278,25 @@ class FisherAccumulator:
         if not 0 <= decay < 1:
             raise ValueError(f"`decay` is {decay}; an averaging factor is at least 0 and below 1")
         self.decay = decay
-        self.steps = 0
         self.values = torch.zeros(count, device=device, dtype=dtype)
+        self.measured = torch.zeros((), device=device, dtype=torch.int64)
+        self.skipped = torch.zeros((), device=device, dtype=torch.int64)
 
     def update(self, squared_norms: Tensor) -> None:
         """Takes one step's squared gradient norms, shape (matrices,)."""
-        self.values.lerp_(squared_norms.to(self.values), 1 - self.decay)
-        self.steps += 1
+        norms = squared_norms.to(self.values)
+        finite = torch.isfinite(norms).all()
+        self.values = torch.where(finite, torch.lerp(self.values, norms, 1 - self.decay), self.values)
+        self.measured += finite
+        self.skipped += ~finite
+
+
+def _average_over_processes(products: list[Tensor]) -> list[Tensor]:
+    """The mean over processes of every product, in one collective; the products themselves without processes."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return products
+    flat = torch.cat([product.flatten() for product in products])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    parts = flat.split([product.numel() for product in products])
+    return [part.view_as(product) for part, product in zip(parts, products, strict=True)]

@@ -16,10 +16,12 @@ from typing import Any, Protocol, cast
 
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from peft.tuners.adalora import AdaLoraModel
 from torch import Tensor, nn
 
 from fwlora.adapters import AdapterPair, delta_norms, find_adapter_pairs, stores_transposed
 from fwlora.budget import MatrixShape
+from fwlora.config import lora_fields
 from fwlora.regularizer import FisherWeightedLora
 
 
@@ -39,7 +41,7 @@ class Method(Protocol):
     def regularisation(self) -> Tensor | None:
         """A differentiable term to add to this step's loss, once per optimiser step; None where there is none."""
 
-    def after_backward(self) -> None:
+    def after_backward(self, optimizer: torch.optim.Optimizer) -> None:
         """Between ``backward()`` and clipping."""
 
     def after_step(self, step: int) -> None:
@@ -63,7 +65,7 @@ class PlainLora:
     def regularisation(self) -> Tensor | None:
         return None
 
-    def after_backward(self) -> None:
+    def after_backward(self, optimizer: torch.optim.Optimizer) -> None:
         return
 
     def after_step(self, step: int) -> None:
@@ -75,7 +77,7 @@ class PlainLora:
     def module_table(self) -> Mapping[str, list[Any]]:
         return {
             "names": [pair.name for pair in self.pairs],
-            "ranks": [pair.A.shape[0] for pair in self.pairs],
+            "ranks": [pair.rank for pair in self.pairs],
             "importances": [None] * len(self.pairs),
             "delta_norms": delta_norms(self.pairs).tolist() if self.pairs else [],
         }
@@ -92,8 +94,8 @@ class FwLora(PlainLora):
     def in_warmup(self) -> bool:  # type: ignore[override]
         return self.fisher_weighted.in_warmup
 
-    def after_backward(self) -> None:
-        self.fisher_weighted.step()
+    def after_backward(self, optimizer: torch.optim.Optimizer) -> None:
+        self.fisher_weighted.step(optimizer)
 
     def step_values(self) -> Mapping[str, Tensor | float]:
         return {"penalty": self.fisher_weighted.last_penalty}
@@ -188,7 +190,7 @@ class AdaLora:
         self._orthogonal = term.detach()
         return term
 
-    def after_backward(self) -> None:
+    def after_backward(self, optimizer: torch.optim.Optimizer) -> None:
         return
 
     @torch.no_grad()
@@ -257,9 +259,20 @@ class AdaLora:
         return score(key_E).view(-1) + of_A + of_B
 
 
+def keep_orthogonal_term_out_of_evaluation(tuner: AdaLoraModel) -> None:
+    """From now on a model in eval mode returns the task's loss alone; PEFT adds its orthogonality term there too."""
+    forward = tuner.forward
+
+    def forward_of_mode(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs) if tuner.training else tuner.model.forward(*args, **kwargs)
+
+    if "forward" not in vars(tuner):
+        tuner.forward = forward_of_mode  # type: ignore[method-assign]
+
+
 def attach_lora(
     model: nn.Module,
-    ranks: Mapping[str, int],
+    ranks: dict[str, int],
     *,
     scaling: float,
     dropout: float,
@@ -272,14 +285,9 @@ def attach_lora(
         ranks: matrix name -> rank; rank 0 is left out.
         head_modules: trained in full and saved with the adapter.
     """
-    used = {name: rank for name, rank in ranks.items() if rank > 0}
     config = LoraConfig(
-        r=max(used.values()),
-        lora_alpha=scaling * max(used.values()),  # type: ignore[arg-type]
-        rank_pattern=used,
-        alpha_pattern={name: scaling * rank for name, rank in used.items()},
-        target_modules=list(used),
-        fan_in_fan_out=stores_transposed(model, list(used)),
+        **lora_fields(ranks, scaling),
+        fan_in_fan_out=stores_transposed(model, [name for name, rank in ranks.items() if rank > 0]),
         lora_dropout=dropout,
         modules_to_save=list(head_modules) or None,
         task_type=task_type,

@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import math
+import weakref
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from fwlora.adapters import AdapterPair, delta_norms, find_adapter_pairs
-from fwlora.fisher import FisherAccumulator, GradientRecorder
-from fwlora.importance import NORMALISATIONS, Normalisation, normalise_importance
-from fwlora.shrinkage import shrinkage_gradients, shrinkage_penalty
+from fwlora.adapters import (
+    AdapterPair,
+    adapter_config,
+    delta_norms,
+    find_active_adapter,
+    find_adapter_pairs,
+    record_ranks,
+    resize_adapter,
+    unwrap,
+)
+from fwlora.budget import MatrixShape, adapter_cost, reallocate_ranks
+from fwlora.config import FisherWeighting, FwLoraConfig
+from fwlora.fisher import AdapterRecorder, ExactRecorder, FisherAccumulator, GradientRecorder, SketchRecorder
+from fwlora.importance import normalise_importance
+from fwlora.reallocation import resize_factors
+from fwlora.shrinkage import BatchedShrinkage, shrinkage_penalty
+
+# Which adapters are held, by the layer of their first matrix: a second holder would add the term twice.
+_HOLDERS: weakref.WeakKeyDictionary[nn.Module, dict[str, weakref.ref[FisherWeightedLora]]] = weakref.WeakKeyDictionary()
+STATE_FORMAT = 1
+
+
+class UnmeasuredError(RuntimeError):
+    """The warm-up ended without a gradient from which importances could be had."""
 
 
 class FisherWeightedLora:
@@ -18,80 +43,134 @@ class FisherWeightedLora:
 
     .. math:: L = L_{task} + \lambda \sum_m (1 - I_m) \lVert \Delta W_m \rVert_F^2
 
-    Usage: ``loss.backward(); fw.step(); optimizer.step()``. The first ``warmup_steps`` calls accumulate
-    F_m <- beta F_m + (1 - beta) ||grad W_m||_F^2 and leave the gradients alone; the last of them freezes
-    I_m = F_m / sum F. Every later call adds the shrinkage term's gradient to the adapters' gradients, which equals
-    having added the term to the loss of that step. Call it once per optimiser step, after the last ``backward()`` of a
-    gradient accumulation, on unscaled gradients and before clipping, so that clipping sees the whole gradient.
+    Usage: ``loss.backward(); fw.step(); optimizer.step()``. The first ``warmup_steps`` calls measure
+    F_m <- beta F_m + (1 - beta) ||grad W_m||_F^2 (at every ``fisher_every``-th, with beta^n) and leave the gradients
+    alone; the last of them freezes I_m = F_m / sum F. Every later call adds the shrinkage term's gradient to the
+    adapters' gradients, which equals having added the term to the loss of that step.
 
-    The measured gradients are those of the loss as it was back-propagated: with gradient accumulation, sums over
-    micro-batches are formed before the norm, so a loss that is averaged properly gives the value of the joint batch.
+    Where the term enters: call ``step`` once per optimiser step, after the last ``backward()`` of a gradient
+    accumulation, after ``scaler.unscale_(optimizer)`` (or with ``loss_scale``) and before clipping, so that clipping
+    sees the whole gradient. Nothing stands in ``forward``: evaluation losses are the task's alone. A step never waits
+    for the device; the one that freezes does, once.
+
+    The measured gradients are those of the loss as it was back-propagated: micro-batches, repeated calls of a module
+    and the processes of ``torch.distributed`` (where initialised; averaged, as data-parallel training does) are summed
+    before the norm, so a loss that is averaged properly gives the value of the joint batch.
 
     Args:
-        model: a PEFT model with LoRA adapters.
-        strength: lambda >= 0.
-        warmup_steps: optimiser steps of measuring, >= 1.
-        decay: beta in [0, 1).
-        normalisation: how F becomes I, see :func:`fwlora.importance.normalise_importance`.
-        adapter_name: which adapter.
+        model: a PEFT model with LoRA adapters, also inside ``DistributedDataParallel`` or ``torch.compile``.
+        options: what to measure and do; None for those of the model's :class:`fwlora.FwLoraConfig`, or the defaults.
+        adapter_name: which adapter; None for the active one.
+
+    Attributes:
+        pairs: the adapted matrices, in model order; after a reallocation some may have rank 0.
+        steps: calls of :meth:`step` so far.
+        last_penalty: the term's value at the latest step, a scalar tensor on the device; 0 during the warm-up.
 
     Raises:
-        ValueError: no such adapter, or an argument outside its range.
+        ValueError: no such adapter, one that is frozen, held by another object or a variant of LoRA; an unsolved
+            ``budget_percent``; options outside their range, or ``reallocate`` under several processes.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        *,
-        strength: float = 1e-4,
-        warmup_steps: int = 500,
-        decay: float = 0.98,
-        normalisation: Normalisation = "sum",
-        adapter_name: str = "default",
+        self, model: nn.Module, options: FisherWeighting | None = None, *, adapter_name: str | None = None
     ) -> None:
-        if not strength >= 0:
-            raise ValueError(f"`strength` is {strength}; lambda must be at least 0")
-        if warmup_steps < 1:
-            raise ValueError(f"`warmup_steps` is {warmup_steps}; importances need at least one step of measuring")
-        if normalisation not in NORMALISATIONS:
-            raise ValueError(f"`normalisation` is {normalisation!r}; choose one of {', '.join(NORMALISATIONS)}")
+        adapter_name = find_active_adapter(model) if adapter_name is None else adapter_name
         self.pairs: list[AdapterPair] = find_adapter_pairs(model, adapter_name)
-        self.strength = strength
-        self.warmup_steps = warmup_steps
-        self.normalisation: Normalisation = normalisation
+        config = adapter_config(model, adapter_name)
+        if isinstance(config, FwLoraConfig) and config.budget_percent is not None and not config.rank_pattern:
+            raise ValueError(
+                f"`budget_percent` is {config.budget_percent}, but its ranks were never solved: build the config with "
+                "FwLoraConfig.for_model(base, budget_percent=...) before get_peft_model"
+            )
+        if options is None:
+            options = config if isinstance(config, FwLoraConfig) else FisherWeighting()
+        options.check()
+        self.options: FisherWeighting = options.fisher_weighting()
+        if not any(pair.B.requires_grad for pair in self.pairs):
+            raise ValueError(
+                f"adapter {adapter_name!r} of `model` is frozen; load it with is_trainable=True, or activate it with "
+                f"model.set_adapter({adapter_name!r})"
+            )
+        if self.options.allocation == "reallocate" and _process_count() > 1:
+            raise ValueError(
+                "`allocation` is 'reallocate' with several processes, but data-parallel training fixes the parameters' "
+                "shapes when it wraps the model; use allocation='shrink'"
+            )
+        self._closed = False
+        self._model = weakref.ref(unwrap(model))
+        self._initial_ranks = [pair.rank for pair in self.pairs]
         device, dtype = self.pairs[0].A.device, torch.promote_types(self.pairs[0].A.dtype, torch.float32)
+        decay = self.options.decay**self.options.fisher_every
         self.fisher = FisherAccumulator(len(self.pairs), decay, device, dtype)
-        self.recorder: GradientRecorder | None = GradientRecorder([pair.module for pair in self.pairs])
+        self.steps = 0
         self.last_penalty: Tensor = torch.zeros((), device=device, dtype=dtype)
         self._importance: Tensor | None = None
-        self._groups = self._group_by_shape()
-        self._coefficients: dict[tuple[torch.Size, torch.Size], Tensor] = {}
+        self._shrinkage: BatchedShrinkage | None = None
+        self._hold(adapter_name)
+        self.recorder: GradientRecorder | None = self._make_recorder()
+        self._finalizer = weakref.finalize(self, GradientRecorder.close, self.recorder)
+        self.recorder.start(1)
 
     @property
     def in_warmup(self) -> bool:
-        """Whether the next :meth:`step` measures."""
+        """Whether the next :meth:`step` belongs to the warm-up."""
         return self._importance is None
 
-    @torch.no_grad()
-    def step(self) -> None:
+    def step(self, optimizer: torch.optim.Optimizer | None = None, *, loss_scale: float | Tensor = 1.0) -> None:
         """Once between ``backward()`` and ``optimizer.step()``: measure, or add the shrinkage gradient.
 
+        Args:
+            optimizer: needed where ranks are reallocated, and only then: the state of a parameter whose shape changes
+                is dropped (it starts anew, with its own step count), all other state is carried.
+            loss_scale: what the loss was multiplied by, where the gradients have not been unscaled.
+
         Raises:
-            RuntimeError: called before any backward pass.
+            RuntimeError: called before any backward pass, or after :meth:`close`.
+            UnmeasuredError: the warm-up ended without any finite gradient.
+            ValueError: ranks are to be reallocated and ``optimizer`` is missing.
         """
-        if self.recorder is not None:
-            self.fisher.update(self.recorder.take_squared_norms())
-            if self.fisher.steps == self.warmup_steps:
-                self._freeze()
+        if self._closed:
+            raise RuntimeError("`step` was called after close(); build a new FisherWeightedLora")
+        if not self.in_warmup:
+            self._require_gradients()
+            self.shrink(loss_scale)
             return
-        self.last_penalty = self._add_shrinkage_gradients()
+        if optimizer is None and self.options.allocation == "reallocate":
+            raise ValueError("`optimizer` is missing: with allocation='reallocate' call step(optimizer)")
+        if self.recorder is not None and self.recorder.measuring:
+            self.fisher.update(self.recorder.take_squared_norms(loss_scale))
+        else:
+            self._require_gradients()
+        self.steps += 1
+        if self.steps == self.options.warmup_steps:
+            self._freeze(optimizer)
+        elif self.recorder is not None and self.steps % self.options.fisher_every == 0:
+            self.recorder.start(self.steps + 1)
+
+    @torch.no_grad()
+    def shrink(self, loss_scale: float | Tensor = 1.0) -> None:
+        """Adds the shrinkage gradient, times ``loss_scale``, to the adapters' gradients, existing or not.
+
+        What :meth:`step` does after the warm-up, for loops that clip between ``backward()`` and the place where
+        ``step`` could be called: there, call this before the step's first ``backward()``.
+
+        Raises:
+            RuntimeError: still in the warm-up.
+        """
+        if self.in_warmup:
+            raise RuntimeError(f"`shrink` has no importances before step {self.options.warmup_steps}; call `step`")
+        self.steps += 1
+        if self._shrinkage is not None:
+            self.last_penalty = self._shrinkage.add_gradients(loss_scale)
 
     def penalty(self) -> Tensor:
-        """The differentiable term lambda sum_m (1 - I_m) ||dW_m||_F^2; 0 during the warm-up."""
+        """The differentiable term lambda sum_m (1 - I_m) ||dW_m||_F^2, a scalar; 0 during the warm-up."""
         if self._importance is None:
             return torch.zeros_like(self.last_penalty)
         factors = [pair.factors() for pair in self.pairs]
-        return shrinkage_penalty(factors, [pair.scaling for pair in self.pairs], 1 - self._importance, self.strength)
+        scalings = [pair.scaling for pair in self.pairs]
+        return shrinkage_penalty(factors, scalings, 1 - self._importance, self.options.strength)
 
     def importance(self) -> dict[str, float]:
         """Frozen I_m by module name.
@@ -100,47 +179,200 @@ class FisherWeightedLora:
             RuntimeError: still in the warm-up.
         """
         if self._importance is None:
-            raise RuntimeError(
-                f"importances are frozen after {self.warmup_steps} steps; {self.fisher.steps} have been measured"
-            )
-        return dict(zip([pair.name for pair in self.pairs], self._importance.tolist(), strict=True))
+            raise RuntimeError(f"importances are frozen after {self.options.warmup_steps} steps; {self.steps} are done")
+        return self._by_name(self._importance)
 
     def norms(self) -> dict[str, float]:
         """||dW_m||_F by module name."""
-        return dict(zip([pair.name for pair in self.pairs], delta_norms(self.pairs).tolist(), strict=True))
+        return self._by_name(delta_norms(self.pairs))
 
-    def _freeze(self) -> None:
-        self._importance = normalise_importance(self.fisher.values, self.normalisation)
+    def skipped_steps(self) -> int:
+        """Measured steps whose gradients were not finite and did not enter F. Waits for the device."""
+        return int(self.fisher.skipped)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resume needs beside the model's and the optimiser's state, taken between two optimiser steps.
+
+        Lists, numbers and names only, so that JSON and ``torch.load(weights_only=True)`` both carry it exactly.
+        """
+        return {
+            "format": STATE_FORMAT,
+            "options": asdict(self.options),
+            "names": [pair.name for pair in self.pairs],
+            "shapes": [[pair.B.shape[0], pair.A.shape[1]] for pair in self.pairs],
+            "initial_ranks": list(self._initial_ranks),
+            "ranks": [pair.rank for pair in self.pairs],
+            "steps": self.steps,
+            "fisher": self.fisher.values.tolist(),
+            "measured": int(self.fisher.measured),
+            "skipped": int(self.fisher.skipped),
+            "importance": None if self._importance is None else self._importance.tolist(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues where :meth:`state_dict` was taken, inside the warm-up or after it.
+
+        A model built with the initial ranks is given the reallocated ones; load its weights, then the optimiser's
+        state, after this call. A model built from a checkpoint that holds the reallocated ranks fits as it is.
+
+        Raises:
+            ValueError: a state of another model, of other options (``strength`` may change), or not a state at all.
+        """
+        kept = self._check_state(state)
+        restored = [state["ranks"][place] for place in kept]
+        if restored != [pair.rank for pair in self.pairs]:
+            for pair, rank in zip(self.pairs, restored, strict=True):
+                resize_adapter(pair, pair.A.new_zeros(rank, pair.A.shape[1]), pair.B.new_zeros(pair.B.shape[0], rank))
+            self._record_ranks()
+        self._initial_ranks = [state["initial_ranks"][place] for place in kept]
+        self.steps = state["steps"]
+        fisher = self.fisher
+        fisher.values = fisher.values.new_tensor([state["fisher"][place] for place in kept])
+        fisher.measured.fill_(state["measured"])
+        fisher.skipped.fill_(state["skipped"])
+        if self.recorder is not None:
+            self.recorder.close()
+        self._finalizer.detach()
+        self.recorder = None
+        if state["importance"] is not None:
+            importance = fisher.values.new_tensor([state["importance"][place] for place in kept])
+            self._start_shrinking(importance)
+            return
+        self._importance = self._shrinkage = None
+        self.recorder = self._make_recorder()
+        self._finalizer = weakref.finalize(self, GradientRecorder.close, self.recorder)
+        if self.steps % self.options.fisher_every == 0:
+            self.recorder.start(self.steps + 1)
+
+    def close(self) -> None:
+        """Removes every hook and lets go of the model: another object may be attached to it."""
+        if self.recorder is not None:
+            self.recorder.close()
+        self.recorder, self._closed = None, True
+        _HOLDERS.get(self.pairs[0].module, {}).pop(self.pairs[0].adapter_name, None)
+
+    def _hold(self, adapter_name: str) -> None:
+        holders = _HOLDERS.setdefault(self.pairs[0].module, {})
+        held = holders.get(adapter_name)
+        if held is not None and held() is not None:
+            raise ValueError(
+                f"adapter {adapter_name!r} of `model` already has a FisherWeightedLora, and a second would add its "
+                "gradient again; use that one, or call its close() first"
+            )
+        holders[adapter_name] = weakref.ref(self)
+
+    def _make_recorder(self) -> GradientRecorder:
+        if self.options.estimator == "exact":
+            return ExactRecorder(self.pairs)
+        if self.options.estimator == "adapter":
+            return AdapterRecorder(self.pairs)
+        return SketchRecorder(self.pairs, self.options.sketch_size, self.options.seed)
+
+    def _require_gradients(self) -> None:
+        if all(pair.A.grad is None and pair.B.grad is None for pair in self.pairs):
+            raise RuntimeError(
+                "`step` was called before any backward pass: no adapter has a gradient; call it once between "
+                f"loss.backward() and optimizer.step(), with adapter {self.pairs[0].adapter_name!r} active"
+            )
+
+    def _freeze(self, optimizer: torch.optim.Optimizer | None) -> None:
+        if not int(self.fisher.measured):
+            raise UnmeasuredError(
+                f"none of {int(self.fisher.skipped)} measured steps had finite gradients; lower the learning rate, or "
+                "look for the cause with torch.autograd.set_detect_anomaly(True)"
+            )
+        try:
+            importance = normalise_importance(self.fisher.values, self.options.importance)
+        except ValueError as error:
+            raise UnmeasuredError(f"importances cannot be frozen at step {self.steps}: {error}") from None
         if self.recorder is not None:
             self.recorder.close()
             self.recorder = None
-        for shape, indices in self._groups.items():
-            weights = 1 - self._importance[indices]
-            scalings = weights.new_tensor([self.pairs[index].scaling for index in indices])
-            self._coefficients[shape] = self.strength * weights * scalings.square()
+        if self.options.allocation == "reallocate":
+            assert optimizer is not None
+            self._reallocate(optimizer)
+        self._start_shrinking(importance)
 
-    def _group_by_shape(self) -> dict[tuple[torch.Size, torch.Size], list[int]]:
-        groups: dict[tuple[torch.Size, torch.Size], list[int]] = defaultdict(list)
-        for index, pair in enumerate(self.pairs):
-            groups[pair.A.shape, pair.B.shape].append(index)
-        return dict(groups)
+    def _reallocate(self, optimizer: torch.optim.Optimizer) -> None:
+        matrices = [MatrixShape(pair.name, pair.A.shape[1], pair.B.shape[0]) for pair in self.pairs]
+        former = {pair.name: pair.rank for pair in self.pairs}
+        caps = {
+            pair.name: min(math.ceil(self.options.max_rank_factor * pair.rank), pair.A.shape[1], pair.B.shape[0])
+            for pair in self.pairs
+        }
+        # F and not I: uniform shrinkage has no importances, but its ranks can still follow the measurement.
+        shares = self._by_name(self.fisher.values)
+        ranks = reallocate_ranks(matrices, shares, adapter_cost(matrices, former), caps)
+        generator = torch.Generator().manual_seed(self.options.seed)
+        for pair in self.pairs:
+            if ranks[pair.name] == pair.rank:
+                continue
+            resize_adapter(pair, *resize_factors(pair.A, pair.B, ranks[pair.name], generator))
+            for parameter in (pair.A, pair.B):
+                optimizer.state.pop(parameter, None)
+        self._record_ranks()
 
-    def _add_shrinkage_gradients(self) -> Tensor:
-        value = torch.zeros_like(self.last_penalty)
-        for shape, indices in self._groups.items():
-            A = torch.stack([self.pairs[index].A for index in indices])
-            B = torch.stack([self.pairs[index].B for index in indices])
-            coefficients = self._coefficients[shape].to(A.dtype)
-            gradient_A, gradient_B, group_value = shrinkage_gradients(A, B, coefficients)
-            value += group_value
-            for index, for_A, for_B in zip(indices, gradient_A, gradient_B, strict=True):
-                _add_gradient(self.pairs[index].A, for_A)
-                _add_gradient(self.pairs[index].B, for_B)
-        return value
+    def _record_ranks(self) -> None:
+        model = self._model()
+        if model is not None:
+            record_ranks(model, self.pairs)
+
+    def _start_shrinking(self, importance: Tensor) -> None:
+        self._importance = importance
+        self._shrinkage = None
+        chosen = [index for index, pair in enumerate(self.pairs) if pair.rank > 0]
+        if self.options.strength > 0 and chosen:
+            scalings = importance.new_tensor([self.pairs[index].scaling for index in chosen])
+            coefficients = self.options.strength * (1 - importance[chosen]) * scalings.square()
+            self._shrinkage = BatchedShrinkage([(self.pairs[i].A, self.pairs[i].B) for i in chosen], coefficients)
+
+    def _by_name(self, values: Tensor) -> dict[str, float]:
+        return dict(zip([pair.name for pair in self.pairs], values.tolist(), strict=True))
+
+    def _check_state(self, state: Mapping[str, Any]) -> list[int]:
+        """Places in the state's lists of this object's matrices, in its order."""
+        missing = sorted(
+            {"options", "names", "shapes", "initial_ranks", "ranks", "steps", "fisher", "measured", "skipped"}
+            - state.keys()
+        )
+        if missing or state.get("format") != STATE_FORMAT:
+            raise ValueError(
+                f"`state` is not a state of FisherWeightedLora in format {STATE_FORMAT} (missing: {missing}); pass "
+                "what state_dict() returned"
+            )
+        own, given = asdict(self.options), dict(state["options"])
+        differing = [name for name in own if name != "strength" and own[name] != given.get(name)]
+        if differing:
+            told = ", ".join(f"{name} {given.get(name)!r} instead of {own[name]!r}" for name in differing)
+            raise ValueError(f"`state` was taken with other options: {told}; build the object with the state's options")
+        here = [(pair.name, [pair.B.shape[0], pair.A.shape[1]]) for pair in self.pairs]
+        ranks_here = [pair.rank for pair in self.pairs]
+        all_places = list(range(len(state["names"])))
+        for places in (all_places, [place for place in all_places if state["ranks"][place] > 0]):
+            there = [(state["names"][place], list(state["shapes"][place])) for place in places]
+            fitting = ([state[kind][place] for place in places] for kind in ("ranks", "initial_ranks"))
+            if there == here and ranks_here in fitting:
+                return places
+        raise ValueError(
+            f"`state` belongs to another model: {_first_difference(state, self.pairs)}; load it into the model it was "
+            "taken from, with the same target modules and ranks"
+        )
 
 
-def _add_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
-    if parameter.grad is None:
-        parameter.grad = gradient.clone()
-    else:
-        parameter.grad.add_(gradient)
+def _first_difference(state: Mapping[str, Any], pairs: list[AdapterPair]) -> str:
+    """What tells the state's matrices from the model's, in words."""
+    there = dict(zip(state["names"], zip(state["shapes"], state["ranks"], strict=True), strict=True))
+    for pair in pairs:
+        if pair.name not in there:
+            return f"it has no matrix {pair.name!r}"
+        (shape, rank), own = there[pair.name], [pair.B.shape[0], pair.A.shape[1]]
+        if list(shape) != own:
+            return f"{pair.name!r} has shape {tuple(shape)} there and {tuple(own)} here"
+        if rank != pair.rank:
+            return f"{pair.name!r} has rank {rank} there and {pair.rank} here"
+    more = [name for name in there if name not in {pair.name for pair in pairs}]
+    return f"it has {more[0]!r} as well" if more else "its matrices come in another order"
+
+
+def _process_count() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import logging
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
-from transformers import logging as transformers_logging
 
 from fwlora.adapters import (
     TargetModuleError,
@@ -23,9 +17,11 @@ from fwlora.adapters import (
     find_target_matrices,
     head_module_names,
 )
-from fwlora.budget import BudgetError, MatrixShape, adapter_cost, budget_parameters, solve_ranks
+from fwlora.budget import BudgetError, adapter_cost
+from fwlora.config import FisherWeighting, RankPlan, plan_ranks
 from fwlora.experiment import metrics
 from fwlora.experiment.errors import UserError
+from fwlora.experiment.pretrained import fetching, resolve_pretrained
 from fwlora.experiment.provenance import fingerprint_weights
 from fwlora.experiment.settings import ModelSettings, RunSettings
 from fwlora.methods import AdaLora, FwLora, Method, PlainLora, attach_adalora, attach_lora, plan_adalora
@@ -47,30 +43,9 @@ WEIGHT_FILES = ("*.safetensors*", "*.bin*")
 POSITIONS_BEFORE_TEXT = {
     "bert": 0, "distilbert": 0, "electra": 0, "albert": 0, "roberta": 2, "xlm-roberta": 2, "camembert": 2, "mpnet": 2,
 }  # fmt: skip
-PACKAGE_PREFIX = "package:"
+PRETRAINED = "run.model.pretrained_id"
 # Adapters are initialised from a stream of their own, so that heads do not depend on what a method draws.
 ADAPTER_SEED_OFFSET = 1_000_003
-
-
-@dataclass(frozen=True)
-class AdapterPlan:
-    """Which matrix gets which rank, before any weight is loaded.
-
-    Attributes:
-        matrices: candidates, in model order.
-        ranks: LoRA rank by matrix name, 0 for none.
-        encoder_parameters: what the percentage is of.
-        budget: parameters the adapters may have.
-    """
-
-    matrices: list[MatrixShape]
-    ranks: dict[str, int]
-    encoder_parameters: int
-    budget: int
-
-    @property
-    def mean_rank(self) -> float:
-        return sum(self.ranks.values()) / len(self.ranks)
 
 
 @dataclass(frozen=True)
@@ -83,35 +58,27 @@ class AdaptedModel:
     encoder_fingerprint: str
 
 
-def plan_adapters(settings: ModelSettings) -> AdapterPlan:
+def plan_adapters(settings: ModelSettings) -> RankPlan:
     """Solves the ranks on a weightless copy of the model; only its configuration is fetched.
 
     Raises:
         UserError: a model that cannot be fetched, targets that match nothing, a budget too small for any rank.
     """
     config = _load_config(settings)
-    with _fetching(settings), torch.device("meta"):
-        _require_file(Path(resolve_pretrained(settings.pretrained_id)), WEIGHT_FILES, "weights")
+    with fetching(settings.pretrained_id, PRETRAINED), torch.device("meta"):
+        _require_file(Path(resolve_pretrained(settings.pretrained_id, PRETRAINED)), WEIGHT_FILES, "weights")
         model = AutoModelForSequenceClassification.from_config(config)
     encoder_parameters = encoder_parameter_count(model)
     try:
         matrices = find_target_matrices(model, settings.lora.target_modules)
+        if settings.budget_mode == "rank":
+            ranks = {matrix.name: settings.lora.rank for matrix in matrices}
+            return RankPlan(matrices, ranks, encoder_parameters, adapter_cost(matrices, ranks))
+        return plan_ranks(model, settings.parameter_budget_percent, settings.lora.target_modules)
     except TargetModuleError as error:
         raise UserError(f"run.model.lora.target_modules: {error}") from None
-    if settings.budget_mode == "rank":
-        ranks = {matrix.name: settings.lora.rank for matrix in matrices}
-        return AdapterPlan(matrices, ranks, encoder_parameters, adapter_cost(matrices, ranks))
-    budget = budget_parameters(settings.parameter_budget_percent, encoder_parameters)
-    try:
-        return AdapterPlan(matrices, solve_ranks(matrices, budget), encoder_parameters, budget)
     except BudgetError as error:
-        # AdaLoRA's triplets cost one parameter more than a rank of LoRA.
-        smallest = min(matrix.cost for matrix in matrices) + 1
-        needed = math.ceil(1e6 * smallest / encoder_parameters) / 1e4
-        raise UserError(
-            f"run.model.parameter_budget_percent = {settings.parameter_budget_percent} of {encoder_parameters:,} "
-            f"encoder parameters: {error}; use at least {needed:.4f}"
-        ) from None
+        raise UserError(f"run.model.parameter_budget_percent: {error}") from None
 
 
 def load_tokenizer(settings: ModelSettings) -> Any:
@@ -120,14 +87,14 @@ def load_tokenizer(settings: ModelSettings) -> Any:
     Raises:
         UserError: it cannot be fetched.
     """
-    with _fetching(settings):
-        source = resolve_pretrained(settings.pretrained_id)
+    with fetching(settings.pretrained_id, PRETRAINED):
+        source = resolve_pretrained(settings.pretrained_id, PRETRAINED)
         _require_file(Path(source), TOKENIZER_FILES, "a tokenizer")
         return AutoTokenizer.from_pretrained(source, revision=settings.revision, cache_dir=CACHE_DIR)
 
 
 def build_model(
-    run: RunSettings, plan: AdapterPlan, num_classes: int, pad_token_id: int, total_steps: int, device: torch.device
+    run: RunSettings, plan: RankPlan, num_classes: int, pad_token_id: int, total_steps: int, device: torch.device
 ) -> AdaptedModel:
     """Loads the encoder and attaches the run's method.
 
@@ -175,32 +142,8 @@ def final_adapter_parameters(method: Method) -> int:
     )
 
 
-def resolve_pretrained(pretrained_id: str) -> str:
-    """A folder or a Hub id; ``package:<module>/<folder>`` is a folder inside an installed Python package.
-
-    Raises:
-        UserError: the package is not installed or has no such folder.
-    """
-    if not pretrained_id.startswith(PACKAGE_PREFIX):
-        return pretrained_id
-    package, _, inside = pretrained_id.removeprefix(PACKAGE_PREFIX).partition("/")
-    try:
-        spec = importlib.util.find_spec(package)
-    except (ImportError, ValueError):
-        spec = None
-    if spec is None or not spec.origin:
-        raise UserError(
-            f"run.model.pretrained_id = {pretrained_id!r}: the package {package!r} is not installed; "
-            "run with `uv run --group quickstart`, or give a folder or a Hub id"
-        )
-    folder = Path(spec.origin).parent / inside
-    if not (folder / "config.json").is_file():
-        raise UserError(f"run.model.pretrained_id = {pretrained_id!r}: {folder} holds no config.json")
-    return str(folder)
-
-
 def _attach(
-    model: nn.Module, run: RunSettings, plan: AdapterPlan, heads: list[str], total_steps: int, device: torch.device
+    model: nn.Module, run: RunSettings, plan: RankPlan, heads: list[str], total_steps: int, device: torch.device
 ) -> tuple[nn.Module, PlainLora | FwLora | AdaLora]:
     lora = run.model.lora
     if not lora.enabled:
@@ -229,14 +172,19 @@ def _attach(
     if run.method == "baseline_lora":
         return adapted, PlainLora(find_adapter_pairs(adapted))
     assert run.fw_lora is not None
-    fisher_weighted = FisherWeightedLora(
-        adapted,
+    options = FisherWeighting(
         strength=run.fw_lora.lambda_fw,
         warmup_steps=run.fw_lora.warmup_steps,
         decay=run.fw_lora.fisher_alpha,
-        normalisation=run.fw_lora.importance,
+        estimator=run.fw_lora.estimator,
+        sketch_size=run.fw_lora.sketch_size,
+        fisher_every=run.fw_lora.fisher_every,
+        importance=run.fw_lora.importance,
+        allocation=run.fw_lora.allocation,
+        max_rank_factor=run.fw_lora.max_rank_factor,
+        seed=run.training.seed,
     )
-    return adapted, FwLora(fisher_weighted)
+    return adapted, FwLora(FisherWeightedLora(adapted, options))
 
 
 def check_max_length(settings: ModelSettings, max_length: int) -> None:
@@ -262,17 +210,17 @@ def _require_file(folder: Path, patterns: tuple[str, ...], what: str) -> None:
 
 
 def _load_config(settings: ModelSettings, **options: Any) -> Any:
-    with _fetching(settings):
-        source = resolve_pretrained(settings.pretrained_id)
+    with fetching(settings.pretrained_id, PRETRAINED):
+        source = resolve_pretrained(settings.pretrained_id, PRETRAINED)
         return AutoConfig.from_pretrained(source, revision=settings.revision, cache_dir=CACHE_DIR, **options)
 
 
 def _load_pretrained(settings: ModelSettings, num_classes: int) -> tuple[nn.Module, list[str]]:
     """The model in float32 and the names of parameters that its checkpoint does not have."""
     config = _load_config(settings, num_labels=num_classes)
-    with _fetching(settings):
+    with fetching(settings.pretrained_id, PRETRAINED):
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            resolve_pretrained(settings.pretrained_id),
+            resolve_pretrained(settings.pretrained_id, PRETRAINED),
             config=config,
             revision=settings.revision,
             cache_dir=CACHE_DIR,
@@ -280,27 +228,3 @@ def _load_pretrained(settings: ModelSettings, num_classes: int) -> tuple[nn.Modu
             output_loading_info=True,
         )
     return model, sorted(info["missing_keys"])
-
-
-@contextmanager
-def _fetching(settings: ModelSettings) -> Iterator[None]:
-    """Turns whatever a loader raises into one message, and keeps its chatter off the terminal."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    hub_logger = logging.getLogger("huggingface_hub")
-    hub_level = hub_logger.level
-    hub_logger.setLevel(logging.ERROR)
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # loaders raise types of several libraries, safetensors' among them
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"run.model.pretrained_id = {settings.pretrained_id!r} cannot be fetched ({reason}); without the Hub give "
-            "a folder that holds config.json, the weights and the tokenizer: run.model.pretrained_id=/path/to/folder"
-        ) from None
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        hub_logger.setLevel(hub_level)

@@ -18,9 +18,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from fwlora.adapters import save_adapter
+from fwlora.config import RankPlan
 from fwlora.experiment import metrics
 from fwlora.experiment.batching import TokenizedSplit
-from fwlora.experiment.command_line import enter_program, settings_of, user_errors_exit
+from fwlora.experiment.command_line import enter_program, settings_of
 from fwlora.experiment.engine import (
     DivergedError,
     Execution,
@@ -30,7 +31,7 @@ from fwlora.experiment.engine import (
     choose_precision,
     train,
 )
-from fwlora.experiment.errors import UserError
+from fwlora.experiment.errors import UserError, user_errors_exit
 from fwlora.experiment.progress import ProgressPrinter
 from fwlora.experiment.provenance import describe_environment
 from fwlora.experiment.records import pack_classes
@@ -41,7 +42,6 @@ from fwlora.experiment.tracking import Tracker
 from fwlora.experiment.wandb_store import WandbTarget, start_tracker
 from src.model import (
     AdaptedModel,
-    AdapterPlan,
     build_model,
     check_max_length,
     final_adapter_parameters,
@@ -60,7 +60,7 @@ class Prepared:
 
     data: TaskData
     tokenizer: Any
-    plan: AdapterPlan
+    plan: RankPlan
     task: Task
     execution: Execution
 
@@ -196,7 +196,7 @@ def run_search(run: RunSettings, prepared: Prepared) -> SearchResult:
     return search(run, objective, announce=announce)
 
 
-def build(run: RunSettings, plan: AdapterPlan, prepared: Prepared, total_steps: int) -> AdaptedModel:
+def build(run: RunSettings, plan: RankPlan, prepared: Prepared, total_steps: int) -> AdaptedModel:
     """The adapted model of these settings, on the device."""
     task, device = prepared.task, prepared.execution.device
     return build_model(run, plan, task.num_classes, task.pad_token_id, total_steps, device)

@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fwlora.budget import BudgetError, MatrixShape, adapter_cost, budget_parameters, solve_ranks
+from fwlora import reference
+from fwlora.budget import (
+    BudgetError,
+    MatrixShape,
+    adapter_cost,
+    budget_parameters,
+    reallocate_ranks,
+    solve_ranks,
+)
 
 
 def roberta_base() -> list[MatrixShape]:
@@ -113,3 +121,56 @@ def test_refuses_percent_outside_its_range(percent):
 def test_refuses_duplicate_names():
     with pytest.raises(BudgetError, match="duplicate"):
         solve_ranks([MatrixShape("a", 2, 2), MatrixShape("a", 2, 2)], 100)
+
+
+shares_of = st.floats(0, 1e6, allow_nan=False, allow_subnormal=False)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    matrices_and_budget,
+    st.lists(shares_of, min_size=9, max_size=9),
+    st.lists(st.integers(0, 5), min_size=9, max_size=9),
+)
+def test_reallocation_is_the_references_and_stays_within_the_budget(case, shares, caps):
+    kinds, depth, budget = case
+    matrices = build(kinds, depth)
+    names, count = [m.name for m in matrices], len(matrices)
+    by_name = dict(zip(names, shares, strict=False))
+    limits = dict(zip(names, caps, strict=False))
+    if not any(shares[:count]):
+        with pytest.raises(BudgetError, match="not all of them 0"):
+            reallocate_ranks(matrices, by_name, budget, limits)
+        return
+    expected = reference.proportional_ranks([m.cost for m in matrices], shares[:count], budget, caps[:count])
+    if not any(expected):
+        with pytest.raises(BudgetError, match="do not pay for any rank"):
+            reallocate_ranks(matrices, by_name, budget, limits)
+        return
+    ranks = reallocate_ranks(matrices, by_name, budget, limits)
+    assert list(ranks.values()) == expected
+    spent = adapter_cost(matrices, ranks)
+    assert spent <= budget
+    assert all(ranks[name] <= limits[name] for name in names)
+    # Nothing that fits is left out, and only proportions of importance count.
+    assert all(ranks[m.name] == limits[m.name] or spent + m.cost > budget for m in matrices)
+    assert ranks == reallocate_ranks(matrices, {k: v * 1024 for k, v in by_name.items()}, budget, limits)
+
+
+def test_reallocation_by_hand():
+    # Equal costs and shares 6 : 3 : 1 of ten units of rank.
+    matrices = [MatrixShape(name, 5, 5) for name in "abc"]
+    free = dict.fromkeys("abc", 99)
+    shares = {"a": 6.0, "b": 3.0, "c": 1.0}
+    assert reallocate_ranks(matrices, shares, 100, free) == {"a": 6, "b": 3, "c": 1}
+    assert reallocate_ranks(matrices, shares, 105, {**free, "a": 2}) == {"a": 2, "b": 6, "c": 2}
+    # Parameters, and not ranks, are what importance buys.
+    wide = [MatrixShape("a", 5, 5), MatrixShape("b", 10, 10)]
+    assert reallocate_ranks(wide, {"a": 1.0, "b": 1.0}, 120, {"a": 99, "b": 99}) == {"a": 6, "b": 3}
+
+
+def test_reallocation_refuses_what_is_no_importance():
+    matrices = [MatrixShape("a", 5, 5)]
+    for bad in (float("nan"), float("inf"), -1.0, 0.0):
+        with pytest.raises(BudgetError, match="finite, at least 0, and not all of them 0"):
+            reallocate_ranks(matrices, {"a": bad}, 100, {"a": 9})

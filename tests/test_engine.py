@@ -56,7 +56,7 @@ class Watcher(PlainLora):
         self.calls.append("regularisation")
         return self.penalty * self.model.classifier.weight.square().sum() if self.model is not None else None
 
-    def after_backward(self):
+    def after_backward(self, optimizer):
         self.calls.append("after_backward")
 
     def after_step(self, step):
@@ -199,7 +199,7 @@ class GradientSetter(PlainLora):
         super().__init__([])
         self.model, self.before, self.after = model, [], []
 
-    def after_backward(self):
+    def after_backward(self, optimizer):
         for parameter in self.model.parameters():
             parameter.grad = torch.full_like(parameter, 2.0)
         self.before.append(self.model.classifier.weight.detach().clone())

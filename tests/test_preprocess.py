@@ -79,9 +79,9 @@ def test_pairs(tmp_path, minilm):
     frame = pd.DataFrame({"sentence1": ["a cat", "dogs"], "sentence2": ["no", "yes it is"], "label": [0, 1]})
     settings = dataset(write(tmp_path, "csv", frame, frame))
     data = load_task(settings)
-    from src.model import resolve_pretrained
+    from fwlora.experiment.pretrained import resolve_pretrained
 
-    tokenizer = AutoTokenizer.from_pretrained(resolve_pretrained(minilm))
+    tokenizer = AutoTokenizer.from_pretrained(resolve_pretrained(minilm, "model"))
     split = tokenize(data.train, tokenizer, settings)
     single = tokenizer("a cat", "no")
     assert split.tokens[: split.offsets[1]].tolist() == single["input_ids"]

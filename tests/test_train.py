@@ -254,7 +254,7 @@ def test_leading_rank(tiny_roberta, tiny_glue, recorded):
         (["run.fw_lora.warmup_steps=30"], "run.fw_lora.warmup_steps is 30, but the run has 30 optimiser steps"),
         (
             ["run.model.parameter_budget_percent=0.01"],
-            "run.model.parameter_budget_percent = 0.01 of .* use at least 0.1887",
+            r"run\.model\.parameter_budget_percent: 0\.01 % of .* use at least 0\.1887 %",
         ),
         (
             ["run.model.lora.target_modules=[qkv]"],

@@ -9,13 +9,25 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-MISSING_EXTRA = "the `fwlora` command needs the experiment extra ({name} is missing): pip install 'fwlora[experiment]'"
+MISSING_EXTRA = "`fwlora {command}` needs the experiment extra ({name} is missing): pip install 'fwlora[experiment]'"
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    parser = argparse.ArgumentParser(prog="fwlora", description="Experiments with Fisher-Weighted LoRA.")
+    parser = argparse.ArgumentParser(prog="fwlora", description="Fisher-Weighted LoRA: rank plans and experiments.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    plan = commands.add_parser("plan", help="which matrix gets which rank within a parameter budget, before training")
+    plan.add_argument("model", help="a folder with a config.json, a Hub id, or package:<module>/<folder>")
+    plan.add_argument(
+        "--budget", type=float, required=True, metavar="PERCENT", help="adapter parameters in per cent of the encoder's"
+    )
+    plan.add_argument(
+        "--target-modules",
+        nargs="+",
+        metavar="NAME",
+        help="roles (query, key, value, intermediate, output) or ends of module paths; default: every role there is",
+    )
+    plan.add_argument("--json", action="store_true", help="print the plan as JSON")
     study = commands.add_parser(
         "study", help="run every run of a study through src.main, then evaluate them (in a checkout)"
     )
@@ -28,19 +40,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     arguments = make_parser().parse_args(argv)
     try:
-        from rich.console import Console
-
-        from fwlora.experiment.command_line import user_errors_exit
-        from fwlora.experiment.study import (
-            find_repository,
-            format_duration,
-            load_study,
-            plan_study,
-            run_study,
-        )
+        return _plan(arguments) if arguments.command == "plan" else _study(arguments)
     except ModuleNotFoundError as error:
-        print(MISSING_EXTRA.format(name=error.name), file=sys.stderr)
+        print(MISSING_EXTRA.format(command=arguments.command, name=error.name), file=sys.stderr)
         return 2
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from fwlora.experiment.errors import user_errors_exit
+    from fwlora.experiment.rank_table import as_json, plan_pretrained, rank_table, summary_lines
+
+    with user_errors_exit():
+        plan = plan_pretrained(arguments.model, arguments.budget, arguments.target_modules)
+    if arguments.json:
+        print(as_json(plan, arguments.model, arguments.budget))
+        return 0
+    table = rank_table(plan)
+    # A table wider than the terminal is better than one with its ranks cut off.
+    Console(width=Console(width=10_000).measure(table).maximum).print(table)
+    print("\n".join(summary_lines(plan, arguments.budget)))
+    return 0
+
+
+def _study(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from fwlora.experiment.errors import user_errors_exit
+    from fwlora.experiment.study import find_repository, format_duration, load_study, plan_study, run_study
+
     started = time.monotonic()
     console = Console()
     with user_errors_exit():

@@ -12,8 +12,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from fwlora.experiment.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
+from fwlora.experiment.errors import UserError, user_errors_exit
 from fwlora.experiment.resolution import resolve_settings
 from fwlora.experiment.settings import ProgramSettings
 
@@ -99,22 +98,6 @@ def prepare_arguments(argv: Sequence[str], config_dir: Path, environment: Mappin
     if problems:
         raise UserError.collect("command line", problems)
     return [*flags, *passed_on, *overrides]
-
-
-@contextmanager
-def user_errors_exit() -> Iterator[None]:
-    """Ends the process with the message and :data:`EXIT_USER_ERROR` where the block raises a :class:`UserError`.
-
-    An interrupt ends it with 130, as shells do, and one word.
-    """
-    try:
-        yield
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_USER_ERROR)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        sys.exit(EXIT_INTERRUPTED)
 
 
 def enter_program(program: str, hydra_main: Callable[[], None], config_dir: Path) -> None:

@@ -21,6 +21,7 @@ from fwlora.experiment.errors import UserError
 from fwlora.experiment.progress import Progress
 from fwlora.experiment.settings import TrainingSettings
 from fwlora.methods import Method
+from fwlora.regularizer import UnmeasuredError
 
 DIVERGENCE_REMEDY = "lower run.training.learning_rate, or set run.training.max_gradient_norm=1.0"
 
@@ -140,8 +141,8 @@ def train(
                 warming_up = method.in_warmup
                 loss, correct = _forward_backward(model, method, train_split, micro_batches, task, execution)
                 try:
-                    method.after_backward()
-                except ValueError as error:
+                    method.after_backward(optimizer)
+                except UnmeasuredError as error:
                     raise DivergedError(f"step {step}: {error}; {DIVERGENCE_REMEDY}") from None
                 norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
                 if training.max_gradient_norm is not None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -21,3 +23,19 @@ class UserError(ValueError):
         if len(lines) == 1:
             return cls(f"{heading}: {lines[0]}")
         return cls("\n".join([f"{heading} ({len(lines)} problems):", *(f"  - {line}" for line in lines)]))
+
+
+@contextmanager
+def user_errors_exit() -> Iterator[None]:
+    """Ends the process with the message and :data:`EXIT_USER_ERROR` where the block raises a :class:`UserError`.
+
+    An interrupt ends it with 130, as shells do, and one word.
+    """
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_USER_ERROR)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(EXIT_INTERRUPTED)

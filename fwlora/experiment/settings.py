@@ -94,13 +94,17 @@ class TrainingSettings(_Settings):
 
 
 class FwLoraSettings(_Settings):
-    """``fw_lora``. ``warmup_steps`` is the Fisher warm-up, in optimiser steps."""
+    """``fw_lora``: see :class:`fwlora.FisherWeighting`. ``warmup_steps`` is the Fisher warm-up, in optimiser steps."""
 
     lambda_fw: float = Field(ge=0)
     warmup_steps: int = Field(ge=1)
     fisher_alpha: Fraction
-    estimator: Literal["exact"]
+    estimator: Literal["exact", "sketch", "adapter"]
+    sketch_size: int = Field(ge=1)
+    fisher_every: int = Field(ge=1)
     importance: Literal["sum", "max", "mean", "none"]
+    allocation: Literal["shrink", "reallocate"]
+    max_rank_factor: float = Field(ge=1)
 
 
 class AdaLoraSettings(_Settings):

@@ -1,0 +1,266 @@
+"""Settings of the method, and a LoRA configuration that carries them.
+
+A saved adapter is a plain LoRA adapter: ``adapter_config.json`` holds PEFT's keys alone, so that PEFT loads it without
+fwlora and without a warning. What fwlora adds lies in a file beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from peft import LoraConfig
+from torch import nn
+
+from fwlora.adapters import encoder_parameter_count, find_target_matrices, present_roles, stores_transposed
+from fwlora.budget import BudgetError, MatrixShape, adapter_cost, budget_parameters, solve_ranks
+from fwlora.importance import NORMALISATIONS, Normalisation
+
+Estimator = Literal["exact", "sketch", "adapter"]
+Allocation = Literal["shrink", "reallocate"]
+FILE_NAME = "fwlora_config.json"
+
+
+@dataclass
+class FisherWeighting:
+    r"""How importances are measured and what is done with them.
+
+    Attributes:
+        strength: lambda >= 0 of the shrinkage term; 0 measures and changes nothing.
+        warmup_steps: K >= 1, optimiser steps before importances are frozen. Not the learning rate's warm-up.
+        decay: beta in [0, 1) of the moving average F, per optimiser step (the experiment program's ``fisher_alpha``).
+        estimator: how ||grad W||_F^2 is measured, see :mod:`fwlora.fisher`: ``exact``, ``sketch``, or ``adapter``.
+        sketch_size: k >= 1, columns of the random matrix; the estimate's variance falls as 1 / k.
+        fisher_every: n >= 1, measure at the first optimiser step and then at every n-th, with beta^n, so that the
+            average keeps its time constant.
+        importance: how F becomes I, see :func:`fwlora.importance.normalise_importance`; ``none`` shrinks uniformly.
+        allocation: ``shrink`` keeps every rank; ``reallocate`` also redistributes the ranks once, when the warm-up
+            ends, within the parameters that they cost at the start (:func:`fwlora.budget.reallocate_ranks`).
+        max_rank_factor: >= 1, with ``reallocate`` no matrix gets more than this times its initial rank, rounded up.
+        seed: of the sketches and of the directions that a growing matrix is given; training's own stream is untouched.
+
+    Raises:
+        ValueError: fields outside their range, all of them in one message.
+    """
+
+    strength: float = field(default=1e-4, metadata={"help": "lambda of the shrinkage term, >= 0"})
+    warmup_steps: int = field(default=500, metadata={"help": "optimiser steps of measuring, >= 1"})
+    decay: float = field(default=0.98, metadata={"help": "factor of the moving average per optimiser step, in [0, 1)"})
+    estimator: Estimator = field(default="sketch", metadata={"help": "exact, sketch or adapter"})
+    sketch_size: int = field(default=8, metadata={"help": "columns of the sketch, >= 1"})
+    fisher_every: int = field(default=4, metadata={"help": "optimiser steps from one measurement to the next, >= 1"})
+    importance: Normalisation = field(default="sum", metadata={"help": "sum, max, mean or none (uniform shrinkage)"})
+    allocation: Allocation = field(default="shrink", metadata={"help": "shrink or reallocate"})
+    max_rank_factor: float = field(default=2.0, metadata={"help": "most a rank may grow by when reallocated, >= 1"})
+    seed: int = field(default=0, metadata={"help": "of sketches and new directions"})
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Raises ValueError that names every field outside its range, with its value and the range."""
+        wrong = [
+            f"`{name}` is {getattr(self, name)!r}; {rule}"
+            for name, allowed, rule in (
+                ("strength", _is_number(self.strength) and 0 <= self.strength < math.inf, "lambda is at least 0"),
+                ("warmup_steps", _is_count(self.warmup_steps), "give optimiser steps, a whole number of at least 1"),
+                ("decay", _is_number(self.decay) and 0 <= self.decay < 1, "an averaging factor is in [0, 1)"),
+                ("estimator", self.estimator in get_args(Estimator), _one_of(get_args(Estimator))),
+                ("sketch_size", _is_count(self.sketch_size), "give columns, a whole number of at least 1"),
+                ("fisher_every", _is_count(self.fisher_every), "give optimiser steps, a whole number of at least 1"),
+                ("importance", self.importance in NORMALISATIONS, _one_of(NORMALISATIONS)),
+                ("allocation", self.allocation in get_args(Allocation), _one_of(get_args(Allocation))),
+                (
+                    "max_rank_factor",
+                    _is_number(self.max_rank_factor) and 1 <= self.max_rank_factor < math.inf,
+                    "a factor of at least 1",
+                ),
+                ("seed", isinstance(self.seed, int) and self.seed >= 0, "a whole number of at least 0"),
+            )
+            if not allowed
+        ]
+        if wrong:
+            raise ValueError("; ".join(wrong))
+
+    def fisher_weighting(self) -> FisherWeighting:
+        """These fields alone, as an independent copy."""
+        return FisherWeighting(**{f.name: getattr(self, f.name) for f in fields(FisherWeighting)})
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """Which matrix gets which rank within a budget.
+
+    Attributes:
+        matrices: candidates, in model order.
+        ranks: rank by matrix name, 0 for none.
+        encoder_parameters: what a percentage is of.
+        budget: parameters the adapters may have.
+    """
+
+    matrices: list[MatrixShape]
+    ranks: dict[str, int]
+    encoder_parameters: int
+    budget: int
+
+    @property
+    def mean_rank(self) -> float:
+        return sum(self.ranks.values()) / len(self.ranks)
+
+    @property
+    def cost(self) -> int:
+        """Parameters that these ranks really have."""
+        return adapter_cost(self.matrices, self.ranks)
+
+
+def plan_ranks(model: nn.Module, budget_percent: float, target_modules: Sequence[str] | None = None) -> RankPlan:
+    """Ranks for ``budget_percent`` per cent of the encoder's parameters (embeddings and layers, no pooler, no head).
+
+    Args:
+        model: the model to be adapted; a weightless one on the meta device will do.
+        target_modules: as :func:`fwlora.adapters.find_target_matrices` takes them; None for all projections of
+            attention inputs and feed-forward layers that the model has.
+
+    Raises:
+        ValueError: targets that match nothing, or a budget that pays for no rank.
+    """
+    matrices = find_target_matrices(model, present_roles(model) if target_modules is None else target_modules)
+    encoder_parameters = encoder_parameter_count(model)
+    budget = budget_parameters(budget_percent, encoder_parameters)
+    # One parameter more than a rank of LoRA costs, so that AdaLoRA's triplets can be had for it too.
+    needed = math.ceil(1e6 * (min(matrix.cost for matrix in matrices) + 1) / encoder_parameters) / 1e4
+    try:
+        return RankPlan(matrices, solve_ranks(matrices, budget), encoder_parameters, budget)
+    except BudgetError as error:
+        raise BudgetError(
+            f"{budget_percent:g} % of {encoder_parameters:,} encoder parameters: {error}; use at least {needed:.4f} %"
+        ) from None
+
+
+@dataclass
+class FwLoraConfig(FisherWeighting, LoraConfig):
+    """A :class:`peft.LoraConfig` (``peft_type`` stays LORA) that also says how updates are weighted.
+
+    ``get_peft_model(base, config)`` builds an ordinary LoRA model; :class:`fwlora.FisherWeightedLora` and
+    :class:`fwlora.trainer.FwLoraCallback` read their settings from it.
+
+    Attributes:
+        budget_percent: adapter parameters as a percentage of the encoder's. Only :meth:`for_model` can solve it: a
+            config that names a budget without ranks is refused by :class:`fwlora.FisherWeightedLora`.
+    """
+
+    budget_percent: float | None = field(
+        default=None, metadata={"help": "adapter parameters in per cent of the encoder; solved by for_model"}
+    )
+
+    def __post_init__(self) -> None:
+        LoraConfig.__post_init__(self)
+        self.check()
+
+    @classmethod
+    def for_model(
+        cls,
+        model: nn.Module,
+        *,
+        budget_percent: float,
+        target_modules: Sequence[str] | None = None,
+        scaling: float = 2.0,
+        **options: Any,
+    ) -> FwLoraConfig:
+        """The config whose ranks use most of a budget on ``model`` without exceeding it; see :func:`plan_ranks`.
+
+        Args:
+            model: the model to be adapted.
+            budget_percent: of the encoder's parameters.
+            target_modules: names or roles; None for all projections.
+            scaling: s of every update s B A, whatever its rank.
+            options: further fields of this class, e.g. ``lora_dropout``, ``task_type``, ``strength``.
+
+        Raises:
+            ValueError: see :func:`plan_ranks`; or ``options`` holds what the budget decides.
+        """
+        decided = sorted({"r", "lora_alpha", "rank_pattern", "alpha_pattern", "fan_in_fan_out"} & options.keys())
+        if decided:
+            names = ", ".join(f"`{name}`" for name in decided)
+            raise ValueError(f"{names} cannot be given beside `budget_percent`: the budget decides; set `scaling`")
+        if not (_is_number(scaling) and 0 < scaling < math.inf):
+            raise ValueError(f"`scaling` is {scaling!r}; the factor s of an update s B A is above 0")
+        plan = plan_ranks(model, budget_percent, target_modules)
+        used = [name for name, rank in plan.ranks.items() if rank > 0]
+        return cls(
+            **lora_fields(plan.ranks, scaling, use_rslora=bool(options.get("use_rslora"))),
+            fan_in_fan_out=stores_transposed(model, used),
+            budget_percent=budget_percent,
+            **options,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """PEFT's own keys: what ``adapter_config.json`` may hold without PEFT calling them unknown."""
+        own = {f.name for f in fields(FwLoraConfig)} - {f.name for f in fields(LoraConfig)}
+        return {key: value for key, value in super().to_dict().items() if key not in own}
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """PEFT's ``adapter_config.json``, and fwlora's own settings in a file beside it."""
+        super().save_pretrained(str(save_directory), **kwargs)
+        content = {**asdict(self.fisher_weighting()), "budget_percent": self.budget_percent}
+        path = Path(save_directory) / FILE_NAME
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(content, indent=2) + "\n")
+        os.replace(partial, path)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> FwLoraConfig:  # type: ignore[override]
+        """Reads both files of a folder; an adapter without fwlora's own gets the defaults.
+
+        Raises:
+            ValueError: no adapter there, one of another kind, or an unreadable file.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        stock = LoraConfig.from_pretrained(str(folder), **kwargs)
+        if not isinstance(stock, LoraConfig):
+            raise ValueError(f"{folder} holds an adapter of type {stock.peft_type}; FW-LoRA needs LORA")
+        own: dict[str, Any] = {}
+        path = folder / FILE_NAME
+        if path.is_file():
+            try:
+                own = json.loads(path.read_text())
+                unknown = sorted(own.keys() - {f.name for f in fields(cls)})
+            except (ValueError, AttributeError) as error:
+                raise ValueError(
+                    f"{path} is not a JSON object of settings ({error}); delete it or save again"
+                ) from None
+            if unknown:
+                raise ValueError(
+                    f"{path} holds unknown settings {', '.join(unknown)}; a newer fwlora may have saved it"
+                )
+        return cls(**{f.name: getattr(stock, f.name) for f in fields(LoraConfig) if f.init}, **own)
+
+
+def lora_fields(ranks: dict[str, int], scaling: float, *, use_rslora: bool = False) -> dict[str, Any]:
+    """The fields of a LoraConfig that gives every matrix its rank and all the same scaling; rank 0 is left out."""
+    used = {name: rank for name, rank in ranks.items() if rank > 0}
+    alpha = {name: scaling * (math.sqrt(rank) if use_rslora else rank) for name, rank in used.items()}
+    return {
+        "r": max(used.values()),
+        "lora_alpha": max(alpha.values()),
+        "rank_pattern": used,
+        "alpha_pattern": alpha,
+        "target_modules": list(used),
+    }
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _one_of(choices: Sequence[str]) -> str:
+    return f"choose one of {', '.join(choices)}"

@@ -1,0 +1,66 @@
+"""Where pretrained models come from, and what a user is told when one does not come."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from transformers import logging as transformers_logging
+
+from fwlora.experiment.errors import UserError
+
+PACKAGE_PREFIX = "package:"
+
+
+def resolve_pretrained(pretrained_id: str, setting: str) -> str:
+    """A folder or a Hub id; ``package:<module>/<folder>`` is a folder inside an installed Python package.
+
+    Args:
+        setting: what the user gave it as, for messages.
+
+    Raises:
+        UserError: the package is not installed or has no such folder.
+    """
+    if not pretrained_id.startswith(PACKAGE_PREFIX):
+        return pretrained_id
+    package, _, inside = pretrained_id.removeprefix(PACKAGE_PREFIX).partition("/")
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not spec.origin:
+        raise UserError(
+            f"{setting} = {pretrained_id!r}: the package {package!r} is not installed; "
+            "run with `uv run --group quickstart`, or give a folder or a Hub id"
+        )
+    folder = Path(spec.origin).parent / inside
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{setting} = {pretrained_id!r}: {folder} holds no config.json")
+    return str(folder)
+
+
+@contextmanager
+def fetching(pretrained_id: str, setting: str) -> Iterator[None]:
+    """Turns whatever a loader raises into one message, and keeps its chatter off the terminal."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    hub_logger = logging.getLogger("huggingface_hub")
+    hub_level = hub_logger.level
+    hub_logger.setLevel(logging.ERROR)
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # loaders raise types of several libraries, safetensors' among them
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{setting} = {pretrained_id!r} cannot be fetched ({reason}); without the Hub give a folder that holds "
+            f"config.json, the weights and the tokenizer: {setting}=/path/to/folder"
+        ) from None
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        hub_logger.setLevel(hub_level)

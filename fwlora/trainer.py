@@ -1,0 +1,151 @@
+"""Thin callbacks for ``transformers.Trainer``: all that they do is call the library at the right moment.
+
+Trainer(..., callbacks=[FwLoraCallback()])      # model: get_peft_model(base, FwLoraConfig(...))
+Trainer(..., callbacks=[AdaLoraCallback()])     # model: get_peft_model(base, AdaLoraConfig(...))
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from peft.tuners.adalora import AdaLoraModel
+from transformers.trainer_callback import ExportableState, TrainerCallback, TrainerControl, TrainerState
+from transformers.training_args import TrainingArguments
+
+from fwlora.adapters import unwrap
+from fwlora.config import FisherWeighting
+from fwlora.methods import keep_orthogonal_term_out_of_evaluation
+from fwlora.regularizer import FisherWeightedLora
+
+
+class FwLoraCallback(TrainerCallback, ExportableState):
+    """Fisher-weighted LoRA in a Trainer: measures during the warm-up, then adds the shrinkage gradient.
+
+    The Trainer clips before ``on_pre_optimizer_step``. The shrinkage gradient is therefore laid down when a step
+    begins, before its first ``backward()`` adds to it, so that clipping sees the whole gradient; measurements are taken
+    as gradients pass by, and are of unclipped ones. With fp16 both follow the loss scale. Evaluation losses are the
+    task's alone.
+
+    The state travels in the checkpoint's ``trainer_state.json``, and ``trainer.train(resume_from_checkpoint=...)``
+    continues exactly, inside the warm-up or after it. One case is beyond it: the Trainer loads weights before any
+    callback may act, so a checkpoint with reallocated ranks needs a model that was built with them, from
+    ``FwLoraConfig.from_pretrained(checkpoint)``.
+
+    Args:
+        options: what to measure and do; None for those of the model's :class:`fwlora.FwLoraConfig`, or the defaults.
+        adapter_name: which adapter; None for the active one.
+
+    Attributes:
+        fisher_weighted: the object that does the work, from the start of training on; ask it for importances.
+    """
+
+    def __init__(
+        self, options: FisherWeighting | dict[str, Any] | None = None, adapter_name: str | None = None
+    ) -> None:
+        # A Trainer that restores callbacks builds them from the exported arguments, which are JSON.
+        self.options = FisherWeighting(**options) if isinstance(options, dict) else options
+        self.adapter_name = adapter_name
+        self.fisher_weighted: FisherWeightedLora | None = None
+        self.exported: dict[str, Any] | None = None
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps; the Trainer calls it when it saves."""
+        held = self.fisher_weighted
+        options = None if self.options is None else asdict(self.options)
+        return {
+            "args": {"options": options, "adapter_name": self.adapter_name},
+            "attributes": {"exported": None if held is None else held.state_dict()},
+        }
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Attaches to the model, anew for every ``train()``; continues from the checkpoint where there is one.
+
+        Raises:
+            ValueError: see :class:`fwlora.FisherWeightedLora`; or a checkpoint without this callback's state.
+        """
+        if self.fisher_weighted is not None:
+            self.fisher_weighted.close()
+        self.fisher_weighted = FisherWeightedLora(kwargs["model"], self.options, adapter_name=self.adapter_name)
+        if state.global_step == 0:
+            return
+        callbacks: Any = state.stateful_callbacks
+        stored = callbacks.get(type(self).__name__) if isinstance(callbacks, dict) else None
+        exported = stored["attributes"]["exported"] if isinstance(stored, dict) else None
+        if exported is None:
+            raise ValueError(
+                f"training resumes at step {state.global_step}, but the checkpoint was made without FwLoraCallback: "
+                "what it measured is unknown; start anew, or continue without the callback"
+            )
+        self.fisher_weighted.load_state_dict(exported)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """After the warm-up: the shrinkage gradient, which the step's backward passes then add to."""
+        held = self.fisher_weighted
+        if held is not None and not held.in_warmup:
+            held.shrink(_loss_scale(kwargs["optimizer"]))
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """During the warm-up: one step of measuring."""
+        held = self.fisher_weighted
+        if held is not None and held.in_warmup:
+            held.step(kwargs["optimizer"], loss_scale=_loss_scale(kwargs["optimizer"]))
+
+
+class AdaLoraCallback(TrainerCallback):
+    """AdaLoRA's missing piece in a Trainer: ``update_and_allocate`` after every optimiser step, counted from 1.
+
+    PEFT adds the orthogonality term to the model's loss in evaluation too; here it enters training alone.
+    """
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Keeps the orthogonality term out of evaluation losses from now on, also before and after training.
+
+        Raises:
+            ValueError: the model has no AdaLoRA adapter.
+        """
+        keep_orthogonal_term_out_of_evaluation(_find_adalora(kwargs["model"]))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Checks that the schedule fits the training.
+
+        Raises:
+            ValueError: the schedule is longer than the training, so the budget would never be reached.
+        """
+        tuner = _find_adalora(kwargs["model"])
+        config: Any = tuner.peft_config[tuner.trainable_adapter_name]
+        total_step = config.total_step
+        if total_step > state.max_steps:
+            raise ValueError(
+                f"`AdaLoraConfig.total_step` is {total_step}, but the Trainer takes {state.max_steps} optimiser steps: "
+                f"the budget would never be reached; set total_step={state.max_steps}"
+            )
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Between ``optimizer.step()`` and ``zero_grad()``: gradients are still there."""
+        _find_adalora(kwargs["model"]).update_and_allocate(state.global_step + 1)
+
+
+def _find_adalora(model: Any) -> AdaLoraModel:
+    tuner = getattr(unwrap(model), "base_model", None)
+    if not isinstance(tuner, AdaLoraModel):
+        raise ValueError(
+            f"`model` ({type(model).__name__}) has no AdaLoRA adapter; wrap it with get_peft_model and AdaLoraConfig"
+        )
+    return tuner
+
+
+def _loss_scale(optimizer: Any) -> float:
+    """The factor that fp16 training puts on the loss; 1 without it."""
+    scaler = getattr(optimizer, "scaler", None)
+    return scaler.get_scale() if scaler is not None else 1.0

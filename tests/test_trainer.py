@@ -1,0 +1,255 @@
+"""The callbacks inside transformers' Trainer: against a plain loop, across checkpoints, and what AdaLoRA lacks."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+
+from fwlora import AdaLoraCallback, FisherWeightedLora, FisherWeighting, FwLoraCallback, FwLoraConfig
+from fwlora.adapters import find_adapter_pairs
+
+pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
+OPTIONS = {"strength": 0.5, "warmup_steps": 4, "fisher_every": 2, "sketch_size": 4, "decay": 0.5}
+STEPS = 9
+
+
+class Sentences(Dataset):
+    """Random tokens whose label can be learned."""
+
+    def __init__(self, rows: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.tokens = torch.randint(3, 40, (rows, 7), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> dict:
+        return {"input_ids": self.tokens[index], "labels": int(self.tokens[index, 0] % 2)}
+
+
+def make_base() -> nn.Module:
+    torch.manual_seed(0)
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+            max_position_embeddings=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        )
+    )  # fmt: skip
+
+
+def wrap(base: nn.Module, config) -> nn.Module:
+    torch.manual_seed(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return get_peft_model(base, config)
+
+
+def make_model(**options) -> nn.Module:
+    config = FwLoraConfig(
+        r=2, lora_alpha=4, target_modules=["query", "intermediate.dense"], task_type="SEQ_CLS", **{**OPTIONS, **options}
+    )
+    model = wrap(make_base(), config)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for pair in find_adapter_pairs(model):
+            pair.B.copy_(0.1 * torch.randn(pair.B.shape, generator=generator))
+    return model
+
+
+def make_trainer(model, folder: Path, callbacks, rows: int = 4 * STEPS, **arguments) -> Trainer:
+    settings = {
+        "per_device_train_batch_size": 4, "num_train_epochs": 1, "learning_rate": 0.02, "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.05, "save_strategy": "no", "report_to": [], "use_cpu": True, "seed": 3, "logging_steps": 1,
+        "disable_tqdm": True, **arguments,
+    }  # fmt: skip
+    return Trainer(
+        model=model, args=TrainingArguments(output_dir=str(folder), **settings), train_dataset=Sentences(rows),
+        eval_dataset=Sentences(12), callbacks=callbacks, compute_loss_func=joint_mean,
+    )  # fmt: skip
+
+
+def joint_mean(outputs, labels, num_items_in_batch=None) -> torch.Tensor:
+    """The mean over all micro-batches of a step; a classifier's own loss would be summed over them by the Trainer."""
+    total = nn.functional.cross_entropy(outputs.logits, labels, reduction="sum")
+    return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
+
+def adapters_of(model) -> list[torch.Tensor]:
+    return [factor.detach().clone() for pair in find_adapter_pairs(model) for factor in (pair.A, pair.B)]
+
+
+def plain_loop(model, folder: Path, accumulation: int = 1) -> FisherWeightedLora:
+    """The Trainer's arithmetic by hand: fw.step() between backward() and clipping."""
+    trainer = make_trainer(copy.deepcopy(model), folder, [], gradient_accumulation_steps=accumulation)
+    batches = list(trainer.get_train_dataloader())
+    fw = FisherWeightedLora(model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=0.5)
+    model.train()
+    for start in range(0, len(batches), accumulation):
+        group = batches[start : start + accumulation]
+        for batch in group:
+            (model(**batch).loss / len(group)).backward()
+        fw.step()
+        nn.utils.clip_grad_norm_(parameters, 0.05)
+        optimizer.step()
+        optimizer.zero_grad()
+    return fw
+
+
+@pytest.mark.parametrize("estimator", ["exact", "sketch", "adapter"])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_trainer_does_what_a_plain_loop_does(estimator, accumulation, tmp_path):
+    options = {"estimator": estimator, "warmup_steps": 4 if accumulation == 1 else 2, "fisher_every": 1}
+    by_hand = make_model(**options)
+    callback = FwLoraCallback()
+    trained = make_model(**options)
+    # SGD: Adam would make whole steps of the rounding of gradients near zero.
+    arguments = {"gradient_accumulation_steps": accumulation, "optim": "sgd", "learning_rate": 0.5}
+    make_trainer(trained, tmp_path, [callback], **arguments).train()
+    fw = plain_loop(by_hand, tmp_path, accumulation)
+    assert callback.fisher_weighted.steps == fw.steps == STEPS // accumulation
+    torch.testing.assert_close(
+        list(callback.fisher_weighted.importance().values()), list(fw.importance().values()), rtol=1e-4, atol=1e-7
+    )
+    torch.testing.assert_close(adapters_of(trained), adapters_of(by_hand), rtol=1e-5, atol=1e-7)
+    # The term is large enough to matter: without it the result is another.
+    plain = make_model(**options)
+    make_trainer(plain, tmp_path, [], **arguments).train()
+    assert not torch.allclose(adapters_of(plain)[1], adapters_of(trained)[1], rtol=1e-2, atol=1e-5)
+
+
+def test_zero_strength_in_the_trainer_is_lora_bit_for_bit(tmp_path):
+    plain, weighted = make_model(), make_model(strength=0.0)
+    make_trainer(plain, tmp_path, []).train()
+    make_trainer(weighted, tmp_path, [FwLoraCallback()]).train()
+    for p, q in zip(plain.parameters(), weighted.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("stop", [3, 4, 7])
+def test_resume_from_checkpoint_is_exact(stop, tmp_path):
+    through = make_model()
+    whole = FwLoraCallback()
+    make_trainer(through, tmp_path / "a", [whole]).train()
+    first = make_model()
+    make_trainer(
+        first, tmp_path / "b", [FwLoraCallback()], save_strategy="steps", save_steps=stop, save_total_limit=None
+    ).train()
+    checkpoint = tmp_path / "b" / f"checkpoint-{stop}"
+    assert {"adapter_config.json", "fwlora_config.json", "trainer_state.json"} <= {p.name for p in checkpoint.iterdir()}
+    for restore in (False, True):
+        resumed, callback = make_model(), FwLoraCallback()
+        trainer = make_trainer(
+            resumed, tmp_path / "b", [callback], save_strategy="no", restore_callback_states_from_checkpoint=restore
+        )
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+        held = next(c for c in trainer.callback_handler.callbacks if isinstance(c, FwLoraCallback)).fisher_weighted
+        assert held.importance() == whole.fisher_weighted.importance()
+        for p, q in zip(through.parameters(), resumed.parameters(), strict=True):
+            assert torch.equal(p, q)
+
+
+def test_a_checkpoint_made_without_the_callback_is_refused(tmp_path):
+    make_trainer(make_model(), tmp_path, [], save_strategy="steps", save_steps=5).train()
+    trainer = make_trainer(make_model(), tmp_path, [FwLoraCallback()])
+    with pytest.raises(ValueError, match="resumes at step 5, but the checkpoint was made without FwLoraCallback"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+
+
+def test_options_beside_the_model_and_a_second_training(tmp_path):
+    model = wrap(make_base(), LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
+    callback = FwLoraCallback(FisherWeighting(warmup_steps=2, fisher_every=1), adapter_name="default")
+    trainer = make_trainer(model, tmp_path, [callback])
+    trainer.train()
+    first = callback.fisher_weighted
+    trainer.train()
+    assert callback.fisher_weighted is not first and callback.fisher_weighted.steps == STEPS
+    again = FwLoraCallback(**callback.state()["args"])
+    assert again.options == callback.options and again.adapter_name == "default"
+
+
+def test_evaluation_loss_is_the_tasks_alone(tmp_path):
+    model = make_model(strength=1e6)
+    trainer = make_trainer(model, tmp_path, [FwLoraCallback()], learning_rate=1e-4)
+    trainer.train()
+    batch = {k: torch.stack([torch.as_tensor(row[k]) for row in Sentences(12)]) for k in ("input_ids", "labels")}
+    with torch.no_grad():
+        logits = model.eval()(input_ids=batch["input_ids"]).logits
+    expected = float(nn.functional.cross_entropy(logits, batch["labels"]))
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_reallocation_in_the_trainer(tmp_path):
+    model = make_model(allocation="reallocate", warmup_steps=3)
+    callback = FwLoraCallback()
+    trainer = make_trainer(model, tmp_path, [callback])
+    trainer.train()
+    ranks = [pair.rank for pair in callback.fisher_weighted.pairs]
+    assert ranks != [2] * len(ranks)
+    model.save_pretrained(tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        loaded = PeftModel.from_pretrained(make_base(), tmp_path / "adapter")
+    tokens = Sentences(5).tokens
+    assert torch.equal(loaded.eval()(input_ids=tokens).logits, model.eval()(input_ids=tokens).logits)
+
+
+def adalora_model(total_step: int = STEPS) -> nn.Module:
+    config = AdaLoraConfig(
+        init_r=3, target_r=1, lora_alpha=6, target_modules=["query", "value"], task_type="SEQ_CLS", tinit=1, tfinal=2,
+        total_step=total_step,
+    )  # fmt: skip
+    return wrap(make_base(), config)
+
+
+def test_adalora_allocates_each_step_and_reaches_its_budget(tmp_path):
+    model = adalora_model()
+    calls = []
+    allocate = model.base_model.update_and_allocate
+
+    def noted(step):
+        gradients = [pair.A.grad is not None for pair in find_adapter_pairs(model)]
+        calls.append((step, all(gradients)))
+        allocate(step)
+
+    model.base_model.update_and_allocate = noted
+    make_trainer(model, tmp_path, [AdaLoraCallback()], max_grad_norm=0).train()
+    assert calls == [(step, True) for step in range(1, STEPS + 1)]
+    kept = sum(sum(mask) for mask in model.peft_config["default"].rank_pattern.values())
+    assert kept == 1 * 4
+
+
+def test_without_the_callback_adalora_never_allocates(tmp_path):
+    model = adalora_model()
+    make_trainer(model, tmp_path, []).train()
+    assert not model.peft_config["default"].rank_pattern
+
+
+def test_adaloras_orthogonal_term_trains_and_is_not_evaluated(tmp_path):
+    model = adalora_model()
+    batch = {k: torch.stack([torch.as_tensor(row[k]) for row in Sentences(12)]) for k in ("input_ids", "labels")}
+    contaminated = float(model.eval()(**batch).loss.detach())
+    trainer = make_trainer(model, tmp_path, [AdaLoraCallback()])
+    with torch.no_grad():
+        logits = model(input_ids=batch["input_ids"]).logits
+    cross_entropy = float(nn.functional.cross_entropy(logits, batch["labels"]))
+    assert contaminated > cross_entropy + 0.1
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(cross_entropy, rel=1e-5)
+    assert float(model.train()(**batch).loss.detach()) == pytest.approx(contaminated, rel=1e-5)
+
+
+def test_adaloras_mistakes_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"`model` \(PeftModelForSequenceClassification\) has no AdaLoRA adapter"):
+        make_trainer(make_model(), tmp_path, [AdaLoraCallback()])
+    trainer = make_trainer(adalora_model(total_step=50), tmp_path, [AdaLoraCallback()])
+    with pytest.raises(ValueError, match=f"total_step` is 50, but the Trainer takes {STEPS} .* set total_step={STEPS}"):
+        trainer.train()
