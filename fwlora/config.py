@@ -52,7 +52,7 @@ class FisherWeighting:
     warmup_steps: int = field(default=500, metadata={"help": "optimiser steps of measuring, >= 1"})
     decay: float = field(default=0.98, metadata={"help": "factor of the moving average per optimiser step, in [0, 1)"})
     estimator: Estimator = field(default="sketch", metadata={"help": "exact, sketch or adapter"})
-    sketch_size: int = field(default=8, metadata={"help": "columns of the sketch, >= 1"})
+    sketch_size: int = field(default=16, metadata={"help": "columns of the sketch, >= 1"})
     fisher_every: int = field(default=4, metadata={"help": "optimiser steps from one measurement to the next, >= 1"})
     importance: Normalisation = field(default="sum", metadata={"help": "sum, max, mean or none (uniform shrinkage)"})
     allocation: Allocation = field(default="shrink", metadata={"help": "shrink or reallocate"})

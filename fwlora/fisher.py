@@ -85,7 +85,8 @@ class GradientRecorder:
 
     def _add(self, index: int, product: Tensor) -> None:
         """Adds to the sum of one matrix; takes ownership of ``product``."""
-        product = product.to(torch.promote_types(product.dtype, torch.float32))
+        if product.dtype in (torch.bfloat16, torch.float16):
+            product = product.float()
         previous = self._products[index]
         self._products[index] = product if previous is None else previous.add_(product)
 
@@ -118,9 +119,6 @@ class ExactRecorder(GradientRecorder):
         return [pair.module.register_forward_hook(self._make_hook(index)) for index, pair in enumerate(self._pairs)]
 
     def _make_hook(self, index: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-        # Kept out of torch.compile's graphs: a compiled graph sees the flag alone, so steps that do not measure run
-        # without a break.
-        @torch.compiler.disable
         def watch(module: nn.Module, inputs: Tensor, output: Tensor) -> None:
             # A deep copy of the model shares this hook and is none of our business.
             if module is not self._pairs[index].module or not (torch.is_grad_enabled() and output.requires_grad):
@@ -128,9 +126,14 @@ class ExactRecorder(GradientRecorder):
             compressed = self._compress_input(inputs)
             output.register_hook(lambda gradient: self._accumulate(index, compressed, gradient))
 
+        # Kept out of torch.compile's graphs: a compiled graph sees the flag alone, so steps that do not measure run
+        # without a break.
+        watch_uncompiled = torch.compiler.disable(watch)
+
         def record_forward(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             if self.measuring:
-                watch(module, args[0], output)
+                # The guard around a disabled function takes as long as the rest of the hook.
+                (watch_uncompiled if torch.compiler.is_compiling() else watch)(module, args[0], output)
 
         return record_forward
 
@@ -144,11 +147,15 @@ class ExactRecorder(GradientRecorder):
     def _accumulate(self, index: int, compressed: Tensor, output_gradient: Tensor) -> None:
         if not self.measuring:
             return
-        G = output_gradient.detach().flatten(0, -2)
+        G = output_gradient.detach().reshape(-1, output_gradient.shape[-1])
         dtype = self._product_dtype(torch.promote_types(G.dtype, compressed.dtype))
-        with torch.autocast(G.device.type, enabled=False):
-            # Transposed: on a CPU a thin result is had three times as fast by its rows as by its columns.
-            self._add(index, compressed.to(dtype).T @ G.to(dtype))
+        # Transposed: on a CPU a thin result is had three times as fast by its rows as by its columns.
+        left, right = compressed.to(dtype).T, G.to(dtype)
+        if torch.is_autocast_enabled(G.device.type):  # a backward pass inside the context
+            with torch.autocast(G.device.type, enabled=False):
+                self._add(index, left @ right)
+        else:
+            self._add(index, left @ right)
 
     def _product_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return torch.promote_types(dtype, torch.float32)
@@ -205,8 +212,11 @@ class SketchRecorder(ExactRecorder):
         if key not in self._signs:
             digest = hashlib.blake2b(f"{self.seed}:{self._step}:{width}".encode(), digest_size=4).digest()
             generator = torch.Generator(device).manual_seed(int.from_bytes(digest, "big"))
-            bits = torch.randint(0, 2, (width, self.size), generator=generator, device=device, dtype=torch.int8)
-            self._signs[key] = bits.to(dtype).mul_(2).sub_(1)
+            # Eight signs a draw: the top bit of every byte of a 64-bit word.
+            words = torch.empty(-(-width * self.size // 8), device=device, dtype=torch.int64)
+            words.random_(-(2**63), None, generator=generator)
+            signs = words.view(torch.int8)[: width * self.size].bitwise_right_shift(7).bitwise_or(1)
+            self._signs[key] = signs.view(width, self.size).to(dtype)
         return self._signs[key]
 
     def _product_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -284,7 +294,10 @@ class FisherAccumulator:
 
     def update(self, squared_norms: Tensor) -> None:
         """Takes one step's squared gradient norms, shape (matrices,)."""
-        norms = squared_norms.to(self.values)
+        if self.values.device != squared_norms.device:  # the model was moved after attaching
+            tensors = (self.values, self.measured, self.skipped)
+            self.values, self.measured, self.skipped = (tensor.to(squared_norms.device) for tensor in tensors)
+        norms = squared_norms.to(self.values.dtype)
         finite = torch.isfinite(norms).all()
         self.values = torch.where(finite, torch.lerp(self.values, norms, 1 - self.decay), self.values)
         self.measured += finite

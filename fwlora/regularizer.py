@@ -49,7 +49,7 @@ class FisherWeightedLora:
     adapters' gradients, which equals having added the term to the loss of that step.
 
     Where the term enters: call ``step`` once per optimiser step, after the last ``backward()`` of a gradient
-    accumulation, after ``scaler.unscale_(optimizer)`` (or with ``loss_scale``) and before clipping, so that clipping
+    accumulation, after ``scaler.unscale_(optimizer)`` where there is a scaler, and before clipping, so that clipping
     sees the whole gradient. Nothing stands in ``forward``: evaluation losses are the task's alone. A step never waits
     for the device; the one that freezes does, once.
 
@@ -77,6 +77,10 @@ class FisherWeightedLora:
     ) -> None:
         adapter_name = find_active_adapter(model) if adapter_name is None else adapter_name
         self.pairs: list[AdapterPair] = find_adapter_pairs(model, adapter_name)
+        if any(pair.E is not None for pair in self.pairs):
+            raise ValueError(
+                f"adapter {adapter_name!r} of `model` is an AdaLoRA adapter; FW-LoRA weights LoRA adapters"
+            )
         config = adapter_config(model, adapter_name)
         if isinstance(config, FwLoraConfig) and config.budget_percent is not None and not config.rank_pattern:
             raise ValueError(
@@ -123,7 +127,9 @@ class FisherWeightedLora:
         Args:
             optimizer: needed where ranks are reallocated, and only then: the state of a parameter whose shape changes
                 is dropped (it starts anew, with its own step count), all other state is carried.
-            loss_scale: what the loss was multiplied by, where the gradients have not been unscaled.
+            loss_scale: what the loss was multiplied by when it was back-propagated: with a ``GradScaler``, whose
+                ``unscale_`` comes first, its ``get_scale()``. Measurements are divided by it; the shrinkage gradient is
+                added to gradients that are unscaled already.
 
         Raises:
             RuntimeError: called before any backward pass, or after :meth:`close`.
@@ -134,7 +140,7 @@ class FisherWeightedLora:
             raise RuntimeError("`step` was called after close(); build a new FisherWeightedLora")
         if not self.in_warmup:
             self._require_gradients()
-            self.shrink(loss_scale)
+            self.shrink()
             return
         if optimizer is None and self.options.allocation == "reallocate":
             raise ValueError("`optimizer` is missing: with allocation='reallocate' call step(optimizer)")
@@ -150,7 +156,7 @@ class FisherWeightedLora:
 
     @torch.no_grad()
     def shrink(self, loss_scale: float | Tensor = 1.0) -> None:
-        """Adds the shrinkage gradient, times ``loss_scale``, to the adapters' gradients, existing or not.
+        """Adds the shrinkage gradient, times ``loss_scale``, to the adapters' gradients, which may still be None.
 
         What :meth:`step` does after the warm-up, for loops that clip between ``backward()`` and the place where
         ``step`` could be called: there, call this before the step's first ``backward()``.

@@ -9,9 +9,10 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from small_models import Block, loss_of, make_adapted, make_batches, squared_gradient_norms, trainable
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fwlora import FisherWeightedLora, FisherWeighting, reference
 from fwlora.adapters import delta_norms, find_adapter_pairs
@@ -114,11 +115,78 @@ def test_one_term_per_step_under_accumulation_loss_scaling_and_either_side_of_ba
             fw.shrink(scale)
         for batch in data:
             (scale * loss_of(model, batch, 3)).backward()
+        for parameter in trainable(model):
+            parameter.grad /= scale
         if not before:
             fw.step(loss_scale=scale)
-        gradients.append([p.grad / scale for p in trainable(model)])
+        gradients.append([p.grad for p in trainable(model)])
     for others in gradients[1:]:
         torch.testing.assert_close(others, gradients[0], rtol=1e-12, atol=1e-14)
+
+
+def test_a_gradient_scaler_changes_nothing():
+    results = []
+    for scale in (None, 8.0):
+        model = make_adapted()
+        fw = attach(model, strength=0.7, warmup_steps=3, estimator="sketch")
+        optimizer = torch.optim.SGD(trainable(model), lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, growth_interval=1, enabled=scale is not None)
+        for batch in make_batches(6):
+            scaler.scale(loss_of(model, batch)).backward()
+            scaler.unscale_(optimizer)
+            fw.step(loss_scale=scaler.get_scale())
+            scaler.step(optimizer)
+            scaler.update()  # the scale doubles at every step
+            optimizer.zero_grad()
+        results.append([*(p.detach() for p in trainable(model)), fw.fisher.values])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-14)
+
+
+class Operations(TorchDispatchMode):
+    """Names of all operations, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+# What makes the host wait for a device: reading a value, and operations whose result's size depends on values.
+WAITING = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique", "_unique2"}
+
+
+@pytest.mark.parametrize("estimator", ["exact", "sketch", "adapter"])
+def test_a_step_never_waits_for_the_device(estimator):
+    model = make_adapted()
+    fw = attach(model, warmup_steps=4, fisher_every=2, estimator=estimator, strength=0.1)
+    waited = []
+    for batch in make_batches(7):
+        model.zero_grad()
+        loss_of(model, batch).backward()
+        with Operations() as seen:
+            fw.step()
+        waited.append(bool(WAITING & set(seen.names)))
+    # The fourth step freezes: once per training, and the proof that a wait would be seen.
+    assert waited == [False, False, False, True, False, False, False]
+
+
+def test_the_shrinkage_step_does_not_grow_with_the_number_of_matrices():
+    counts = []
+    for copies in (1, 4):
+        torch.manual_seed(0)
+        base = nn.ModuleDict({f"layer{i}": Block() for i in range(copies)}).double()
+        model = get_peft_model(base, LoraConfig(r=2, target_modules=["query", "key"]))
+        fw = FisherWeightedLora(model, FisherWeighting(warmup_steps=1, **EXACT))
+        x = torch.randn(3, 5, dtype=torch.float64)
+        for _ in range(2):
+            sum(layer(x).square().sum() for layer in base.values()).backward()
+            with Operations() as seen:
+                fw.step()
+        counts.append(sum(name in {"bmm", "mul", "dot", "stack"} for name in seen.names))
+    assert counts[0] == counts[1]
 
 
 def test_zero_strength_is_lora_bit_for_bit():
@@ -399,6 +467,9 @@ def test_adapters_that_cannot_be_weighted_are_refused():
     dora = get_peft_model(Block(), LoraConfig(target_modules=["query"], use_dora=True))
     with pytest.raises(ValueError, match=r"1 matrices of `model`, the first 'query', carry a variant of LoRA \(DoRA"):
         FisherWeightedLora(dora)
+    adalora = get_peft_model(Block(), AdaLoraConfig(target_modules=["query"], total_step=10))
+    with pytest.raises(ValueError, match="'default' of `model` is an AdaLoRA adapter"):
+        FisherWeightedLora(adalora)
     convolution = get_peft_model(nn.Sequential(nn.Conv2d(3, 4, 2)), LoraConfig(target_modules=["0"]))
     with pytest.raises(ValueError, match="carry a variant of LoRA"):
         FisherWeightedLora(convolution)

@@ -55,6 +55,7 @@ def test_one_file_knows_wandb_and_one_knows_the_parameter_names_of_peft():
     ("module", "absent"),
     [
         ("fwlora", ["hydra", "wandb", "optuna", "transformers", "torch"]),
+        ("fwlora.budget", ["torch", "peft", "transformers", "numpy"]),
         ("fwlora.methods", ["hydra", "wandb", "optuna", "transformers.trainer", "datasets", "sklearn"]),
         ("fwlora.experiment.command_line", ["torch", "wandb", "transformers", "optuna"]),
         ("fwlora.experiment.study", ["torch", "wandb", "transformers", "optuna"]),

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 import src.train
+from fwlora.adapters import find_adapter_pairs
 from fwlora.experiment import metrics
 from fwlora.experiment.command_line import compose_settings, known_run_ids
 from fwlora.experiment.engine import Evaluation, TrainingResult, evaluate
@@ -81,6 +82,23 @@ def test_trial_of_every_run_file_takes_every_path(run_id, tiny_roberta, tiny_glu
         assert summary[metrics.PARAMS_ADAPTER_FINAL] < summary[metrics.PARAMS_ADAPTER]
     assert summary[metrics.PARAMS_ADAPTER_FINAL] <= summary[metrics.BUDGET_PARAMETERS]
     assert not (tmp_path / "results").exists(), "a trial leaves no result behind"
+
+
+@pytest.mark.parametrize("estimator", ["exact", "adapter"])
+def test_reallocated_ranks_are_recorded_and_saved(estimator, tiny_roberta, tiny_glue, recorded):
+    arguments = ["run.fw_lora.allocation=reallocate", f"run.fw_lora.estimator={estimator}"]
+    settings, tracker = full_run("proposed_fw_lora", tiny_roberta, tiny_glue, recorded, *arguments)
+    initial = plan_adapters(settings.run.model).ranks
+    record = tracker.record(settings.run.run_id)
+    names, ranks = record.summary[metrics.MODULE_NAMES], record.summary[metrics.MODULE_RANKS]
+    assert dict(zip(names, ranks, strict=True)) != {name: rank for name, rank in initial.items() if rank}
+    assert len(record.summary[metrics.MODULE_IMPORTANCES]) == len(names)
+    final, first = record.summary[metrics.PARAMS_ADAPTER_FINAL], record.summary[metrics.PARAMS_ADAPTER]
+    assert 0.9 * first < final <= first <= record.summary[metrics.BUDGET_PARAMETERS]
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_roberta)
+    loaded = PeftModel.from_pretrained(base, Path("results") / settings.run.run_id / "checkpoint")
+    saved = {pair.name: pair.rank for pair in find_adapter_pairs(loaded)}
+    assert saved == {name: rank for name, rank in zip(names, ranks, strict=True) if rank}
 
 
 @pytest.mark.parametrize("method", METHODS)
