@@ -200,6 +200,7 @@ def summarise(seconds: dict[str, np.ndarray]) -> dict[str, Interval]:
     """Ratios to plain LoRA: per kind of step, and for the warm-up and the whole run that they make up."""
     ratios = {name: values / seconds["lora"] for name, values in seconds.items()}
     found = {name: median_interval(values) for name, values in ratios.items() if name != "lora"}
+    # Medians of kinds of step are mixed: the median over a warm-up's mixed steps would hide the rarer kind.
     warm, total = SCHEDULE["warmup_steps"], SCHEDULE["total_steps"]
     for estimator in ("exact", "sketch", "adapter"):
         measured, idle = ratios[f"{estimator}, measured step"], ratios["unmeasured step"]
@@ -269,6 +270,9 @@ def main() -> None:
                 name: [1e3 * float(q) for q in np.percentile(values, [25, 75])] for name, values in seconds.items()
             },
             "peak_bytes": memory,
+            "ratios": {
+                name: [round(float(r), 5) for r in values / seconds["lora"]] for name, values in seconds.items()
+            },
         }
         write_json(arguments.json, device, settings, results)
 
