@@ -180,7 +180,9 @@ def measure_peak_bytes(variant: Variant, batch_size: int, device: torch.device) 
         torch.cuda.reset_peak_memory_stats(device)
         variant.step(batch, labels)
         return torch.cuda.max_memory_allocated(device)
-    held = sum(t.untyped_storage().nbytes() for t in {t.data_ptr(): t for t in _tensors_held(variant)}.values())
+    # Nothing else is alive: parameters, optimiser state, and whatever a method keeps.
+    tensors = [held for held in gc.get_objects() if type(held) in (Tensor, nn.Parameter)]
+    held = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         variant.step(batch, labels)
     current = most = 0
@@ -189,11 +191,6 @@ def measure_peak_bytes(variant: Variant, batch_size: int, device: torch.device) 
             current += event.nbytes()
             most = max(most, current)
     return held + most
-
-
-def _tensors_held(variant: Variant) -> list[Tensor]:
-    state = [v for values in variant.optimizer.state.values() for v in values.values() if torch.is_tensor(v)]
-    return [*variant.model.parameters(), *variant.model.buffers(), *state]
 
 
 def summarise(seconds: dict[str, np.ndarray]) -> dict[str, Interval]:

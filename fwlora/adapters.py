@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,8 +12,9 @@ from typing import Any
 import torch
 from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parallel import DistributedDataParallel
 from transformers.pytorch_utils import Conv1D
 
 from fwlora.budget import MatrixShape
@@ -75,7 +77,7 @@ class AdapterPair:
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside ``torch.compile`` and data-parallel wrappers."""
     while True:
-        if isinstance(model, (DistributedDataParallel, DataParallel)):
+        if isinstance(model, DistributedDataParallel):
             model = model.module
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model = model._orig_mod  # type: ignore[assignment]
@@ -85,7 +87,11 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def adapter_config(model: nn.Module, adapter_name: str) -> Any:
     """PEFT's configuration of the adapter; None for a model that was adapted without a PeftModel around it."""
-    return (getattr(unwrap(model), "peft_config", None) or {}).get(adapter_name)
+    for module in unwrap(model).modules():
+        configs = getattr(module, "peft_config", None)
+        if isinstance(configs, dict) and adapter_name in configs:
+            return configs[adapter_name]
+    return None
 
 
 def find_active_adapter(model: nn.Module) -> str:
@@ -108,7 +114,7 @@ def find_adapter_pairs(model: nn.Module, adapter_name: str = "default") -> list[
 
     Raises:
         ValueError: the model has no such adapter, or one whose update is not s B A of two matrices (DoRA, a
-            convolution).
+            convolution, an embedding, fused attention).
     """
     model = unwrap(model)
     pairs: list[AdapterPair] = []
@@ -116,7 +122,9 @@ def find_adapter_pairs(model: nn.Module, adapter_name: str = "default") -> list[
     present: set[str] = set()
     for path, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            present.update(module.lora_A)
+            present.update([*module.lora_A, *module.lora_embedding_A])
+            if adapter_name in module.lora_embedding_A:
+                unsuitable.append(path)
         if not isinstance(module, LoraLayer) or adapter_name not in module.lora_A:
             continue
         layer: Any = module  # PEFT's layers are untyped mixins
@@ -127,14 +135,15 @@ def find_adapter_pairs(model: nn.Module, adapter_name: str = "default") -> list[
             scaling /= float(layer.ranknum[adapter_name]) + 1e-5
         else:
             A, B = A.weight, B.weight
-        name = path.replace("_orig_mod.", "").removeprefix("base_model.model.")
-        if A.dim() != 2 or adapter_name in getattr(module, "lora_variant", {}):
+        name = path.replace("_orig_mod.", "").rpartition("base_model.model.")[2]
+        other_kind = A.dim() != 2 or isinstance(module, (MultiheadAttention, ParamWrapper))
+        if other_kind or adapter_name in getattr(module, "lora_variant", {}):
             unsuitable.append(name)
         pairs.append(AdapterPair(name, layer, A, B, E, scaling, adapter_name))
     if unsuitable:
         raise ValueError(
             f"{len(unsuitable)} matrices of `model`, the first {unsuitable[0]!r}, carry a variant of LoRA (DoRA, a "
-            "convolution) whose update is not s B A; use plain LoRA on linear layers"
+            "convolution, an embedding, fused attention) whose update is not s B A; use plain LoRA on linear layers"
         )
     if not pairs:
         others = f"; it has {', '.join(map(repr, sorted(present)))}" if present else ""
@@ -157,8 +166,11 @@ def resize_adapter(pair: AdapterPair, A: Tensor, B: Tensor) -> None:
     if name not in layer.lora_A and rank > 0:
         raise RuntimeError(f"{pair.name!r} has lost its adapter and cannot be given rank {rank}")
     for parameter, value in ((pair.A, A), (pair.B, B)):
+        dtype = parameter.dtype
         parameter.grad = None
-        parameter.data = value.to(parameter).contiguous()
+        # A loss that is still held keeps the old shape's gradient accumulator alive; a new type makes torch drop it.
+        parameter.data = parameter.data.to(torch.float32 if dtype == torch.float64 else torch.float64)
+        parameter.data = value.to(device=parameter.device, dtype=dtype).contiguous()
     if name not in layer.lora_A:
         return
     if rank == 0:
@@ -166,15 +178,9 @@ def resize_adapter(pair: AdapterPair, A: Tensor, B: Tensor) -> None:
             del container[name]
         return
     layer.lora_A[name].out_features = layer.lora_B[name].in_features = rank
-    layer.lora_alpha[name] *= _alpha_growth(layer, name, rank)
+    # The scaling stays: it is alpha / r for LoRA, alpha / sqrt(r) for rsLoRA.
+    layer.lora_alpha[name] = pair.scaling * (math.sqrt(rank) if layer.use_rslora[name] else rank)
     layer.r[name] = rank
-
-
-def _alpha_growth(layer: Any, adapter_name: str, rank: int) -> float:
-    """What alpha is multiplied by so that the scaling stays: alpha / r for LoRA, alpha / sqrt(r) for rsLoRA."""
-    alpha, former = layer.lora_alpha[adapter_name], layer.r[adapter_name]
-    by_root = abs(layer.scaling[adapter_name] - alpha / former) > 1e-9 * alpha
-    return (rank / former) ** (0.5 if by_root else 1.0)
 
 
 def record_ranks(model: nn.Module, pairs: Sequence[AdapterPair]) -> None:

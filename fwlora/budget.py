@@ -56,8 +56,10 @@ def budget_parameters(percent: float, encoder_parameters: int) -> int:
     Raises:
         BudgetError: ``percent`` is not in (0, 100].
     """
-    if not 0 < percent <= 100:
-        raise BudgetError(f"`percent` is {percent}; a budget is above 0 and at most 100 per cent of the encoder")
+    if isinstance(percent, bool) or not isinstance(percent, (int, float)) or not 0 < percent <= 100:
+        raise BudgetError(
+            f"`budget_percent` is {percent!r}; a budget is above 0 and at most 100 per cent of the encoder"
+        )
     # A decimal such as 0.2 is slightly below or above itself in binary: 1e-9 of a parameter must not decide.
     return math.floor(percent * encoder_parameters / 100 + 1e-9)
 

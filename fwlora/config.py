@@ -24,6 +24,11 @@ from fwlora.importance import NORMALISATIONS, Normalisation
 Estimator = Literal["exact", "sketch", "adapter"]
 Allocation = Literal["shrink", "reallocate"]
 FILE_NAME = "fwlora_config.json"
+# Options of LoRA that would change which matrices are adapted, or add parameters that no budget counts.
+DECIDED_BY_BUDGET = (
+    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "bias", "lora_bias", "layers_to_transform",
+    "layers_pattern", "exclude_modules", "target_parameters",
+)  # fmt: skip
 
 
 @dataclass
@@ -80,7 +85,7 @@ class FisherWeighting:
                     _is_number(self.max_rank_factor) and 1 <= self.max_rank_factor < math.inf,
                     "a factor of at least 1",
                 ),
-                ("seed", isinstance(self.seed, int) and self.seed >= 0, "a whole number of at least 0"),
+                ("seed", _is_count(self.seed + 1 if _is_number(self.seed) else 0) and self.seed < 2**63, "0 to 2^63"),
             )
             if not allowed
         ]
@@ -129,7 +134,14 @@ def plan_ranks(model: nn.Module, budget_percent: float, target_modules: Sequence
     Raises:
         ValueError: targets that match nothing, or a budget that pays for no rank.
     """
-    matrices = find_target_matrices(model, present_roles(model) if target_modules is None else target_modules)
+    if hasattr(model, "peft_config"):
+        raise ValueError(f"`model` ({type(model).__name__}) is adapted already; plan ranks for the model before PEFT")
+    if isinstance(target_modules, str):
+        target_modules = [target_modules]
+    targets = present_roles(model) if target_modules is None else list(target_modules)
+    if not targets:
+        raise ValueError("`target_modules` is empty; name modules or roles, or give None for all projections")
+    matrices = find_target_matrices(model, targets)
     encoder_parameters = encoder_parameter_count(model)
     budget = budget_parameters(budget_percent, encoder_parameters)
     # One parameter more than a rank of LoRA costs, so that AdaLoRA's triplets can be had for it too.
@@ -161,6 +173,9 @@ class FwLoraConfig(FisherWeighting, LoraConfig):
     def __post_init__(self) -> None:
         LoraConfig.__post_init__(self)
         self.check()
+        percent = self.budget_percent
+        if percent is not None and not (_is_number(percent) and 0 < percent <= 100):
+            raise ValueError(f"`budget_percent` is {percent!r}; a budget is above 0 and at most 100 per cent")
 
     @classmethod
     def for_model(
@@ -184,7 +199,7 @@ class FwLoraConfig(FisherWeighting, LoraConfig):
         Raises:
             ValueError: see :func:`plan_ranks`; or ``options`` holds what the budget decides.
         """
-        decided = sorted({"r", "lora_alpha", "rank_pattern", "alpha_pattern", "fan_in_fan_out"} & options.keys())
+        decided = sorted(name for name in DECIDED_BY_BUDGET if options.get(name) not in (None, False, "none"))
         if decided:
             names = ", ".join(f"`{name}`" for name in decided)
             raise ValueError(f"{names} cannot be given beside `budget_percent`: the budget decides; set `scaling`")
@@ -215,13 +230,14 @@ class FwLoraConfig(FisherWeighting, LoraConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> FwLoraConfig:  # type: ignore[override]
-        """Reads both files of a folder; an adapter without fwlora's own gets the defaults.
+        """Reads both files of a folder, to train on; an adapter without fwlora's own gets the defaults.
 
         Raises:
             ValueError: no adapter there, one of another kind, or an unreadable file.
         """
         folder = Path(pretrained_model_name_or_path)
         stock = LoraConfig.from_pretrained(str(folder), **kwargs)
+        folder /= kwargs.get("subfolder") or ""
         if not isinstance(stock, LoraConfig):
             raise ValueError(f"{folder} holds an adapter of type {stock.peft_type}; FW-LoRA needs LORA")
         own: dict[str, Any] = {}
@@ -229,7 +245,7 @@ class FwLoraConfig(FisherWeighting, LoraConfig):
         if path.is_file():
             try:
                 own = json.loads(path.read_text())
-                unknown = sorted(own.keys() - {f.name for f in fields(cls)})
+                unknown = sorted(own.keys() - {f.name for f in fields(FisherWeighting)} - {"budget_percent"})
             except (ValueError, AttributeError) as error:
                 raise ValueError(
                     f"{path} is not a JSON object of settings ({error}); delete it or save again"
@@ -238,6 +254,7 @@ class FwLoraConfig(FisherWeighting, LoraConfig):
                 raise ValueError(
                     f"{path} holds unknown settings {', '.join(unknown)}; a newer fwlora may have saved it"
                 )
+        stock.inference_mode = False
         return cls(**{f.name: getattr(stock, f.name) for f in fields(LoraConfig) if f.init}, **own)
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -119,21 +119,21 @@ class ExactRecorder(GradientRecorder):
         return [pair.module.register_forward_hook(self._make_hook(index)) for index, pair in enumerate(self._pairs)]
 
     def _make_hook(self, index: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        # Kept out of torch.compile's graphs: a compiled graph sees the flag alone, so steps that do not measure run
+        # without a break.
+        @torch.compiler.disable
         def watch(module: nn.Module, inputs: Tensor, output: Tensor) -> None:
-            # A deep copy of the model shares this hook and is none of our business.
-            if module is not self._pairs[index].module or not (torch.is_grad_enabled() and output.requires_grad):
+            # A deep copy of the model shares this hook and is none of our business; nor is another adapter's pass.
+            pair, layer = self._pairs[index], cast(Any, module)
+            ours = module is pair.module and pair.adapter_name in layer.active_adapters and not layer.disable_adapters
+            if not (ours and torch.is_grad_enabled() and output.requires_grad):
                 return
             compressed = self._compress_input(inputs)
             output.register_hook(lambda gradient: self._accumulate(index, compressed, gradient))
 
-        # Kept out of torch.compile's graphs: a compiled graph sees the flag alone, so steps that do not measure run
-        # without a break.
-        watch_uncompiled = torch.compiler.disable(watch)
-
         def record_forward(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             if self.measuring:
-                # The guard around a disabled function takes as long as the rest of the hook.
-                (watch_uncompiled if torch.compiler.is_compiling() else watch)(module, args[0], output)
+                watch(module, args[0], output)
 
         return record_forward
 
@@ -244,7 +244,8 @@ class AdapterRecorder(GradientRecorder):
         self._factors = torch.tensor(factors, device=pairs[0].A.device, dtype=torch.float64)
 
     def _register(self) -> list[Any]:
-        return [pair.B.register_hook(self._make_hook(index)) for index, pair in enumerate(self._pairs)]
+        hooked = [(index, pair.B) for index, pair in enumerate(self._pairs) if pair.B.requires_grad]
+        return [B.register_hook(self._make_hook(index)) for index, B in hooked]
 
     def _make_hook(self, index: int) -> Callable[[Tensor], None]:
         def record(gradient: Tensor) -> None:

@@ -12,6 +12,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any, Protocol, cast
 
 import torch
@@ -261,13 +262,12 @@ class AdaLora:
 
 def keep_orthogonal_term_out_of_evaluation(tuner: AdaLoraModel) -> None:
     """From now on a model in eval mode returns the task's loss alone; PEFT adds its orthogonality term there too."""
-    forward = tuner.forward
+    # Bound to the object, so that a deep copy of the model computes with its own weights.
+    tuner.forward = MethodType(_forward_of_mode, tuner)  # type: ignore[method-assign]
 
-    def forward_of_mode(*args: Any, **kwargs: Any) -> Any:
-        return forward(*args, **kwargs) if tuner.training else tuner.model.forward(*args, **kwargs)
 
-    if "forward" not in vars(tuner):
-        tuner.forward = forward_of_mode  # type: ignore[method-assign]
+def _forward_of_mode(tuner: AdaLoraModel, *args: Any, **kwargs: Any) -> Any:
+    return type(tuner).forward(tuner, *args, **kwargs) if tuner.training else tuner.model.forward(*args, **kwargs)
 
 
 def attach_lora(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -32,6 +32,9 @@ from fwlora.shrinkage import BatchedShrinkage, shrinkage_penalty
 # Which adapters are held, by the layer of their first matrix: a second holder would add the term twice.
 _HOLDERS: weakref.WeakKeyDictionary[nn.Module, dict[str, weakref.ref[FisherWeightedLora]]] = weakref.WeakKeyDictionary()
 STATE_FORMAT = 1
+STATE_KEYS = (
+    "options", "names", "shapes", "initial_ranks", "ranks", "steps", "fisher", "measured", "skipped", "importance"
+)  # fmt: skip
 
 
 class UnmeasuredError(RuntimeError):
@@ -55,7 +58,8 @@ class FisherWeightedLora:
 
     The measured gradients are those of the loss as it was back-propagated: micro-batches, repeated calls of a module
     and the processes of ``torch.distributed`` (where initialised; averaged, as data-parallel training does) are summed
-    before the norm, so a loss that is averaged properly gives the value of the joint batch.
+    before the norm, so a loss that is averaged properly gives the value of the joint batch. Every backward pass since
+    the previous ``step`` counts, so do not back-propagate what the step is not to use.
 
     Args:
         model: a PEFT model with LoRA adapters, also inside ``DistributedDataParallel`` or ``torch.compile``.
@@ -75,6 +79,10 @@ class FisherWeightedLora:
     def __init__(
         self, model: nn.Module, options: FisherWeighting | None = None, *, adapter_name: str | None = None
     ) -> None:
+        if isinstance(model, nn.DataParallel):
+            raise ValueError(
+                "`model` is an nn.DataParallel, whose replicas cannot be measured; use DistributedDataParallel"
+            )
         adapter_name = find_active_adapter(model) if adapter_name is None else adapter_name
         self.pairs: list[AdapterPair] = find_adapter_pairs(model, adapter_name)
         if any(pair.E is not None for pair in self.pairs):
@@ -89,6 +97,10 @@ class FisherWeightedLora:
             )
         if options is None:
             options = config if isinstance(config, FwLoraConfig) else FisherWeighting()
+        if not isinstance(options, FisherWeighting):
+            raise ValueError(
+                f"`options` is a {type(options).__name__}; give a FisherWeighting, or None for the config's"
+            )
         options.check()
         self.options: FisherWeighting = options.fisher_weighting()
         if not any(pair.B.requires_grad for pair in self.pairs):
@@ -142,8 +154,8 @@ class FisherWeightedLora:
             self._require_gradients()
             self.shrink()
             return
-        if optimizer is None and self.options.allocation == "reallocate":
-            raise ValueError("`optimizer` is missing: with allocation='reallocate' call step(optimizer)")
+        if self.options.allocation == "reallocate":
+            self._check_optimizer(optimizer)
         if self.recorder is not None and self.recorder.measuring:
             self.fisher.update(self.recorder.take_squared_norms(loss_scale))
         else:
@@ -164,6 +176,8 @@ class FisherWeightedLora:
         Raises:
             RuntimeError: still in the warm-up.
         """
+        if self._closed:
+            raise RuntimeError("`shrink` was called after close(); build a new FisherWeightedLora")
         if self.in_warmup:
             raise RuntimeError(f"`shrink` has no importances before step {self.options.warmup_steps}; call `step`")
         self.steps += 1
@@ -218,12 +232,16 @@ class FisherWeightedLora:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues where :meth:`state_dict` was taken, inside the warm-up or after it.
 
-        A model built with the initial ranks is given the reallocated ones; load its weights, then the optimiser's
-        state, after this call. A model built from a checkpoint that holds the reallocated ranks fits as it is.
+        For an exact resume after a reallocation, build the model with its initial ranks, and its optimiser: this call
+        gives it the reallocated ones; load its weights and the optimiser's state afterwards. A model built from a
+        checkpoint that holds the reallocated ranks fits as it is, without the matrices that lost their adapter: their
+        parameters are missing for the optimiser's state, and from the states taken later.
 
         Raises:
             ValueError: a state of another model, of other options (``strength`` may change), or not a state at all.
         """
+        if self._closed:
+            raise RuntimeError("`load_state_dict` was called after close(); build a new FisherWeightedLora")
         kept = self._check_state(state)
         restored = [state["ranks"][place] for place in kept]
         if restored != [pair.rank for pair in self.pairs]:
@@ -274,6 +292,18 @@ class FisherWeightedLora:
             return AdapterRecorder(self.pairs)
         return SketchRecorder(self.pairs, self.options.sketch_size, self.options.seed)
 
+    def _check_optimizer(self, optimizer: torch.optim.Optimizer | None) -> None:
+        if optimizer is None:
+            raise ValueError("`optimizer` is missing: with allocation='reallocate' call step(optimizer)")
+        groups = getattr(optimizer, "param_groups", [])
+        held = {id(parameter) for group in groups for parameter in group["params"]}
+        missing = [pair.name for pair in self.pairs if not {id(pair.A), id(pair.B)} <= held]
+        if missing:
+            raise ValueError(
+                f"`optimizer` ({type(optimizer).__name__}) does not hold both factors of {len(missing)} matrices, the "
+                f"first {missing[0]!r}; with allocation='reallocate' one optimiser has to hold all adapters"
+            )
+
     def _require_gradients(self) -> None:
         if all(pair.A.grad is None and pair.B.grad is None for pair in self.pairs):
             raise RuntimeError(
@@ -289,21 +319,21 @@ class FisherWeightedLora:
             )
         try:
             importance = normalise_importance(self.fisher.values, self.options.importance)
+            if self.options.allocation == "reallocate":
+                assert optimizer is not None
+                self._reallocate(optimizer)
         except ValueError as error:
             raise UnmeasuredError(f"importances cannot be frozen at step {self.steps}: {error}") from None
         if self.recorder is not None:
             self.recorder.close()
             self.recorder = None
-        if self.options.allocation == "reallocate":
-            assert optimizer is not None
-            self._reallocate(optimizer)
         self._start_shrinking(importance)
 
     def _reallocate(self, optimizer: torch.optim.Optimizer) -> None:
         matrices = [MatrixShape(pair.name, pair.A.shape[1], pair.B.shape[0]) for pair in self.pairs]
         former = {pair.name: pair.rank for pair in self.pairs}
         caps = {
-            pair.name: min(math.ceil(self.options.max_rank_factor * pair.rank), pair.A.shape[1], pair.B.shape[0])
+            pair.name: min(math.ceil(self.options.max_rank_factor * pair.rank - 1e-9), pair.A.shape[1], pair.B.shape[0])
             for pair in self.pairs
         }
         # F and not I: uniform shrinkage has no importances, but its ranks can still follow the measurement.
@@ -336,16 +366,16 @@ class FisherWeightedLora:
         return dict(zip([pair.name for pair in self.pairs], values.tolist(), strict=True))
 
     def _check_state(self, state: Mapping[str, Any]) -> list[int]:
-        """Places in the state's lists of this object's matrices, in its order."""
-        missing = sorted(
-            {"options", "names", "shapes", "initial_ranks", "ranks", "steps", "fisher", "measured", "skipped"}
-            - state.keys()
-        )
-        if missing or state.get("format") != STATE_FORMAT:
+        """Places in the state's lists of this object's matrices, in its order. Changes nothing."""
+        if not isinstance(state, Mapping) or state.get("format") != STATE_FORMAT:
+            found = state.get("format") if isinstance(state, Mapping) else f"a {type(state).__name__}"
             raise ValueError(
-                f"`state` is not a state of FisherWeightedLora in format {STATE_FORMAT} (missing: {missing}); pass "
-                "what state_dict() returned"
+                f"`state` is not a state of FisherWeightedLora in format {STATE_FORMAT} (found: {found}); pass what "
+                "state_dict() returned"
             )
+        wrong = _find_wrong_entries(state)
+        if wrong:
+            raise ValueError(f"`state` is damaged: {'; '.join(wrong)}; pass what state_dict() returned, unchanged")
         own, given = asdict(self.options), dict(state["options"])
         differing = [name for name in own if name != "strength" and own[name] != given.get(name)]
         if differing:
@@ -363,6 +393,40 @@ class FisherWeightedLora:
             f"`state` belongs to another model: {_first_difference(state, self.pairs)}; load it into the model it was "
             "taken from, with the same target modules and ranks"
         )
+
+
+def _find_wrong_entries(state: Mapping[str, Any]) -> list[str]:
+    """Entries of a state that state_dict() cannot have written, in words."""
+
+    def is_list(name: str, allowed: Callable[[Any], bool]) -> bool:
+        values = state[name]
+        return isinstance(values, list) and len(values) == len(state["names"]) and all(map(allowed, values))
+
+    missing = [name for name in STATE_KEYS if name not in state]
+    if missing:
+        return [f"{', '.join(missing)} missing"]
+    if not (isinstance(state["names"], list) and all(isinstance(name, str) for name in state["names"])):
+        return ["names is no list of names"]
+    if not isinstance(state["options"], Mapping):
+        return ["options is no mapping"]
+    counts = [name for name in ("steps", "measured", "skipped") if not _is_whole(state[name])]
+    lists = [name for name in ("ranks", "initial_ranks") if not is_list(name, _is_whole)]
+    if not is_list("shapes", lambda shape: isinstance(shape, list) and len(shape) == 2 and all(map(_is_whole, shape))):
+        lists.append("shapes")
+    if not is_list("fisher", lambda value: isinstance(value, float) and 0 <= value < math.inf):
+        lists.append("fisher")
+    if counts or lists:
+        return [f"{name} is {state[name]!r}" for name in counts + lists]
+    frozen = state["importance"] is not None
+    if frozen and not is_list("importance", lambda value: isinstance(value, float) and 0 <= value <= 1):
+        return [f"importance is {state['importance']!r}"]
+    if frozen != (state["steps"] >= state["options"].get("warmup_steps", 0)):
+        return [f"importance is {'there' if frozen else 'missing'} after {state['steps']} steps"]
+    return [] if any(state["ranks"]) else ["ranks are all 0"]
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _first_difference(state: Mapping[str, Any], pairs: list[AdapterPair]) -> str:

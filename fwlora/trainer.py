@@ -29,8 +29,8 @@ class FwLoraCallback(TrainerCallback, ExportableState):
 
     The state travels in the checkpoint's ``trainer_state.json``, and ``trainer.train(resume_from_checkpoint=...)``
     continues exactly, inside the warm-up or after it. One case is beyond it: the Trainer loads weights before any
-    callback may act, so a checkpoint with reallocated ranks needs a model that was built with them, from
-    ``FwLoraConfig.from_pretrained(checkpoint)``.
+    callback may act, so it cannot resume from (nor load at the end) a checkpoint whose ranks are not the model's, as
+    after a reallocation. A loop of one's own can, see :meth:`fwlora.FisherWeightedLora.load_state_dict`.
 
     Args:
         options: what to measure and do; None for those of the model's :class:`fwlora.FwLoraConfig`, or the defaults.
@@ -64,11 +64,28 @@ class FwLoraCallback(TrainerCallback, ExportableState):
         """Attaches to the model, anew for every ``train()``; continues from the checkpoint where there is one.
 
         Raises:
-            ValueError: see :class:`fwlora.FisherWeightedLora`; or a checkpoint without this callback's state.
+            ValueError: see :class:`fwlora.FisherWeightedLora`; a warm-up as long as the training; a checkpoint without
+                this callback's state; several GPUs in one process.
         """
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"the Trainer spreads one process over {args.n_gpu} GPUs (nn.DataParallel), whose replicas cannot be "
+                "measured; start it with torchrun or accelerate launch, or show it one GPU by CUDA_VISIBLE_DEVICES=0"
+            )
         if self.fisher_weighted is not None:
             self.fisher_weighted.close()
         self.fisher_weighted = FisherWeightedLora(kwargs["model"], self.options, adapter_name=self.adapter_name)
+        options = self.fisher_weighted.options
+        if options.warmup_steps >= state.max_steps:
+            raise ValueError(
+                f"`warmup_steps` is {options.warmup_steps}, but the Trainer takes {state.max_steps} optimiser steps: "
+                f"importances would never be used and FW-LoRA would be LoRA; set it below {state.max_steps}"
+            )
+        if options.allocation == "reallocate" and args.load_best_model_at_end:
+            raise ValueError(
+                "`load_best_model_at_end` is True, but with allocation='reallocate' a best checkpoint of the warm-up "
+                "has other ranks than the model at the end; set load_best_model_at_end=False"
+            )
         if state.global_step == 0:
             return
         callbacks: Any = state.stateful_callbacks
@@ -115,12 +132,13 @@ class AdaLoraCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Checks that the schedule fits the training.
+        """Checks that the schedule fits the training; covers models that are made only now (``model_init``).
 
         Raises:
             ValueError: the schedule is longer than the training, so the budget would never be reached.
         """
         tuner = _find_adalora(kwargs["model"])
+        keep_orthogonal_term_out_of_evaluation(tuner)
         config: Any = tuner.peft_config[tuner.trainable_adapter_name]
         total_step = config.total_step
         if total_step > state.max_steps:

@@ -102,10 +102,23 @@ def test_budgets_that_cannot_be_met_and_options_that_contradict_them():
     base = roberta()
     with pytest.raises(BudgetError, match="pay for any rank; the cheapest matrix costs 64"):
         FwLoraConfig.for_model(base, budget_percent=0.01)
-    with pytest.raises(BudgetError, match="`percent` is 0"):
+    with pytest.raises(BudgetError, match="`budget_percent` is 0"):
         FwLoraConfig.for_model(base, budget_percent=0)
     with pytest.raises(ValueError, match=r"`lora_alpha`, `r` cannot be given beside `budget_percent`.* set `scaling`"):
         FwLoraConfig.for_model(base, budget_percent=2.0, r=8, lora_alpha=16)
+    for name, value in {"lora_bias": True, "bias": "all", "layers_to_transform": [0], "exclude_modules": ["x"]}.items():
+        with pytest.raises(ValueError, match=f"`{name}` cannot be given beside `budget_percent`"):
+            FwLoraConfig.for_model(base, budget_percent=2.0, **{name: value})
+    for budget in ("0.2", None, True):
+        with pytest.raises(BudgetError, match=f"`budget_percent` is {budget!r}; a budget is above 0"):
+            FwLoraConfig.for_model(base, budget_percent=budget)
+    with pytest.raises(ValueError, match="`budget_percent` is -5; a budget is above 0"):
+        FwLoraConfig(budget_percent=-5)
+    with pytest.raises(ValueError, match="`target_modules` is empty"):
+        FwLoraConfig.for_model(base, budget_percent=2.0, target_modules=[])
+    assert FwLoraConfig.for_model(base, budget_percent=2.0, target_modules="query").rank_pattern
+    with pytest.raises(ValueError, match=r"`model` \(PeftModel\w*\) is adapted already"):
+        FwLoraConfig.for_model(get_peft_model(roberta(), LoraConfig(target_modules=["query"])), budget_percent=2.0)
     with pytest.raises(ValueError, match="`scaling` is 0; the factor s"):
         FwLoraConfig.for_model(base, budget_percent=2.0, scaling=0)
 
@@ -178,6 +191,8 @@ def test_a_plain_adapter_gets_the_defaults_and_broken_files_are_named(tmp_path):
     (tmp_path / FILE_NAME).write_text('{"strength": 1, "tau": 3}')
     with pytest.raises(ValueError, match="holds unknown settings tau"):
         FwLoraConfig.from_pretrained(tmp_path)
+    FwLoraConfig(target_modules=["query"], strength=0.7).save_pretrained(tmp_path / "sub")
+    assert FwLoraConfig.from_pretrained(tmp_path, subfolder="sub").strength == 0.7
     with pytest.raises(ValueError, match=r"Can't find 'adapter_config\.json'"):
         FwLoraConfig.from_pretrained(tmp_path / "nowhere")
 

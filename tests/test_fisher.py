@@ -295,3 +295,52 @@ def test_accumulator_by_hand():
     assert (int(fisher.measured), int(fisher.skipped)) == (2, 1)
     with pytest.raises(ValueError, match="`decay` is 1"):
         FisherAccumulator(2, 1.0)
+
+
+def test_a_backward_pass_after_the_measurement_is_not_recorded():
+    model, data = make_adapted(), make_batches(2)
+    for recorder in (ExactRecorder(find_adapter_pairs(model)), SketchRecorder(find_adapter_pairs(model), 4)):
+        recorder.start(1)
+        late = loss_of(model, data[1])
+        loss_of(model, data[0]).backward()
+        recorder.take_squared_norms()
+        late.backward()
+        recorder.start(2)
+        with pytest.raises(RuntimeError, match="before any backward pass"):
+            recorder.take_squared_norms()
+        recorder.close()
+
+
+def test_one_input_is_sketched_with_each_steps_own_signs():
+    model, (batch,) = make_adapted(), make_batches(1)
+    recorder, seen = SketchRecorder(find_adapter_pairs(model), 2), []
+    for step in (1, 2):
+        recorder.start(step)
+        loss_of(model, batch).backward()
+        seen.append(recorder.take_squared_norms())
+    assert not torch.allclose(seen[0][:2], seen[1][:2], rtol=1e-3)
+
+
+def test_backward_inside_autocast_multiplies_the_reference_in_float32():
+    model, norms = make_adapted().float(), []
+    x = torch.randn(64, 5)
+    recorder = ExactRecorder(find_adapter_pairs(model))
+    for inside in (False, True):
+        recorder.start(1)
+        loss = model(x).square().mean()
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            recorder.observe(0, x, torch.ones(64, 4))
+        del loss
+        norms.append(recorder.take_squared_norms()[0])
+    assert torch.equal(norms[0], norms[1])
+
+
+def test_partly_frozen_adapters_are_measured_where_they_train():
+    model, (batch,) = make_adapted(), make_batches(1)
+    pairs = find_adapter_pairs(model)
+    pairs[1].B.requires_grad_(False)
+    recorder = AdapterRecorder(pairs)
+    recorder.start(1)
+    loss_of(model, batch).backward()
+    norms = recorder.take_squared_norms()
+    assert norms[1] == 0 and norms[0] > 0 and norms[2] > 0

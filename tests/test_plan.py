@@ -54,7 +54,7 @@ def test_json_and_named_targets(config_folder, capsys):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--budget", "0"], "--budget: `percent` is 0.0; a budget is above 0"),
+        (["--budget", "0"], "--budget: `budget_percent` is 0.0; a budget is above 0"),
         (["--budget", "0.0001"], "use at least 0.0013 %"),
         (["--budget", "0.2", "--target-modules", "qkv"], "--target-modules: no weight matrix of RobertaModel"),
     ],

@@ -14,7 +14,8 @@ from small_models import Block, loss_of, make_adapted, make_batches, squared_gra
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fwlora import FisherWeightedLora, FisherWeighting, reference
+import fwlora.regularizer
+from fwlora import FisherWeightedLora, FisherWeighting, FwLoraConfig, reference
 from fwlora.adapters import delta_norms, find_adapter_pairs
 from fwlora.regularizer import UnmeasuredError
 
@@ -272,6 +273,46 @@ def test_one_adapter_of_several_is_measured_and_shrunk():
     assert len(FisherWeightedLora(model).pairs) == 3
 
 
+def test_backward_passes_of_another_adapter_are_not_measured():
+    model, data = make_adapted(), make_batches(2)
+    expected = squared_gradient_norms(model, lambda m: loss_of(m, data[0]))
+    model.add_adapter("second", LoraConfig(r=1, target_modules=["query", "key"]))
+    fw = attach(model.double(), decay=0.0)
+    model.set_adapter("second")
+    loss_of(model, data[1]).backward()
+    model.set_adapter("default")
+    loss_of(model, data[0]).backward()
+    fw.step()
+    torch.testing.assert_close(fw.fisher.values, expected, rtol=1e-12, atol=0)
+
+
+def test_a_model_inside_another_module_keeps_its_configuration():
+    model = get_peft_model(Block(), FwLoraConfig(r=2, target_modules=["query"], warmup_steps=7))
+    fw = FisherWeightedLora(nn.ModuleDict({"net": model}))
+    assert fw.options.warmup_steps == 7 and [pair.name for pair in fw.pairs] == ["query"]
+
+
+def test_adapters_in_half_precision_are_shrunk_in_float32():
+    model = make_adapted().bfloat16()
+    fw = attach(model, warmup_steps=1, strength=0.5)
+    x = torch.randn(7, 5, dtype=torch.bfloat16)
+    for _ in range(2):
+        model.zero_grad()
+        model(x).square().mean().backward()
+        plain = [pair.B.grad.clone() for pair in fw.pairs]
+        fw.step()
+    exact = [
+        reference.penalty_gradients(
+            pair.A.detach().double().numpy(), pair.B.detach().double().numpy(), pair.scaling, importance, 0.5
+        )[1]
+        for pair, importance in zip(fw.pairs, fw.importance().values(), strict=True)
+    ]
+    for pair, before, gradient in zip(fw.pairs, plain, exact, strict=True):
+        expected = (before.double() + torch.from_numpy(gradient)).bfloat16()
+        torch.testing.assert_close(pair.B.grad, expected, rtol=0.01, atol=1e-4)
+    assert fw.last_penalty.dtype == torch.float32
+
+
 def test_activating_both_adapters_leaves_the_choice_to_the_user():
     model = make_adapted()
     model.add_adapter("second", LoraConfig(r=1, target_modules=["query"]))
@@ -387,6 +428,84 @@ def test_a_matrix_that_loses_its_adapter_computes_its_base_alone():
     train(model, fw, optimizer, 2)
 
 
+def test_a_loss_that_is_still_held_does_not_hinder_reallocation():
+    model = make_adapted(hidden=9)
+    fw = attach(model, warmup_steps=2, allocation="reallocate", max_rank_factor=3.0)
+    optimizer = torch.optim.AdamW(trainable(model), lr=0.02)
+    held = []
+    for batch in make_batches(5):
+        held.append(loss_of(model, batch))
+        held[-1].backward()
+        fw.step(optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert [pair.rank for pair in fw.pairs] != [2, 2, 2]
+
+
+def test_shrinkage_after_reallocation_weights_every_matrix_by_its_own_importance():
+    model, fw, optimizer = reallocated()
+    fw.fisher.values = torch.tensor([1e-9, 3e9, 1e9], dtype=torch.float64)
+    loss_of(model, make_batches(1)[0]).backward()
+    fw.step(optimizer)
+    assert fw.pairs[0].rank == 0
+    kept = fw.pairs[1:]
+    with torch.no_grad():
+        for pair in kept:
+            pair.B.normal_(generator=torch.Generator().manual_seed(0))
+    model.zero_grad()
+    fw.shrink()
+    expected = torch.autograd.grad(fw.penalty(), [factor for pair in kept for factor in (pair.A, pair.B)])
+    found = [factor.grad for pair in kept for factor in (pair.A, pair.B)]
+    torch.testing.assert_close(found, list(expected), rtol=1e-12, atol=1e-14)
+
+
+def test_rslora_keeps_its_scaling_through_reallocation_and_saving(tmp_path):
+    config = LoraConfig(r=1, lora_alpha=3, use_rslora=True, target_modules=["query", "key", "output"])
+    torch.manual_seed(0)
+    model = get_peft_model(Block(9).double(), config)
+    fw = attach(model, warmup_steps=1, allocation="reallocate", max_rank_factor=3.0, importance="none")
+    fw.fisher.values = torch.tensor([1e12, 1e-9, 1e-9], dtype=torch.float64)
+    optimizer = torch.optim.SGD(trainable(model), lr=0.1)
+    loss_of(model, make_batches(1)[0]).backward()
+    fw.step(optimizer)
+    # Ranks follow F although uniform shrinkage has no importances.
+    assert fw.pairs[0].rank == 2 and fw.importance() == {"query": 0.0, "key": 0.0, "output": 0.0}
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    loaded = PeftModel.from_pretrained(Block(9).double(), tmp_path)
+    assert [pair.scaling for pair in find_adapter_pairs(loaded)] == pytest.approx(
+        [3.0] * len(find_adapter_pairs(loaded))
+    )
+    assert find_adapter_pairs(loaded)[0].module.r["default"] == 2
+
+
+def test_caps_are_rounded_up_and_the_seed_decides_new_directions():
+    rows = []
+    for seed in (0, 0, 1):
+        model = make_adapted(hidden=9)
+        fw = attach(model, warmup_steps=1, allocation="reallocate", max_rank_factor=1.3, seed=seed)
+        fw.fisher.values = torch.tensor([1e12, 1e-9, 1e-9], dtype=torch.float64)
+        loss_of(model, make_batches(1)[0]).backward()
+        fw.step(torch.optim.SGD(trainable(model), lr=0.1))
+        assert fw.pairs[0].rank == 3
+        rows.append(fw.pairs[0].A[2].detach())
+    assert torch.equal(rows[0], rows[1]) and not torch.equal(rows[0], rows[2])
+
+
+def test_reallocation_checks_its_optimiser_and_its_processes(monkeypatch):
+    model, (batch,) = make_adapted(), make_batches(1)
+    fw = attach(model, allocation="reallocate", warmup_steps=100)
+    loss_of(model, batch).backward()
+    half = torch.optim.SGD([pair.A for pair in fw.pairs], lr=0.1)
+    for wrong, kind in ((half, "SGD"), ("adam", "str")):
+        with pytest.raises(ValueError, match=rf"`optimizer` \({kind}\) does not hold both factors of 3 matrices"):
+            fw.step(wrong)
+    fw.close()
+    monkeypatch.setattr(fwlora.regularizer, "_process_count", lambda: 2)
+    with pytest.raises(ValueError, match="`allocation` is 'reallocate' with several processes"):
+        attach(model, allocation="reallocate")
+
+
 def test_reallocated_adapters_are_saved_and_loaded_by_peft(tmp_path):
     model, fw, optimizer = reallocated()
     train(model, fw, optimizer, 3)
@@ -417,8 +536,9 @@ def test_one_holder_per_adapter_until_it_lets_go():
     with pytest.raises(ValueError, match="adapter 'default' of `model` already has a FisherWeightedLora"):
         attach(model)
     fw.close()
-    with pytest.raises(RuntimeError, match="`step` was called after close"):
-        fw.step()
+    for call in (fw.step, fw.shrink, lambda: fw.load_state_dict({})):
+        with pytest.raises(RuntimeError, match="was called after close"):
+            call()
     second = attach(model)
     assert sum(len(module._forward_hooks) for module in model.modules()) == 3
     del second
@@ -460,6 +580,20 @@ def test_unmeasured_steps_need_a_backward_pass_too():
 
 
 def test_adapters_that_cannot_be_weighted_are_refused():
+    embedding = get_peft_model(
+        nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4)), LoraConfig(target_modules=["0", "1"])
+    )
+    with pytest.raises(ValueError, match="an embedding"):
+        FisherWeightedLora(embedding)
+    attention = get_peft_model(
+        nn.ModuleDict({"attn": nn.MultiheadAttention(4, 2)}), LoraConfig(target_modules=["attn"])
+    )
+    with pytest.raises(ValueError, match="fused attention"):
+        FisherWeightedLora(attention)
+    with pytest.raises(ValueError, match=r"nn\.DataParallel"):
+        FisherWeightedLora(nn.DataParallel(make_adapted()))
+    with pytest.raises(ValueError, match="`options` is a dict; give a FisherWeighting"):
+        FisherWeightedLora(make_adapted(), {"strength": 1})
     frozen = make_adapted()
     frozen.requires_grad_(False)
     with pytest.raises(ValueError, match="'default' of `model` is frozen; load it with is_trainable=True, or"):
@@ -498,8 +632,25 @@ def test_states_of_others_are_refused():
         fw.load_state_dict({**state, "shapes": [[4, 5], [9, 5], [3, 4]]})
     with pytest.raises(ValueError, match=r"other options: warmup_steps 500 instead of 7, decay 0\.98 instead of 0\.5"):
         attach(make_adapted(), warmup_steps=7, decay=0.5).load_state_dict(state)
-    with pytest.raises(ValueError, match=r"not a state of FisherWeightedLora in format 1 \(missing: \['fisher', "):
-        fw.load_state_dict({"format": 1, "names": [], "shapes": [], "options": {}})
+    with pytest.raises(ValueError, match=r"not a state of FisherWeightedLora in format 1 \(found: 7\)"):
+        fw.load_state_dict({**state, "format": 7})
+    with pytest.raises(ValueError, match=r"format 1 \(found: a list\)"):
+        fw.load_state_dict([])
+    for damage, told in (
+        ({"steps": 2.5}, "steps is 2.5"), ({"fisher": [1.0]}, r"fisher is \[1.0\]"), ({"ranks": [0, 0, 0]}, "all 0"),
+        ({"importance": [0.5] * 3}, "importance is there after 0 steps"), ({"steps": 900}, "missing after 900 steps"),
+        ({"names": "abc"}, "names is no list"), ({"options": None}, "options is no mapping"),
+        ({"fisher": [float("nan")] * 3}, "fisher is"), ({"shapes": [None] * 3}, "shapes is"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"`state` is damaged: .*{told}"):
+            fw.load_state_dict({**state, **damage})
+    assert fw.state_dict() == state
+    missing = {name: value for name, value in state.items() if name != "importance"}
+    with pytest.raises(ValueError, match="`state` is damaged: importance missing"):
+        fw.load_state_dict(missing)
+    counted = {**state, "steps": 4, "measured": 3, "skipped": 1}
+    fw.load_state_dict(counted)
+    assert fw.state_dict() == counted and fw.skipped_steps() == 1
     changed = attach(make_adapted(), strength=0.5)
     changed.load_state_dict(state)
     assert changed.options.strength == 0.5

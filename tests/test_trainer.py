@@ -165,6 +165,39 @@ def test_a_checkpoint_made_without_the_callback_is_refused(tmp_path):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
 
 
+class ScaledOptimizer:
+    """What Accelerate hands to callbacks under fp16: an optimiser with its gradient scaler."""
+
+    class scaler:
+        get_scale = staticmethod(lambda: 64.0)
+
+
+def test_under_fp16_both_phases_follow_the_loss_scale(tmp_path):
+    found = []
+    for optimizer, scale in ((None, 1.0), (ScaledOptimizer(), 64.0)):
+        model, callback = make_model(warmup_steps=1, fisher_every=1), FwLoraCallback()
+        trainer = make_trainer(model, tmp_path, [])
+        trainer.state.max_steps = STEPS
+        given = (trainer.args, trainer.state, trainer.control)
+        callback.on_train_begin(*given, model=model)
+        batch = {k: torch.stack([torch.as_tensor(row[k]) for row in Sentences(4)]) for k in ("input_ids", "labels")}
+        (scale * model(**batch).loss).backward()
+        callback.on_pre_optimizer_step(*given, optimizer=optimizer)
+        model.zero_grad()
+        callback.on_step_begin(*given, optimizer=optimizer)
+        held = callback.fisher_weighted
+        found.append((held.fisher.values, held.last_penalty, [pair.B.grad / scale for pair in held.pairs]))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-9)
+
+
+def test_trainings_that_cannot_work_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=f"`warmup_steps` is {STEPS}, but the Trainer takes {STEPS} optimiser steps"):
+        make_trainer(make_model(warmup_steps=STEPS), tmp_path, [FwLoraCallback()]).train()
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 3}
+    with pytest.raises(ValueError, match="`load_best_model_at_end` is True, but with allocation='reallocate'"):
+        make_trainer(make_model(allocation="reallocate"), tmp_path, [FwLoraCallback()], save_steps=3, **best).train()
+
+
 def test_options_beside_the_model_and_a_second_training(tmp_path):
     model = wrap(make_base(), LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
     callback = FwLoraCallback(FisherWeighting(warmup_steps=2, fisher_every=1), adapter_name="default")
@@ -245,6 +278,23 @@ def test_adaloras_orthogonal_term_trains_and_is_not_evaluated(tmp_path):
     assert contaminated > cross_entropy + 0.1
     assert trainer.evaluate()["eval_loss"] == pytest.approx(cross_entropy, rel=1e-5)
     assert float(model.train()(**batch).loss.detach()) == pytest.approx(contaminated, rel=1e-5)
+
+
+def test_adaloras_evaluation_is_clean_for_models_made_late_and_for_copies(tmp_path):
+    batch = {k: torch.stack([torch.as_tensor(row[k]) for row in Sentences(12)]) for k in ("input_ids", "labels")}
+    model = adalora_model()
+    trainer = make_trainer(model, tmp_path, [])
+    trainer.add_callback(AdaLoraCallback())
+    trainer.train()
+    twin = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        logits = twin(input_ids=batch["input_ids"]).logits
+        assert float(twin(**batch).loss) == pytest.approx(
+            float(nn.functional.cross_entropy(logits, batch["labels"])), rel=1e-5
+        )
+        for parameter in twin.parameters():
+            parameter.zero_()
+        assert float(twin(**batch).logits.abs().max()) == 0.0
 
 
 def test_adaloras_mistakes_are_named(tmp_path):
