@@ -48,7 +48,7 @@ def test_overhead_runs_and_writes_its_table(monkeypatch, tmp_path, capsys):
     assert record["settings"]["rounds"] == 3 and record["environment"]["packages"]["peft"]
     assert len(record["ratios"]["shrinkage step"]) == 3
     memory = record["peak_bytes"]
-    assert memory["lora"] == memory["lora again"] == memory["unmeasured step"] < memory["naive, warm-up step"]
+    assert memory["lora"] == memory["lora again"] <= memory["unmeasured step"] < memory["naive, warm-up step"]
     assert "targets: warm-up step <= 1.02" in capsys.readouterr().out
 
 
