@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -117,8 +118,10 @@ def load_sentences(
     tokenizer = load_tokenizer(settings.model)
     split = tokenize(load_task(settings.dataset).train, tokenizer, settings.dataset)
     drawn: list[np.ndarray] = []
-    while len(drawn) < batches:
-        drawn += plan_epoch(split.lengths, batch_size, seed=seed, epoch=len(drawn), by_length=True)
+    for epoch in itertools.count():
+        drawn += plan_epoch(split.lengths, batch_size, seed=seed, epoch=epoch, by_length=True)
+        if len(drawn) >= batches:
+            break
     return [collate(split, batch, pad_token_id=tokenizer.pad_token_id) for batch in drawn[:batches]]
 
 

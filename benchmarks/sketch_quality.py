@@ -109,7 +109,7 @@ def main() -> None:
         f"exact I = F / sum F: median {np.median(pooled):.4f}, largest {pooled.max():.4f}, "
         f"so 1 - I is at least {1 - pooled.max():.4f}"
     )
-    print(f"target: Spearman of the default sketch >= {TARGET_SPEARMAN}")
+    print(f"target: Spearman of the sketch (k = {DEFAULT.sketch_size}, every step) >= {TARGET_SPEARMAN}")
     if arguments.json:
         settings = {key: str(value) for key, value in vars(arguments).items() if key not in ("json", "glue")}
         results = {"estimators": found, "exact_importances": pooled.tolist()}

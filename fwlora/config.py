@@ -36,7 +36,7 @@ class FisherWeighting:
     r"""How importances are measured and what is done with them.
 
     Attributes:
-        strength: lambda >= 0 of the shrinkage term; 0 measures and changes nothing.
+        strength: lambda >= 0 of the shrinkage term; with 0 training is plain LoRA, unless ranks are reallocated.
         warmup_steps: K >= 1, optimiser steps before importances are frozen. Not the learning rate's warm-up.
         decay: beta in [0, 1) of the moving average F, per optimiser step (the experiment program's ``fisher_alpha``).
         estimator: how ||grad W||_F^2 is measured, see :mod:`fwlora.fisher`: ``exact``, ``sketch``, or ``adapter``.
@@ -132,7 +132,7 @@ def plan_ranks(model: nn.Module, budget_percent: float, target_modules: Sequence
             attention inputs and feed-forward layers that the model has.
 
     Raises:
-        ValueError: targets that match nothing, or a budget that pays for no rank.
+        ValueError: an adapted model, targets that match nothing, or a budget that pays for no rank.
     """
     if hasattr(model, "peft_config"):
         raise ValueError(f"`model` ({type(model).__name__}) is adapted already; plan ranks for the model before PEFT")

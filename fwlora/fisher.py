@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from fwlora.adapters import AdapterPair
 
 
-class GradientRecorder:
+class GradientRecorder(ABC):
     """Sums one product per adapted matrix while it is measuring; the base of the three estimators.
 
     Args:
@@ -90,18 +91,21 @@ class GradientRecorder:
         previous = self._products[index]
         self._products[index] = product if previous is None else previous.add_(product)
 
+    @abstractmethod
     def _register(self) -> list[Any]:
-        raise NotImplementedError
+        """Puts the hooks in place and returns their handles."""
 
+    @abstractmethod
     def _shape(self, pair: AdapterPair) -> tuple[int, int]:
-        raise NotImplementedError
+        """Shape of a matrix's product."""
 
+    @abstractmethod
     def _rescale(self, squared_norms: Tensor) -> Tensor:
-        return squared_norms
+        """From the products' squared norms to the estimate of ||grad W||_F^2, both of shape (matrices,)."""
 
 
-class ExactRecorder(GradientRecorder):
-    """||G^T X||_F^2: the reference. Holds every module's input until its backward pass.
+class PassRecorder(GradientRecorder):
+    """G^T of what is kept of X, from each pass through an adapted module; the base of ``exact`` and ``sketch``.
 
     G is taken at the output of the adapted module: at the base layer alone, autograd computes no gradient where the
     input needs none, which would miss the first layer's projections. Under gradient checkpointing the first,
@@ -140,16 +144,20 @@ class ExactRecorder(GradientRecorder):
     def _compress_input(self, inputs: Tensor) -> Tensor:
         return self._compress(inputs.detach().flatten(0, -2))
 
+    @abstractmethod
     def _compress(self, X: Tensor) -> Tensor:
         """What to keep of X (T, d_in) until its gradient comes: shape (T, anything)."""
-        return X
+
+    @abstractmethod
+    def _product_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Type to multiply in, where G and what is kept of X promote to ``dtype``."""
 
     def _accumulate(self, index: int, compressed: Tensor, output_gradient: Tensor) -> None:
         if not self.measuring:
             return
         G = output_gradient.detach().reshape(-1, output_gradient.shape[-1])
         dtype = self._product_dtype(torch.promote_types(G.dtype, compressed.dtype))
-        # Transposed: on a CPU a thin result is had three times as fast by its rows as by its columns.
+        # Transposed: a CPU has a thin result faster by its rows than by its columns.
         left, right = compressed.to(dtype).T, G.to(dtype)
         if torch.is_autocast_enabled(G.device.type):  # a backward pass inside the context
             with torch.autocast(G.device.type, enabled=False):
@@ -157,14 +165,24 @@ class ExactRecorder(GradientRecorder):
         else:
             self._add(index, left @ right)
 
+
+class ExactRecorder(PassRecorder):
+    """||G^T X||_F^2: the reference. Holds every module's input until its backward pass."""
+
+    def _compress(self, X: Tensor) -> Tensor:
+        return X
+
     def _product_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return torch.promote_types(dtype, torch.float32)
 
     def _shape(self, pair: AdapterPair) -> tuple[int, int]:
         return pair.A.shape[1], pair.B.shape[0]
 
+    def _rescale(self, squared_norms: Tensor) -> Tensor:
+        return squared_norms
 
-class SketchRecorder(ExactRecorder):
+
+class SketchRecorder(PassRecorder):
     r"""||G^T (X P)||_F^2 with P = S / sqrt(k), S (d_in, k) of random signs: unbiased, because E[P P^T] = I.
 
     With M = G^T X the variance is (2 / k) (||M^T M||_F^2 - sum_i (M^T M)_ii^2) (Hutchinson's estimator with Rademacher
@@ -272,7 +290,7 @@ class FisherAccumulator:
     Args:
         count: matrices.
         decay: beta^n in [0, 1).
-        device: where F lives; updates cause no transfer.
+        device: where F lives; it follows a model that is moved.
         dtype: of F.
 
     Attributes:
@@ -305,12 +323,18 @@ class FisherAccumulator:
         self.skipped += ~finite
 
 
+def count_processes() -> int:
+    """Processes that ``torch.distributed`` spans; 1 where it is not initialised."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def _average_over_processes(products: list[Tensor]) -> list[Tensor]:
     """The mean over processes of every product, in one collective; the products themselves without processes."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    processes = count_processes()
+    if processes == 1:
         return products
     flat = torch.cat([product.flatten() for product in products])
     dist.all_reduce(flat)
-    flat /= dist.get_world_size()
+    flat /= processes
     parts = flat.split([product.numel() for product in products])
     return [part.view_as(product) for part, product in zip(parts, products, strict=True)]

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from fwlora.adapters import (
@@ -24,17 +23,21 @@ from fwlora.adapters import (
 )
 from fwlora.budget import MatrixShape, adapter_cost, reallocate_ranks
 from fwlora.config import FisherWeighting, FwLoraConfig
-from fwlora.fisher import AdapterRecorder, ExactRecorder, FisherAccumulator, GradientRecorder, SketchRecorder
+from fwlora.fisher import (
+    AdapterRecorder,
+    ExactRecorder,
+    FisherAccumulator,
+    GradientRecorder,
+    SketchRecorder,
+    count_processes,
+)
 from fwlora.importance import normalise_importance
 from fwlora.reallocation import resize_factors
+from fwlora.saved_state import STATE_FORMAT, match_state
 from fwlora.shrinkage import BatchedShrinkage, shrinkage_penalty
 
 # Which adapters are held, by the layer of their first matrix: a second holder would add the term twice.
 _HOLDERS: weakref.WeakKeyDictionary[nn.Module, dict[str, weakref.ref[FisherWeightedLora]]] = weakref.WeakKeyDictionary()
-STATE_FORMAT = 1
-STATE_KEYS = (
-    "options", "names", "shapes", "initial_ranks", "ranks", "steps", "fisher", "measured", "skipped", "importance"
-)  # fmt: skip
 
 
 class UnmeasuredError(RuntimeError):
@@ -108,7 +111,7 @@ class FisherWeightedLora:
                 f"adapter {adapter_name!r} of `model` is frozen; load it with is_trainable=True, or activate it with "
                 f"model.set_adapter({adapter_name!r})"
             )
-        if self.options.allocation == "reallocate" and _process_count() > 1:
+        if self.options.allocation == "reallocate" and count_processes() > 1:
             raise ValueError(
                 "`allocation` is 'reallocate' with several processes, but data-parallel training fixes the parameters' "
                 "shapes when it wraps the model; use allocation='shrink'"
@@ -124,9 +127,8 @@ class FisherWeightedLora:
         self._importance: Tensor | None = None
         self._shrinkage: BatchedShrinkage | None = None
         self._hold(adapter_name)
-        self.recorder: GradientRecorder | None = self._make_recorder()
-        self._finalizer = weakref.finalize(self, GradientRecorder.close, self.recorder)
-        self.recorder.start(1)
+        self.recorder: GradientRecorder | None = None
+        self._place_hooks()
 
     @property
     def in_warmup(self) -> bool:
@@ -146,7 +148,7 @@ class FisherWeightedLora:
         Raises:
             RuntimeError: called before any backward pass, or after :meth:`close`.
             UnmeasuredError: the warm-up ended without any finite gradient.
-            ValueError: ranks are to be reallocated and ``optimizer`` is missing.
+            ValueError: ranks are to be reallocated and ``optimizer`` is missing or does not hold all adapters.
         """
         if self._closed:
             raise RuntimeError("`step` was called after close(); build a new FisherWeightedLora")
@@ -163,8 +165,8 @@ class FisherWeightedLora:
         self.steps += 1
         if self.steps == self.options.warmup_steps:
             self._freeze(optimizer)
-        elif self.recorder is not None and self.steps % self.options.fisher_every == 0:
-            self.recorder.start(self.steps + 1)
+        else:
+            self._start_measuring_when_due()
 
     @torch.no_grad()
     def shrink(self, loss_scale: float | Tensor = 1.0) -> None:
@@ -174,7 +176,7 @@ class FisherWeightedLora:
         ``step`` could be called: there, call this before the step's first ``backward()``.
 
         Raises:
-            RuntimeError: still in the warm-up.
+            RuntimeError: still in the warm-up, or after :meth:`close`.
         """
         if self._closed:
             raise RuntimeError("`shrink` was called after close(); build a new FisherWeightedLora")
@@ -238,11 +240,12 @@ class FisherWeightedLora:
         parameters are missing for the optimiser's state, and from the states taken later.
 
         Raises:
-            ValueError: a state of another model, of other options (``strength`` may change), or not a state at all.
+            ValueError: see :func:`fwlora.saved_state.match_state`.
+            RuntimeError: called after :meth:`close`.
         """
         if self._closed:
             raise RuntimeError("`load_state_dict` was called after close(); build a new FisherWeightedLora")
-        kept = self._check_state(state)
+        kept = match_state(state, self.options, self.pairs)
         restored = [state["ranks"][place] for place in kept]
         if restored != [pair.rank for pair in self.pairs]:
             for pair, rank in zip(self.pairs, restored, strict=True):
@@ -254,25 +257,18 @@ class FisherWeightedLora:
         fisher.values = fisher.values.new_tensor([state["fisher"][place] for place in kept])
         fisher.measured.fill_(state["measured"])
         fisher.skipped.fill_(state["skipped"])
-        if self.recorder is not None:
-            self.recorder.close()
-        self._finalizer.detach()
-        self.recorder = None
+        self._remove_hooks()
         if state["importance"] is not None:
             importance = fisher.values.new_tensor([state["importance"][place] for place in kept])
             self._start_shrinking(importance)
             return
         self._importance = self._shrinkage = None
-        self.recorder = self._make_recorder()
-        self._finalizer = weakref.finalize(self, GradientRecorder.close, self.recorder)
-        if self.steps % self.options.fisher_every == 0:
-            self.recorder.start(self.steps + 1)
+        self._place_hooks()
 
     def close(self) -> None:
         """Removes every hook and lets go of the model: another object may be attached to it."""
-        if self.recorder is not None:
-            self.recorder.close()
-        self.recorder, self._closed = None, True
+        self._remove_hooks()
+        self._closed = True
         _HOLDERS.get(self.pairs[0].module, {}).pop(self.pairs[0].adapter_name, None)
 
     def _hold(self, adapter_name: str) -> None:
@@ -284,6 +280,20 @@ class FisherWeightedLora:
                 "gradient again; use that one, or call its close() first"
             )
         holders[adapter_name] = weakref.ref(self)
+
+    def _place_hooks(self) -> None:
+        self.recorder = self._make_recorder()
+        # An object that is dropped without close() leaves no hook behind.
+        self._finalizer = weakref.finalize(self, GradientRecorder.close, self.recorder)
+        self._start_measuring_when_due()
+
+    def _remove_hooks(self) -> None:
+        self._finalizer()
+        self.recorder = None
+
+    def _start_measuring_when_due(self) -> None:
+        if self.recorder is not None and self.steps % self.options.fisher_every == 0:
+            self.recorder.start(self.steps + 1)
 
     def _make_recorder(self) -> GradientRecorder:
         if self.options.estimator == "exact":
@@ -324,9 +334,7 @@ class FisherWeightedLora:
                 self._reallocate(optimizer)
         except ValueError as error:
             raise UnmeasuredError(f"importances cannot be frozen at step {self.steps}: {error}") from None
-        if self.recorder is not None:
-            self.recorder.close()
-            self.recorder = None
+        self._remove_hooks()
         self._start_shrinking(importance)
 
     def _reallocate(self, optimizer: torch.optim.Optimizer) -> None:
@@ -364,85 +372,3 @@ class FisherWeightedLora:
 
     def _by_name(self, values: Tensor) -> dict[str, float]:
         return dict(zip([pair.name for pair in self.pairs], values.tolist(), strict=True))
-
-    def _check_state(self, state: Mapping[str, Any]) -> list[int]:
-        """Places in the state's lists of this object's matrices, in its order. Changes nothing."""
-        if not isinstance(state, Mapping) or state.get("format") != STATE_FORMAT:
-            found = state.get("format") if isinstance(state, Mapping) else f"a {type(state).__name__}"
-            raise ValueError(
-                f"`state` is not a state of FisherWeightedLora in format {STATE_FORMAT} (found: {found}); pass what "
-                "state_dict() returned"
-            )
-        wrong = _find_wrong_entries(state)
-        if wrong:
-            raise ValueError(f"`state` is damaged: {'; '.join(wrong)}; pass what state_dict() returned, unchanged")
-        own, given = asdict(self.options), dict(state["options"])
-        differing = [name for name in own if name != "strength" and own[name] != given.get(name)]
-        if differing:
-            told = ", ".join(f"{name} {given.get(name)!r} instead of {own[name]!r}" for name in differing)
-            raise ValueError(f"`state` was taken with other options: {told}; build the object with the state's options")
-        here = [(pair.name, [pair.B.shape[0], pair.A.shape[1]]) for pair in self.pairs]
-        ranks_here = [pair.rank for pair in self.pairs]
-        all_places = list(range(len(state["names"])))
-        for places in (all_places, [place for place in all_places if state["ranks"][place] > 0]):
-            there = [(state["names"][place], list(state["shapes"][place])) for place in places]
-            fitting = ([state[kind][place] for place in places] for kind in ("ranks", "initial_ranks"))
-            if there == here and ranks_here in fitting:
-                return places
-        raise ValueError(
-            f"`state` belongs to another model: {_first_difference(state, self.pairs)}; load it into the model it was "
-            "taken from, with the same target modules and ranks"
-        )
-
-
-def _find_wrong_entries(state: Mapping[str, Any]) -> list[str]:
-    """Entries of a state that state_dict() cannot have written, in words."""
-
-    def is_list(name: str, allowed: Callable[[Any], bool]) -> bool:
-        values = state[name]
-        return isinstance(values, list) and len(values) == len(state["names"]) and all(map(allowed, values))
-
-    missing = [name for name in STATE_KEYS if name not in state]
-    if missing:
-        return [f"{', '.join(missing)} missing"]
-    if not (isinstance(state["names"], list) and all(isinstance(name, str) for name in state["names"])):
-        return ["names is no list of names"]
-    if not isinstance(state["options"], Mapping):
-        return ["options is no mapping"]
-    counts = [name for name in ("steps", "measured", "skipped") if not _is_whole(state[name])]
-    lists = [name for name in ("ranks", "initial_ranks") if not is_list(name, _is_whole)]
-    if not is_list("shapes", lambda shape: isinstance(shape, list) and len(shape) == 2 and all(map(_is_whole, shape))):
-        lists.append("shapes")
-    if not is_list("fisher", lambda value: isinstance(value, float) and 0 <= value < math.inf):
-        lists.append("fisher")
-    if counts or lists:
-        return [f"{name} is {state[name]!r}" for name in counts + lists]
-    frozen = state["importance"] is not None
-    if frozen and not is_list("importance", lambda value: isinstance(value, float) and 0 <= value <= 1):
-        return [f"importance is {state['importance']!r}"]
-    if frozen != (state["steps"] >= state["options"].get("warmup_steps", 0)):
-        return [f"importance is {'there' if frozen else 'missing'} after {state['steps']} steps"]
-    return [] if any(state["ranks"]) else ["ranks are all 0"]
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _first_difference(state: Mapping[str, Any], pairs: list[AdapterPair]) -> str:
-    """What tells the state's matrices from the model's, in words."""
-    there = dict(zip(state["names"], zip(state["shapes"], state["ranks"], strict=True), strict=True))
-    for pair in pairs:
-        if pair.name not in there:
-            return f"it has no matrix {pair.name!r}"
-        (shape, rank), own = there[pair.name], [pair.B.shape[0], pair.A.shape[1]]
-        if list(shape) != own:
-            return f"{pair.name!r} has shape {tuple(shape)} there and {tuple(own)} here"
-        if rank != pair.rank:
-            return f"{pair.name!r} has rank {rank} there and {pair.rank} here"
-    more = [name for name in there if name not in {pair.name for pair in pairs}]
-    return f"it has {more[0]!r} as well" if more else "its matrices come in another order"
-
-
-def _process_count() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

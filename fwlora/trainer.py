@@ -1,7 +1,7 @@
 """Thin callbacks for ``transformers.Trainer``: all that they do is call the library at the right moment.
 
-Trainer(..., callbacks=[FwLoraCallback()])      # model: get_peft_model(base, FwLoraConfig(...))
-Trainer(..., callbacks=[AdaLoraCallback()])     # model: get_peft_model(base, AdaLoraConfig(...))
+``Trainer(..., callbacks=[FwLoraCallback()])`` for a model from ``get_peft_model(base, FwLoraConfig(...))``,
+``Trainer(..., callbacks=[AdaLoraCallback()])`` for one with an ``AdaLoraConfig``.
 """
 
 from __future__ import annotations

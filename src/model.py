@@ -68,12 +68,11 @@ def plan_adapters(settings: ModelSettings) -> RankPlan:
     with fetching(settings.pretrained_id, PRETRAINED), torch.device("meta"):
         _require_file(Path(resolve_pretrained(settings.pretrained_id, PRETRAINED)), WEIGHT_FILES, "weights")
         model = AutoModelForSequenceClassification.from_config(config)
-    encoder_parameters = encoder_parameter_count(model)
     try:
-        matrices = find_target_matrices(model, settings.lora.target_modules)
         if settings.budget_mode == "rank":
+            matrices = find_target_matrices(model, settings.lora.target_modules)
             ranks = {matrix.name: settings.lora.rank for matrix in matrices}
-            return RankPlan(matrices, ranks, encoder_parameters, adapter_cost(matrices, ranks))
+            return RankPlan(matrices, ranks, encoder_parameter_count(model), adapter_cost(matrices, ranks))
         return plan_ranks(model, settings.parameter_budget_percent, settings.lora.target_modules)
     except TargetModuleError as error:
         raise UserError(f"run.model.lora.target_modules: {error}") from None

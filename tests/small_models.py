@@ -9,7 +9,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from fwlora import FisherWeightedLora, FisherWeighting
 from fwlora.adapters import find_adapter_pairs
+
+EXACT = {"estimator": "exact", "fisher_every": 1}
 
 
 class Block(nn.Module):
@@ -72,3 +75,18 @@ def squared_gradient_norms(model: nn.Module, loss: Callable[[nn.Module], Tensor]
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def attach(model: nn.Module, **options) -> FisherWeightedLora:
+    """Every step measured exactly, unless told otherwise."""
+    return FisherWeightedLora(model, FisherWeighting(**{**EXACT, **options}))
+
+
+def train(model, fw, optimizer, steps, *, start=0) -> None:
+    """Steps on up to four batches in turn; ``fw`` None is plain LoRA."""
+    for step in range(start, start + steps):
+        loss_of(model, make_batches(step % 4 + 1)[-1]).backward()
+        if fw is not None:
+            fw.step(optimizer)
+        optimizer.step()
+        optimizer.zero_grad()

@@ -1,38 +1,30 @@
-"""FisherWeightedLora as a loop holds it: phases, equality with the loss term, resume, reallocation, mistakes."""
+"""FisherWeightedLora as a loop holds it: phases, equality with the loss term, mistakes."""
 
 from __future__ import annotations
 
 import copy
 import gc
-import io
-import json
 
 import pytest
 import torch
-from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
-from small_models import Block, loss_of, make_adapted, make_batches, squared_gradient_norms, trainable
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from small_models import (
+    EXACT,
+    Block,
+    attach,
+    loss_of,
+    make_adapted,
+    make_batches,
+    squared_gradient_norms,
+    train,
+    trainable,
+)
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import fwlora.regularizer
 from fwlora import FisherWeightedLora, FisherWeighting, FwLoraConfig, reference
 from fwlora.adapters import delta_norms, find_adapter_pairs
 from fwlora.regularizer import UnmeasuredError
-
-EXACT = {"estimator": "exact", "fisher_every": 1}
-
-
-def attach(model: nn.Module, **options) -> FisherWeightedLora:
-    return FisherWeightedLora(model, FisherWeighting(**{**EXACT, **options}))
-
-
-def train(model, fw, optimizer, steps, *, start=0) -> None:
-    for step in range(start, start + steps):
-        loss_of(model, make_batches(step % 4 + 1)[-1]).backward()
-        if fw is not None:
-            fw.step(optimizer)
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 def test_importance_is_frozen_at_the_step_asked_for_and_follows_the_moving_average():
@@ -321,215 +313,6 @@ def test_activating_both_adapters_leaves_the_choice_to_the_user():
         FisherWeightedLora(model)
 
 
-def run_of(steps: int, stop: int | None, hidden: int = 4, **options) -> tuple[nn.Module, FisherWeightedLora]:
-    """Trains; with ``stop``, everything is saved there and carried on by fresh objects."""
-    model = make_adapted(hidden=hidden)
-    fw = attach(model, **options)
-    optimizer = torch.optim.AdamW(trainable(model), lr=0.02)
-    if stop is None:
-        train(model, fw, optimizer, steps)
-        return model, fw
-    train(model, fw, optimizer, stop)
-    saved = io.BytesIO()
-    torch.save({"model": model.state_dict(), "fw": fw.state_dict(), "optimizer": optimizer.state_dict()}, saved)
-    as_json = json.loads(json.dumps(fw.state_dict()))
-    assert as_json == fw.state_dict()
-    saved.seek(0)
-    state = torch.load(saved, weights_only=True)
-    model = make_adapted(seed=1, hidden=hidden)
-    fw = attach(model, **options)
-    optimizer = torch.optim.AdamW(trainable(model), lr=0.02)
-    fw.load_state_dict(as_json)
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    train(model, fw, optimizer, steps - stop, start=stop)
-    return model, fw
-
-
-@pytest.mark.parametrize("estimator", ["exact", "sketch", "adapter"])
-@pytest.mark.parametrize("stop", [1, 3, 4, 9, 10, 13])
-def test_resume_is_exact(estimator, stop):
-    options = {"warmup_steps": 10, "strength": 0.1, "estimator": estimator, "fisher_every": 3, "sketch_size": 2}
-    through, fw = run_of(16, None, **options)
-    resumed, fw_resumed = run_of(16, stop, **options)
-    for p, q in zip(through.parameters(), resumed.parameters(), strict=True):
-        assert torch.equal(p, q)
-    assert fw.importance() == fw_resumed.importance() and fw.steps == fw_resumed.steps == 16
-
-
-@pytest.mark.parametrize("stop", [4, 5, 8])
-def test_resume_is_exact_with_reallocated_ranks(stop):
-    options = {"warmup_steps": 5, "strength": 0.1, "allocation": "reallocate", "max_rank_factor": 3.0, "hidden": 9}
-    through, fw = run_of(12, None, **options)
-    resumed, fw_resumed = run_of(12, stop, **options)
-    assert [pair.rank for pair in fw.pairs] == [pair.rank for pair in fw_resumed.pairs] != [2, 2, 2]
-    for p, q in zip(fw.pairs, fw_resumed.pairs, strict=True):
-        assert torch.equal(p.A, q.A) and torch.equal(p.B, q.B)
-    for p, q in zip(through.parameters(), resumed.parameters(), strict=True):
-        assert torch.equal(p, q)
-
-
-def reallocated(**options) -> tuple[nn.Module, FisherWeightedLora, torch.optim.Optimizer]:
-    """One step before ranks are reallocated."""
-    model = make_adapted(hidden=9)
-    fw = attach(model, warmup_steps=3, strength=0.1, allocation="reallocate", max_rank_factor=3.0, **options)
-    optimizer = torch.optim.AdamW(trainable(model), lr=0.02)
-    train(model, fw, optimizer, 2)
-    return model, fw, optimizer
-
-
-def test_reallocation_follows_the_measurement_within_the_same_budget():
-    model, fw, optimizer = reallocated()
-    costs = [pair.A.shape[1] + pair.B.shape[0] for pair in fw.pairs]
-    before = sum(pair.rank * cost for pair, cost in zip(fw.pairs, costs, strict=True))
-    updates = {pair.name: pair.module.get_delta_weight("default").detach().clone() for pair in fw.pairs}
-    factors = {pair.name: (pair.A.detach().numpy().copy(), pair.B.detach().numpy().copy()) for pair in fw.pairs}
-    parameters = [id(p) for pair in fw.pairs for p in (pair.A, pair.B)]
-    loss_of(model, make_batches(3)[-1]).backward()
-    gradients = {pair.name: pair.B.grad for pair in fw.pairs}
-    fw.step(optimizer)
-    ranks = [pair.rank for pair in fw.pairs]
-    caps = [min(6, pair.A.shape[1], pair.B.shape[0]) for pair in fw.pairs]
-    assert ranks == reference.proportional_ranks(costs, fw.fisher.values.tolist(), before, caps)
-    assert sum(rank * cost for rank, cost in zip(ranks, costs, strict=True)) <= before
-    assert [id(p) for pair in fw.pairs for p in (pair.A, pair.B)] == parameters
-    changed = [pair for pair in fw.pairs if pair.rank != 2]
-    assert changed and any(pair.rank > 2 for pair in changed) and any(pair.rank < 2 for pair in changed)
-    for pair in fw.pairs:
-        if pair.rank > 2:
-            torch.testing.assert_close(pair.module.get_delta_weight("default"), updates[pair.name])
-        elif pair.rank:
-            expected = pair.scaling * reference.best_approximation(*factors[pair.name], pair.rank)
-            torch.testing.assert_close(
-                pair.module.get_delta_weight("default").detach(), torch.from_numpy(expected), rtol=1e-9, atol=1e-12
-            )
-        # The rule for the optimiser: state goes where the shape does, and stays otherwise.
-        assert (pair.A in optimizer.state) == (pair not in changed) == (pair.B in optimizer.state)
-        assert (pair.B.grad is None) if pair in changed else (pair.B.grad is gradients[pair.name])
-    optimizer.step()
-    optimizer.zero_grad()
-    train(model, fw, optimizer, 4)
-    assert float(fw.last_penalty) > 0
-    assert set(fw.importance()) == {"query", "key", "output"}
-
-
-def test_a_matrix_that_loses_its_adapter_computes_its_base_alone():
-    model, fw, optimizer = reallocated()
-    fw.fisher.values = torch.tensor([1e9, 1e-9, 1e9], dtype=torch.float64)
-    loss_of(model, make_batches(1)[0]).backward()
-    fw.step(optimizer)
-    assert [pair.rank for pair in fw.pairs] == [3, 0, 3]
-    dropped = fw.pairs[1]
-    x = torch.randn(3, dropped.A.shape[1], dtype=torch.float64)
-    assert torch.equal(dropped.module(x), dropped.module.base_layer(x))
-    assert fw.norms()[dropped.name] == 0.0
-    optimizer.step()
-    optimizer.zero_grad()
-    train(model, fw, optimizer, 2)
-
-
-def test_a_loss_that_is_still_held_does_not_hinder_reallocation():
-    model = make_adapted(hidden=9)
-    fw = attach(model, warmup_steps=2, allocation="reallocate", max_rank_factor=3.0)
-    optimizer = torch.optim.AdamW(trainable(model), lr=0.02)
-    held = []
-    for batch in make_batches(5):
-        held.append(loss_of(model, batch))
-        held[-1].backward()
-        fw.step(optimizer)
-        optimizer.step()
-        optimizer.zero_grad()
-    assert [pair.rank for pair in fw.pairs] != [2, 2, 2]
-
-
-def test_shrinkage_after_reallocation_weights_every_matrix_by_its_own_importance():
-    model, fw, optimizer = reallocated()
-    fw.fisher.values = torch.tensor([1e-9, 3e9, 1e9], dtype=torch.float64)
-    loss_of(model, make_batches(1)[0]).backward()
-    fw.step(optimizer)
-    assert fw.pairs[0].rank == 0
-    kept = fw.pairs[1:]
-    with torch.no_grad():
-        for pair in kept:
-            pair.B.normal_(generator=torch.Generator().manual_seed(0))
-    model.zero_grad()
-    fw.shrink()
-    expected = torch.autograd.grad(fw.penalty(), [factor for pair in kept for factor in (pair.A, pair.B)])
-    found = [factor.grad for pair in kept for factor in (pair.A, pair.B)]
-    torch.testing.assert_close(found, list(expected), rtol=1e-12, atol=1e-14)
-
-
-def test_rslora_keeps_its_scaling_through_reallocation_and_saving(tmp_path):
-    config = LoraConfig(r=1, lora_alpha=3, use_rslora=True, target_modules=["query", "key", "output"])
-    torch.manual_seed(0)
-    model = get_peft_model(Block(9).double(), config)
-    fw = attach(model, warmup_steps=1, allocation="reallocate", max_rank_factor=3.0, importance="none")
-    fw.fisher.values = torch.tensor([1e12, 1e-9, 1e-9], dtype=torch.float64)
-    optimizer = torch.optim.SGD(trainable(model), lr=0.1)
-    loss_of(model, make_batches(1)[0]).backward()
-    fw.step(optimizer)
-    # Ranks follow F although uniform shrinkage has no importances.
-    assert fw.pairs[0].rank == 2 and fw.importance() == {"query": 0.0, "key": 0.0, "output": 0.0}
-    model.save_pretrained(tmp_path)
-    torch.manual_seed(0)
-    loaded = PeftModel.from_pretrained(Block(9).double(), tmp_path)
-    assert [pair.scaling for pair in find_adapter_pairs(loaded)] == pytest.approx(
-        [3.0] * len(find_adapter_pairs(loaded))
-    )
-    assert find_adapter_pairs(loaded)[0].module.r["default"] == 2
-
-
-def test_caps_are_rounded_up_and_the_seed_decides_new_directions():
-    rows = []
-    for seed in (0, 0, 1):
-        model = make_adapted(hidden=9)
-        fw = attach(model, warmup_steps=1, allocation="reallocate", max_rank_factor=1.3, seed=seed)
-        fw.fisher.values = torch.tensor([1e12, 1e-9, 1e-9], dtype=torch.float64)
-        loss_of(model, make_batches(1)[0]).backward()
-        fw.step(torch.optim.SGD(trainable(model), lr=0.1))
-        assert fw.pairs[0].rank == 3
-        rows.append(fw.pairs[0].A[2].detach())
-    assert torch.equal(rows[0], rows[1]) and not torch.equal(rows[0], rows[2])
-
-
-def test_reallocation_checks_its_optimiser_and_its_processes(monkeypatch):
-    model, (batch,) = make_adapted(), make_batches(1)
-    fw = attach(model, allocation="reallocate", warmup_steps=100)
-    loss_of(model, batch).backward()
-    half = torch.optim.SGD([pair.A for pair in fw.pairs], lr=0.1)
-    for wrong, kind in ((half, "SGD"), ("adam", "str")):
-        with pytest.raises(ValueError, match=rf"`optimizer` \({kind}\) does not hold both factors of 3 matrices"):
-            fw.step(wrong)
-    fw.close()
-    monkeypatch.setattr(fwlora.regularizer, "_process_count", lambda: 2)
-    with pytest.raises(ValueError, match="`allocation` is 'reallocate' with several processes"):
-        attach(model, allocation="reallocate")
-
-
-def test_reallocated_adapters_are_saved_and_loaded_by_peft(tmp_path):
-    model, fw, optimizer = reallocated()
-    train(model, fw, optimizer, 3)
-    model.save_pretrained(tmp_path)
-
-    def base() -> nn.Module:
-        torch.manual_seed(0)
-        return Block(9).double()
-
-    loaded = PeftModel.from_pretrained(base(), tmp_path)
-    x = torch.randn(4, 5, dtype=torch.float64)
-    torch.testing.assert_close(loaded(x), model(x), rtol=1e-12, atol=0)
-    assert {p.name: p.rank for p in find_adapter_pairs(loaded)} == {p.name: p.rank for p in fw.pairs if p.rank}
-    assert [p.scaling for p in find_adapter_pairs(loaded)] == [3.0] * len(find_adapter_pairs(loaded))
-    # A model built with the new ranks continues from the state, too.
-    again = PeftModel.from_pretrained(base(), tmp_path, is_trainable=True)
-    held = attach(again, **{k: v for k, v in vars(fw.options).items()})
-    held.load_state_dict(fw.state_dict())
-    kept = {pair.name for pair in held.pairs}
-    assert held.importance() == {name: value for name, value in fw.importance().items() if name in kept}
-    merged = model.merge_and_unload()
-    torch.testing.assert_close(merged(x), loaded(x), rtol=1e-12, atol=0)
-
-
 def test_one_holder_per_adapter_until_it_lets_go():
     model = make_adapted()
     fw = attach(model)
@@ -607,50 +390,3 @@ def test_adapters_that_cannot_be_weighted_are_refused():
     convolution = get_peft_model(nn.Sequential(nn.Conv2d(3, 4, 2)), LoraConfig(target_modules=["0"]))
     with pytest.raises(ValueError, match="carry a variant of LoRA"):
         FisherWeightedLora(convolution)
-
-
-def test_reallocation_needs_the_optimiser_from_the_first_step_on():
-    model, (batch,) = make_adapted(), make_batches(1)
-    fw = attach(model, allocation="reallocate", warmup_steps=100)
-    loss_of(model, batch).backward()
-    with pytest.raises(ValueError, match="`optimizer` is missing: with allocation='reallocate' call step"):
-        fw.step()
-
-
-def test_states_of_others_are_refused():
-    fw = attach(make_adapted())
-    state = fw.state_dict()
-    other = attach(make_adapted(targets=("query", "output")))
-    with pytest.raises(ValueError, match="`state` belongs to another model: it has 'key' as well; load it into"):
-        other.load_state_dict(state)
-    with pytest.raises(ValueError, match="it has no matrix 'key'"):
-        fw.load_state_dict(other.state_dict())
-    wider = attach(make_adapted({"key": 3}))
-    with pytest.raises(ValueError, match="'key' has rank 2 there and 3 here"):
-        wider.load_state_dict(state)
-    with pytest.raises(ValueError, match=r"'key' has shape \(9, 5\) there and \(4, 5\) here"):
-        fw.load_state_dict({**state, "shapes": [[4, 5], [9, 5], [3, 4]]})
-    with pytest.raises(ValueError, match=r"other options: warmup_steps 500 instead of 7, decay 0\.98 instead of 0\.5"):
-        attach(make_adapted(), warmup_steps=7, decay=0.5).load_state_dict(state)
-    with pytest.raises(ValueError, match=r"not a state of FisherWeightedLora in format 1 \(found: 7\)"):
-        fw.load_state_dict({**state, "format": 7})
-    with pytest.raises(ValueError, match=r"format 1 \(found: a list\)"):
-        fw.load_state_dict([])
-    for damage, told in (
-        ({"steps": 2.5}, "steps is 2.5"), ({"fisher": [1.0]}, r"fisher is \[1.0\]"), ({"ranks": [0, 0, 0]}, "all 0"),
-        ({"importance": [0.5] * 3}, "importance is there after 0 steps"), ({"steps": 900}, "missing after 900 steps"),
-        ({"names": "abc"}, "names is no list"), ({"options": None}, "options is no mapping"),
-        ({"fisher": [float("nan")] * 3}, "fisher is"), ({"shapes": [None] * 3}, "shapes is"),
-    ):  # fmt: skip
-        with pytest.raises(ValueError, match=f"`state` is damaged: .*{told}"):
-            fw.load_state_dict({**state, **damage})
-    assert fw.state_dict() == state
-    missing = {name: value for name, value in state.items() if name != "importance"}
-    with pytest.raises(ValueError, match="`state` is damaged: importance missing"):
-        fw.load_state_dict(missing)
-    counted = {**state, "steps": 4, "measured": 3, "skipped": 1}
-    fw.load_state_dict(counted)
-    assert fw.state_dict() == counted and fw.skipped_steps() == 1
-    changed = attach(make_adapted(), strength=0.5)
-    changed.load_state_dict(state)
-    assert changed.options.strength == 0.5
