@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
 from fwlora.adapters import find_target_matrices
-from fwlora.experiment.batching import collate, plan_epoch
+from fwlora.experiment.batching import Padding, collate, plan_epoch
 from fwlora.experiment.command_line import compose_settings
 from fwlora.experiment.pretrained import fetching, resolve_pretrained
 from fwlora.experiment.provenance import describe_environment
@@ -122,7 +122,8 @@ def load_sentences(
         drawn += plan_epoch(split.lengths, batch_size, seed=seed, epoch=epoch, by_length=True)
         if len(drawn) >= batches:
             break
-    return [collate(split, batch, pad_token_id=tokenizer.pad_token_id) for batch in drawn[:batches]]
+    made = collate(split, drawn[:batches], Padding(tokenizer.pad_token_id), torch.device("cpu"))
+    return [(batch.inputs(), batch.labels) for batch in made]
 
 
 MODELS = {"minilm": load_minilm, "roberta-base": make_roberta_base}

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.adalora import AdaLoraLayer
+from peft import PeftModel
+from peft.tuners.adalora import AdaLoraLayer, SVDLinear
+from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from torch import Tensor, nn
@@ -41,6 +43,10 @@ ATTENTION_OUTPUT = "attention.output.dense"
 
 class TargetModuleError(ValueError):
     """A target module name that matches no weight matrix of the encoder."""
+
+
+class UncoveredError(ValueError):
+    """A module uses something that a shortcut does not compute."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,23 @@ class AdapterPair:
         return (self.A if self.E is None else self.A * self.E), self.B
 
 
+@dataclass(frozen=True)
+class LinearParts:
+    """What a linear layer, adapted or not, computes with: y = W x + b, plus the adapter of its pair.
+
+    Attributes:
+        weight: W, shape (d_out, d_in).
+        bias: b, shape (d_out,), or None.
+        adapted: whether the layer carries the active adapter.
+        dropout: probability of dropout on the adapter's input.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    adapted: bool
+    dropout: float
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside ``torch.compile`` and data-parallel wrappers."""
     while True:
@@ -83,6 +106,12 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model._orig_mod  # type: ignore[assignment]
         else:
             return model
+
+
+def inner_model(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PeftModel; a model without adapters is its own."""
+    model = unwrap(model)
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def adapter_config(model: nn.Module, adapter_name: str) -> Any:
@@ -152,6 +181,47 @@ def find_adapter_pairs(model: nn.Module, adapter_name: str = "default") -> list[
             "wrap it with peft.get_peft_model"
         )
     return pairs
+
+
+def read_linear(module: nn.Module) -> LinearParts:
+    """The parts of ``nn.Linear``, or of PEFT's LoRA or AdaLoRA layer around one.
+
+    Raises:
+        UncoveredError: the layer computes anything else: the message says what.
+    """
+    if type(module) is nn.Linear:
+        return LinearParts(module.weight, module.bias, False, 0.0)
+    if type(module) not in (LoraLinear, SVDLinear):
+        raise UncoveredError(f"a {type(module).__name__} layer")
+    layer: Any = module
+    base = layer.base_layer
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    features = {
+        f"a {type(base).__name__} under the adapter": type(base) is not nn.Linear or layer.fan_in_fan_out,
+        "a merged adapter": layer.merged,
+        "a switched-off adapter": layer.disable_adapters,
+        "several active adapters": len(active) > 1,
+        "a variant of LoRA": any(name in layer.lora_variant for name in active),
+        "a bias in the adapter": any(layer.lora_bias.get(name, False) for name in active),
+        "adapters in another type than the base": any(
+            parameter.dtype != base.weight.dtype
+            for name in active
+            for container in (layer.lora_A, layer.lora_B)
+            for parameter in _parameters_of(container[name])
+        ),
+    }
+    if found := [what for what, present in features.items() if present]:
+        raise UncoveredError(", ".join(found))
+    if not active:
+        return LinearParts(base.weight, base.bias, False, 0.0)
+    dropout = layer.lora_dropout[active[0]]
+    if not isinstance(dropout, nn.Dropout | nn.Identity):
+        raise UncoveredError(f"{type(dropout).__name__} in the adapter")
+    return LinearParts(base.weight, base.bias, True, getattr(dropout, "p", 0.0))
+
+
+def _parameters_of(factor: nn.Module | nn.Parameter) -> list[nn.Parameter]:
+    return [factor] if isinstance(factor, nn.Parameter) else list(factor.parameters())
 
 
 @torch.no_grad()

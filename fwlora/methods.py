@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from fwlora.adapters import AdapterPair, delta_norms, find_adapter_pairs, stores_transposed
 from fwlora.budget import MatrixShape
 from fwlora.config import lora_fields
+from fwlora.fisher import PassRecorder
 from fwlora.regularizer import FisherWeightedLora
 
 
@@ -38,6 +39,12 @@ class Method(Protocol):
     @property
     def in_warmup(self) -> bool:
         """Whether importances are being measured."""
+
+    @property
+    def observer(self) -> PassRecorder | None:
+        """What paths that bypass module hooks give X and G of this step's passes to, matrices by their place in
+        ``pairs``; None where nothing is measured, or not from these.
+        """
 
     def regularisation(self) -> Tensor | None:
         """A differentiable term to add to this step's loss, once per optimiser step; None where there is none."""
@@ -59,6 +66,7 @@ class PlainLora:
     """LoRA (Hu et al., 2021, arXiv 2106.09685), or a head alone when there is no adapter."""
 
     in_warmup = False
+    observer: PassRecorder | None = None
 
     def __init__(self, pairs: Sequence[AdapterPair]) -> None:
         self.pairs = list(pairs)
@@ -94,6 +102,10 @@ class FwLora(PlainLora):
     @property
     def in_warmup(self) -> bool:  # type: ignore[override]
         return self.fisher_weighted.in_warmup
+
+    @property
+    def observer(self) -> PassRecorder | None:  # type: ignore[override]
+        return self.fisher_weighted.observer
 
     def after_backward(self, optimizer: torch.optim.Optimizer) -> None:
         self.fisher_weighted.step(optimizer)
@@ -159,6 +171,7 @@ class AdaLora:
     """
 
     in_warmup = False
+    observer: PassRecorder | None = None
 
     def __init__(self, model: PeftModel, plan: AdaLoraPlan, adapter_name: str = "default") -> None:
         self.pairs = find_adapter_pairs(model, adapter_name)

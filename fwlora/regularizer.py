@@ -28,6 +28,7 @@ from fwlora.fisher import (
     ExactRecorder,
     FisherAccumulator,
     GradientRecorder,
+    PassRecorder,
     SketchRecorder,
     count_processes,
 )
@@ -134,6 +135,14 @@ class FisherWeightedLora:
     def in_warmup(self) -> bool:
         """Whether the next :meth:`step` belongs to the warm-up."""
         return self._importance is None
+
+    @property
+    def observer(self) -> PassRecorder | None:
+        """The recorder, while this step is measured from what passes through modules.
+
+        For forward paths that bypass module hooks: they call its ``observe``, with places in :attr:`pairs`.
+        """
+        return self.recorder if isinstance(self.recorder, PassRecorder) and self.recorder.measuring else None
 
     def step(self, optimizer: torch.optim.Optimizer | None = None, *, loss_scale: float | Tensor = 1.0) -> None:
         """Once between ``backward()`` and ``optimizer.step()``: measure, or add the shrinkage gradient.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
 from sklearn.model_selection import train_test_split
 
 from fwlora.experiment import acceptability, metrics
 from fwlora.experiment.batching import TokenizedSplit
 from fwlora.experiment.errors import UserError
 from fwlora.experiment.settings import DatasetSettings
+from fwlora.experiment.token_cache import cached_tokens
 
 CACHE_DIR = ".cache/"
 GLUE_HUB_ID = "nyu-mll/glue"
@@ -144,11 +147,23 @@ def draw_subset(split: TextSplit, examples: int | None, seed: int) -> TextSplit:
 
 
 def tokenize(split: TextSplit, tokenizer: Any, dataset: DatasetSettings) -> TokenizedSplit:
-    """Token ids of every example, cut at ``max_length`` where truncation is on.
+    """Token ids of every example, cut at ``max_length`` where truncation is on; kept in ``.cache/tokens``.
 
     Raises:
         UserError: an example is longer than ``max_length`` and truncation is off.
     """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    key = None
+    if backend is not None:
+        padding_and_truncation_aside = json.loads(backend.to_str()) | {"padding": None, "truncation": None}
+        key = [
+            tokenizers.__version__, type(tokenizer).__name__, json.dumps(padding_and_truncation_aside),
+            tokenizer.model_input_names, split.fingerprint, dataset.max_length, dataset.truncation,
+        ]  # fmt: skip
+    return cached_tokens(Path(CACHE_DIR) / "tokens", key, lambda: _tokenize(split, tokenizer, dataset))
+
+
+def _tokenize(split: TextSplit, tokenizer: Any, dataset: DatasetSettings) -> TokenizedSplit:
     encoded = tokenizer(*split.texts, truncation=dataset.truncation, max_length=dataset.max_length, padding=False)
     ids = encoded["input_ids"]
     lengths = np.fromiter((len(row) for row in ids), dtype=np.int64, count=len(ids))

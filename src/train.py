@@ -22,23 +22,18 @@ from fwlora.config import RankPlan
 from fwlora.experiment import metrics
 from fwlora.experiment.batching import TokenizedSplit
 from fwlora.experiment.command_line import enter_program, settings_of
-from fwlora.experiment.engine import (
-    DivergedError,
-    Execution,
-    Task,
-    TrainingResult,
-    choose_device,
-    choose_precision,
-    train,
-)
+from fwlora.experiment.engine import Execution, Task, TrainingResult, train
 from fwlora.experiment.errors import UserError, user_errors_exit
+from fwlora.experiment.host import choose_device, choose_precision, keep_freed_memory
+from fwlora.experiment.processes import Processes, is_main_process
 from fwlora.experiment.progress import ProgressPrinter
 from fwlora.experiment.provenance import describe_environment
 from fwlora.experiment.records import pack_classes
 from fwlora.experiment.resolution import check_schedules, fit_trial_to_data
 from fwlora.experiment.search import InfeasibleTrial, SearchResult, search, trial_settings
 from fwlora.experiment.settings import ProgramSettings, RunSettings
-from fwlora.experiment.tracking import Tracker
+from fwlora.experiment.step_log import DivergedError
+from fwlora.experiment.tracking import NullTracker, Tracker
 from fwlora.experiment.wandb_store import WandbTarget, start_tracker
 from src.model import (
     AdaptedModel,
@@ -66,8 +61,9 @@ class Prepared:
 
 
 def announce(line: str) -> None:
-    """Prints a line at once, whoever reads the stream."""
-    print(line, flush=True)
+    """Prints a line at once, whoever reads the stream; of several processes the first one prints."""
+    if is_main_process():
+        print(line, flush=True)
 
 
 def run_training(settings: ProgramSettings) -> None:
@@ -89,7 +85,9 @@ def run_training(settings: ProgramSettings) -> None:
     directory = Path(settings.results_dir) / run.run_id
     target = WandbTarget(settings.wandb.entity, settings.wandb.project, settings.wandb.mode, settings.wandb.required)
     config = {**settings.model_dump(), "resolved": resolved_facts(settings, prepared)}
-    tracker = start_tracker(target, run_id=run.run_id, config=config, directory=directory, announce=announce)
+    tracker: Tracker = NullTracker()
+    if is_main_process():
+        tracker = start_tracker(target, run_id=run.run_id, config=config, directory=directory, announce=announce)
     exit_code = 1
     try:
         found, search_time_s = None, 0.0
@@ -108,13 +106,16 @@ def run_training(settings: ProgramSettings) -> None:
 def prepare(settings: ProgramSettings) -> Prepared:
     """Ranks, data and tokens, in the order that finds mistakes earliest."""
     run = settings.run
-    device = choose_device(settings.engine.device)
+    keep_freed_memory()
+    processes = Processes(choose_device(settings.engine.device))
+    device = processes.device
     precision, remark = choose_precision(run.training.mixed_precision, device)
     if remark:
         announce(remark)
     plan = plan_adapters(run.model)
     check_max_length(run.model, run.dataset.max_length)
-    data = load_task(run.dataset)
+    with processes.main_first():
+        data = load_task(run.dataset)
     tokenizer = load_tokenizer(run.model)
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if pad_token_id is None:
@@ -124,7 +125,7 @@ def prepare(settings: ProgramSettings) -> Prepared:
         )
     task = Task(pad_token_id, len(data.label_names), data.task_metric, tokenizer.padding_side == "left")
     width = None if settings.engine.fast else run.dataset.max_length
-    return Prepared(data, tokenizer, plan, task, Execution(device, precision, width))
+    return Prepared(data, tokenizer, plan, task, Execution(device, precision, width, announce))
 
 
 def describe(settings: ProgramSettings, prepared: Prepared) -> None:
@@ -235,7 +236,7 @@ def train_and_record(
     )
     summary = summarise(result, adapted, prepared, eval_split, search_time_s)
     tracker.set_summary(summary)
-    if directory is not None:
+    if directory is not None and is_main_process():
         save_checkpoint(adapted, prepared, directory / "checkpoint")
     tracker.set_summary({metrics.COMPLETED: True})
     primary = metrics.eval_name(prepared.task.task_metric)

@@ -2,8 +2,18 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-from fwlora.experiment.batching import TokenizedSplit, collate, plan_epoch, plan_evaluation
+from fwlora.experiment.batching import (
+    BATCHES_PER_POOL,
+    Batch,
+    Padding,
+    TokenizedSplit,
+    collate,
+    plan_epoch,
+    plan_evaluation,
+    stage,
+)
 
 
 def make_split(lengths: list[int], segments: bool = False) -> TokenizedSplit:
@@ -54,15 +64,42 @@ def test_evaluation_sees_every_example_once_in_order_of_length():
 
 def test_collate_pads_to_the_longest_or_to_a_width():
     split = make_split([2, 3, 1], segments=True)
-    inputs, labels = collate(split, np.array([2, 0]), pad_token_id=99)
-    assert inputs["input_ids"].tolist() == [[6, 99], [1, 2]]
-    assert inputs["attention_mask"].tolist() == [[1, 0], [1, 1]]
-    assert inputs["token_type_ids"].tolist() == [[0, 0], [1, 0]]
-    assert labels.tolist() == [0, 0]
-    left, _ = collate(split, np.array([2, 0]), pad_token_id=99, pad_left=True)
-    assert left["input_ids"].tolist() == [[99, 6], [1, 2]] and left["attention_mask"].tolist() == [[0, 1], [1, 1]]
-    wide, _ = collate(split, np.array([1]), pad_token_id=99, width=5)
-    assert wide["input_ids"].tolist() == [[3, 4, 5, 99, 99]]
+
+    def one(indices: list[int], **padding) -> Batch:
+        return collate(split, [np.array(indices)], Padding(99, **padding), torch.device("cpu"))[0]
+
+    batch = one([2, 0])
+    assert batch.input_ids.tolist() == [[6, 99], [1, 2]] and batch.labels.tolist() == [0, 0]
+    assert batch.attention_mask.tolist() == [[1, 0], [1, 1]] and batch.token_type_ids.tolist() == [[0, 0], [1, 0]]
+    assert set(batch.inputs()) == {"input_ids", "attention_mask", "token_type_ids"} and len(batch) == 2
+    left = one([2, 0], left=True)
+    assert left.input_ids.tolist() == [[99, 6], [1, 2]] and left.attention_mask.tolist() == [[0, 1], [1, 1]]
+    assert one([1], width=5).input_ids.tolist() == [[3, 4, 5, 99, 99]]
+    assert one([1, 2], multiple=4).input_ids.tolist() == [[3, 4, 5, 99], [6, 99, 99, 99]]
+    assert one([1]).attention_mask is None and "attention_mask" not in one([1]).inputs()
+
+
+def test_batches_made_together_are_those_made_alone():
+    split = make_split([2, 3, 1, 7, 7, 4], segments=True)
+    plan = [np.array([5, 0]), np.array([3, 4]), np.array([2]), np.array([1, 3, 0])]
+    for padding in (Padding(0), Padding(0, left=True), Padding(0, width=9), Padding(0, multiple=4)):
+        together = collate(split, plan, padding, torch.device("cpu"))
+        alone = [collate(split, [indices], padding, torch.device("cpu"))[0] for indices in plan]
+        for got, expected in zip(together, alone, strict=True):
+            assert set(got.inputs()) == set(expected.inputs())
+            for name, value in got.inputs().items():
+                torch.testing.assert_close(value, expected.inputs()[name])
+            torch.testing.assert_close(got.labels, expected.labels)
+    assert [batch.input_ids.shape[1] for batch in collate(split, plan, Padding(0), torch.device("cpu"))] == [4, 7, 1, 7]
+
+
+def test_staging_keeps_the_order_and_loses_nothing():
+    split = make_split([3] * 1003)
+    plan = plan_epoch(split.lengths, 8, seed=0, epoch=0, by_length=True)
+    assert len(plan) > 2 * BATCHES_PER_POOL
+    staged = list(stage(split, plan, Padding(0), torch.device("cpu")))
+    expected = [[int(split.tokens[split.offsets[i]]) for i in indices] for indices in plan]
+    assert [batch.input_ids[:, 0].tolist() for batch in staged] == expected
 
 
 def test_select_keeps_examples_whole():

@@ -7,17 +7,12 @@ from torch import nn
 
 from fwlora.experiment import metrics
 from fwlora.experiment.batching import TokenizedSplit
-from fwlora.experiment.engine import (
-    STEPS_PER_FLUSH,
-    Execution,
-    Task,
-    choose_device,
-    choose_precision,
-    evaluate,
-    train,
-)
+from fwlora.experiment.classifier import PlainClassifier
+from fwlora.experiment.engine import Execution, Task, evaluate, train
 from fwlora.experiment.errors import UserError
+from fwlora.experiment.host import choose_device, choose_precision
 from fwlora.experiment.settings import TrainingSettings
+from fwlora.experiment.step_log import STEPS_PER_FLUSH
 from fwlora.methods import PlainLora
 
 CPU = Execution(torch.device("cpu"))
@@ -156,7 +151,7 @@ def test_literal_padding_is_to_the_width_in_random_order_with_the_same_model():
     fast, _, _ = run()
     assert max(fast.widths) <= 8
     evaluation = [
-        evaluate(fast, make_split(30, 1), 8, TASK, Execution(torch.device("cpu"), "fp32", width)).loss
+        evaluate(PlainClassifier(fast), make_split(30, 1), 8, TASK, Execution(torch.device("cpu"), "fp32", width)).loss
         for width in (None, 16)
     ]
     assert evaluation[0] == pytest.approx(evaluation[1], rel=1e-6)
@@ -164,7 +159,7 @@ def test_literal_padding_is_to_the_width_in_random_order_with_the_same_model():
 
 def test_evaluation_counts_each_example_once_in_data_set_order():
     model, split = BagOfWords(), make_split(37, 2)
-    result = evaluate(model, split, 5, TASK, CPU)
+    result = evaluate(PlainClassifier(model), split, 5, TASK, CPU)
     losses, predictions = [], []
     for i in range(37):
         tokens = torch.from_numpy(split.tokens[split.offsets[i] : split.offsets[i + 1]].astype(np.int64))[None]
@@ -269,7 +264,7 @@ def test_phases_are_timed_apart():
 
 @pytest.mark.parametrize(
     ("capabilities", "expected"),
-    [({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"), ({"avx512_f": True}, "fp32"), ({}, "fp32")],
+    [({"avx512_bf16": True}, "fp32"), ({"amx_bf16": True}, "bf16"), ({"avx512_f": True}, "fp32"), ({}, "fp32")],
 )
 def test_bf16_only_where_the_cpu_multiplies_it(monkeypatch, capabilities, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)

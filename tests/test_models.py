@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModel, BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 from fwlora.experiment.command_line import compose_settings
+from fwlora.experiment.classifier import PlainClassifier
 from fwlora.experiment.engine import Execution, evaluate
 from fwlora.experiment.errors import UserError
 from src.model import build_model, load_tokenizer, plan_adapters
@@ -76,7 +77,7 @@ def test_padding_does_not_change_what_a_model_says(family, tiny_glue):
         load_task(settings.run.dataset).evaluation, load_tokenizer(settings.run.model), settings.run.dataset
     )
     losses = [
-        evaluate(adapted.model, split, 16, task, Execution(torch.device("cpu"), "fp32", width)).loss
+        evaluate(PlainClassifier(adapted.model), split, 16, task, Execution(torch.device("cpu"), "fp32", width)).loss
         for width in (None, 50)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)

@@ -17,6 +17,7 @@ import src.train
 from fwlora.adapters import find_adapter_pairs
 from fwlora.experiment import metrics
 from fwlora.experiment.command_line import compose_settings, known_run_ids
+from fwlora.experiment.classifier import PlainClassifier
 from fwlora.experiment.engine import Evaluation, TrainingResult, evaluate
 from fwlora.experiment.errors import UserError
 from fwlora.experiment.records import unpack_classes
@@ -180,7 +181,7 @@ def test_saved_checkpoint_predicts_what_was_recorded(method, tiny_roberta, tiny_
     split = src.train.tokenize(prepared.data.evaluation, prepared.tokenizer, settings.run.dataset)
     base = AutoModelForSequenceClassification.from_pretrained(tiny_roberta)
     model = PeftModel.from_pretrained(base, tmp_path / "results" / settings.run.run_id / "checkpoint")
-    again = evaluate(model, split, 32, prepared.task, prepared.execution)
+    again = evaluate(PlainClassifier(model), split, 32, prepared.task, prepared.execution)
     assert again.loss == pytest.approx(tracker.summary["final_eval_loss"], rel=1e-5)
     assert again.predictions.tolist() == unpack_classes(tracker.summary[metrics.EVAL_PREDICTIONS]).tolist()
 

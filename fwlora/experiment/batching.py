@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -72,35 +72,93 @@ def plan_evaluation(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def collate(
-    split: TokenizedSplit,
-    indices: Sequence[int] | np.ndarray,
-    *,
-    pad_token_id: int,
-    width: int | None = None,
-    pad_left: bool = False,
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Model inputs and labels of a batch, padded to its longest example, or to ``width``.
+@dataclass(frozen=True)
+class Padding:
+    """How examples of unequal length become one tensor.
 
-    Args:
-        pad_left: padding before the tokens, for models that read the last position.
-
-    Returns:
-        ``input_ids``, ``attention_mask`` and, where the split has segments, ``token_type_ids``, each (batch, width);
-        labels (batch,).
+    Attributes:
+        token_id: what is padded with.
+        left: before the tokens, for models that read the last position.
+        width: pad every batch to this many tokens; None pads to the longest example of a batch.
+        multiple: round widths up to a multiple of this, for devices that want few shapes.
     """
-    starts, stops = split.offsets[indices], split.offsets[np.asarray(indices) + 1]
-    lengths = stops - starts
-    width = width or int(lengths.max())
-    mask = np.arange(width) < lengths[:, None]
-    if pad_left:
-        mask = mask[:, ::-1]
-    places = np.concatenate([np.arange(start, stop) for start, stop in zip(starts, stops, strict=True)])
-    input_ids = np.full(mask.shape, pad_token_id, dtype=np.int64)
-    input_ids[mask] = split.tokens[places]
-    inputs = {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
+
+    token_id: int
+    left: bool = False
+    width: int | None = None
+    multiple: int = 1
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch on the device.
+
+    Attributes:
+        input_ids: shape (examples, width).
+        attention_mask: 1 at tokens, 0 at padding, like ``input_ids``; None where nothing is padded.
+        token_type_ids: like ``input_ids``; None where all are 0.
+        labels: shape (examples,).
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor | None
+    token_type_ids: Tensor | None
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def inputs(self) -> dict[str, Tensor]:
+        """What a classifier takes, without what is None."""
+        named = {
+            "input_ids": self.input_ids, "attention_mask": self.attention_mask, "token_type_ids": self.token_type_ids,
+        }  # fmt: skip
+        return {name: value for name, value in named.items() if value is not None}
+
+
+def collate(
+    split: TokenizedSplit, batches: Sequence[np.ndarray], padding: Padding, device: torch.device
+) -> list[Batch]:
+    """Several batches, padded in one go and moved to the device as one tensor each of tokens, masks and labels."""
+    order = np.concatenate(batches)
+    counts = np.array([len(batch) for batch in batches])
+    starts, lengths = split.offsets[order], split.lengths[order]
+    widths = np.array([padding.width or split.lengths[batch].max() for batch in batches])
+    widths = -(-widths // padding.multiple) * padding.multiple
+    row_widths = np.repeat(widths, counts)
+    row_ends = np.cumsum(row_widths)
+    row_starts = row_ends - lengths if padding.left else row_ends - row_widths
+    within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    places, sources = np.repeat(row_starts, lengths) + within, np.repeat(starts, lengths) + within
+    size = int(row_ends[-1])
+    flat = {"input_ids": np.full(size, padding.token_id, dtype=np.int64)}
+    flat["input_ids"][places] = split.tokens[sources]
+    flat["attention_mask"] = np.zeros(size, dtype=np.int64)
+    flat["attention_mask"][places] = 1
     if split.segments is not None:
-        token_type_ids = np.zeros(mask.shape, dtype=np.int64)
-        token_type_ids[mask] = split.segments[places]
-        inputs["token_type_ids"] = torch.from_numpy(token_type_ids)
-    return inputs, torch.from_numpy(split.labels[indices])
+        flat["token_type_ids"] = np.zeros(size, dtype=np.int64)
+        flat["token_type_ids"][places] = split.segments[sources]
+    moved = {name: _move(values, device) for name, values in flat.items()}
+    labels = _move(split.labels[order], device).split(counts.tolist())
+    padded = lengths != row_widths
+    bounds, rows = np.cumsum(counts * widths), np.cumsum(counts)
+    made = []
+    for place, (count, width) in enumerate(zip(counts.tolist(), widths.tolist(), strict=True)):
+        part = slice(int(bounds[place]) - count * width, int(bounds[place]))
+        named = {name: values[part].view(count, width) for name, values in moved.items()}
+        mask = named["attention_mask"] if padded[rows[place] - count : rows[place]].any() else None
+        made.append(Batch(named["input_ids"], mask, named.get("token_type_ids"), labels[place]))
+    return made
+
+
+def stage(
+    split: TokenizedSplit, batches: Sequence[np.ndarray], padding: Padding, device: torch.device
+) -> Iterator[Batch]:
+    """Batches in their order, prepared :data:`BATCHES_PER_POOL` at a time: little work per step, bounded memory."""
+    for start in range(0, len(batches), BATCHES_PER_POOL):
+        yield from collate(split, batches[start : start + BATCHES_PER_POOL], padding, device)
+
+
+def _move(values: np.ndarray, device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
