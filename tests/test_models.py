@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
-from fwlora.experiment.command_line import compose_settings
 from fwlora.experiment.classifier import PlainClassifier
+from fwlora.experiment.command_line import compose_settings
 from fwlora.experiment.engine import Execution, evaluate
 from fwlora.experiment.errors import UserError
 from src.model import build_model, load_tokenizer, plan_adapters

@@ -16,8 +16,8 @@ from transformers import AutoModelForSequenceClassification
 import src.train
 from fwlora.adapters import find_adapter_pairs
 from fwlora.experiment import metrics
-from fwlora.experiment.command_line import compose_settings, known_run_ids
 from fwlora.experiment.classifier import PlainClassifier
+from fwlora.experiment.command_line import compose_settings, known_run_ids
 from fwlora.experiment.engine import Evaluation, TrainingResult, evaluate
 from fwlora.experiment.errors import UserError
 from fwlora.experiment.records import unpack_classes

@@ -83,7 +83,7 @@ class FastClassifier(nn.Module):
         super().__init__()
         self.model, self.precision, self._observer = model, precision, observer
         inner: Any = inner_model(model)
-        _check_covered(inner, pairs)
+        _check_architecture(inner)
         # Outside of the module tree: these are no second path to the same parameters.
         self._inner, self._encoder = [inner], [getattr(inner, inner.base_model_prefix)]
         places = {id(pair.module): place for place, pair in enumerate(pairs)}
@@ -103,6 +103,7 @@ class FastClassifier(nn.Module):
             self.layers.append(layer)
             self.pairs.append([[pairs[own[name]] for name in group.adapted] for group in layer.groups.values()])
             self._places.append(own)
+        _check_training(inner, pairs)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
@@ -177,20 +178,29 @@ def make_classifier(
         return PlainClassifier(model, precision), f"the fused path does not cover {error}: the model computes by itself"
 
 
-def _check_covered(model: Any, pairs: Sequence[AdapterPair]) -> None:
+def _check_architecture(model: Any) -> None:
     if type(model).__name__ not in COVERED_MODELS:
         raise UncoveredError(type(model).__name__)
     config, encoder = model.config, getattr(model, model.base_model_prefix)
-    trained = {id(factor) for pair in pairs for factor in (pair.A, pair.B, pair.E)}
-    body = [parameter for part in (encoder.embeddings, encoder.encoder) for parameter in part.parameters()]
-    features = {
+    _raise_for({
         "a decoder": getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False),
         f"the activation {config.hidden_act!r}": config.hidden_act != "gelu",
         "a projection of the embeddings": hasattr(encoder, "embeddings_project"),
         "gradient checkpointing": getattr(encoder.encoder, "gradient_checkpointing", False),
+    })  # fmt: skip
+
+
+def _check_training(model: Any, pairs: Sequence[AdapterPair]) -> None:
+    encoder = getattr(model, model.base_model_prefix)
+    trained = {id(factor) for pair in pairs for factor in (pair.A, pair.B, pair.E)}
+    body = [parameter for part in (encoder.embeddings, encoder.encoder) for parameter in part.parameters()]
+    _raise_for({
         "base weights that are trained": any(p.requires_grad and id(p) not in trained for p in body),
         "adapters that are not trained": any(not p.requires_grad for pair in pairs for p in (pair.A, pair.B)),
-    }
+    })  # fmt: skip
+
+
+def _raise_for(features: dict[str, bool]) -> None:
     if found := [what for what, present in features.items() if present]:
         raise UncoveredError(", ".join(found))
 

@@ -98,6 +98,8 @@ class EncoderFunction(torch.autograd.Function):
     def backward(ctx: Any, G: Tensor) -> tuple[Any, ...]:
         call: Pass = ctx.call
         factors = iter(ctx.saved_tensors)
+        if len(ctx.tapes) != len(call.layers):
+            raise RuntimeError("the fused encoder's pass was differentiated a second time; call it again instead")
         found = run_backward(call, G.contiguous(), ctx.tapes)
         gradients: list[Tensor | None] = []
         for layer, by_group in zip(call.layers, found, strict=True):
