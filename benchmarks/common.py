@@ -19,11 +19,12 @@ from scipy import stats
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
-from fwlora.adapters import find_target_matrices
-from fwlora.experiment.batching import Padding, collate, plan_epoch
+from fwlora.adapters import find_adapter_pairs, find_target_matrices
+from fwlora.experiment.batching import Padding, TokenizedSplit, collate, plan_epoch
 from fwlora.experiment.command_line import compose_settings
 from fwlora.experiment.pretrained import fetching, resolve_pretrained
 from fwlora.experiment.provenance import describe_environment
+from fwlora.methods import PlainLora, attach_lora
 from src.model import load_tokenizer
 from src.preprocess import load_task, tokenize
 
@@ -70,18 +71,18 @@ def mixture_interval(parts: list[tuple[float, np.ndarray]]) -> Interval:
     return Interval(float(weights @ np.median(ratios, axis=1)), float(low), float(high))
 
 
-def load_minilm() -> nn.Module:
+def load_minilm(seed: int = 0) -> nn.Module:
     """MiniLM-L6 with its real weights, from a package; all dropout probabilities 0.1, as trained."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     with fetching(MINILM, "model"):
         return AutoModelForSequenceClassification.from_pretrained(
             resolve_pretrained(MINILM, "model"), dtype=torch.float32
         )
 
 
-def make_roberta_base() -> nn.Module:
+def make_roberta_base(seed: int = 0) -> nn.Module:
     """RoBERTa-base's shape with random weights: enough for timing, and nothing to download."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = RobertaConfig(
         vocab_size=50_265,
         max_position_embeddings=514,
@@ -112,18 +113,40 @@ def load_sentences(
     glue: str, subset: str, batch_size: int, batches: int, seed: int
 ) -> list[tuple[dict[str, Tensor], Tensor]]:
     """The first batches of a GLUE task for MiniLM, as the experiment program draws them: of like length, shuffled."""
-    run = {"cola": "comparative-1-roberta-base-110M--CoLA-GLUE", "sst2": "comparative-1-roberta-base-110M--SST-2-GLUE"}
-    arguments = [f"run={run[subset]}", "mode=full", "results_dir=.", f"run.dataset.name={glue}"]
-    settings = compose_settings([*arguments, f"run.model.pretrained_id={MINILM}"], REPOSITORY / "config", {}).run
-    tokenizer = load_tokenizer(settings.model)
-    split = tokenize(load_task(settings.dataset).train, tokenizer, settings.dataset)
+    split, _, pad_token_id = task_splits(glue, subset, None)
     drawn: list[np.ndarray] = []
     for epoch in itertools.count():
         drawn += plan_epoch(split.lengths, batch_size, seed=seed, epoch=epoch, by_length=True)
         if len(drawn) >= batches:
             break
-    made = collate(split, drawn[:batches], Padding(tokenizer.pad_token_id), torch.device("cpu"))
+    made = collate(split, drawn[:batches], Padding(pad_token_id), torch.device("cpu"))
     return [(batch.inputs(), batch.labels) for batch in made]
+
+
+def task_splits(glue: str, subset: str, train_examples: int | None) -> tuple[TokenizedSplit, TokenizedSplit, int]:
+    """MiniLM's tokens of a GLUE task's training and development splits, and the padding token."""
+    run = {"cola": "comparative-1-roberta-base-110M--CoLA-GLUE", "sst2": "comparative-1-roberta-base-110M--SST-2-GLUE"}
+    arguments = [f"run={run[subset]}", "mode=full", "results_dir=.", f"run.dataset.name={glue}"]
+    if train_examples is not None:
+        arguments.append(f"run.dataset.train_examples={train_examples}")
+    settings = compose_settings([*arguments, f"run.model.pretrained_id={MINILM}"], REPOSITORY / "config", {}).run
+    tokenizer = load_tokenizer(settings.model)
+    data = load_task(settings.dataset)
+    train, evaluation = (tokenize(split, tokenizer, settings.dataset) for split in (data.train, data.evaluation))
+    return train, evaluation, tokenizer.pad_token_id
+
+
+def make_lora_method(
+    name: str, rank: int, device: torch.device, seed: int, *, dropout: float = 0.1
+) -> tuple[nn.Module, PlainLora]:
+    """PEFT LoRA of one rank on the five projections as a method; head and adapters are those of the seed."""
+    model = MODELS[name](seed)
+    ranks = {matrix.name: rank for matrix in find_target_matrices(model, TARGET_MODULES)}
+    torch.manual_seed(seed)
+    adapted = attach_lora(
+        model, ranks, scaling=2.0, dropout=dropout, head_modules=["classifier"], task_type="SEQ_CLS"
+    ).to(device)
+    return adapted, PlainLora(find_adapter_pairs(adapted))
 
 
 MODELS = {"minilm": load_minilm, "roberta-base": make_roberta_base}

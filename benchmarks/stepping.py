@@ -1,0 +1,93 @@
+"""Training loops in processes of their own that take one step when told to: what interleaved timings are made of."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+Loop = Callable[["Gate", dict[str, Any]], None]
+
+
+class Gate:
+    """What a loop calls after every step: it waits there until the next one is wanted.
+
+    Args:
+        connection: to the process that measures.
+        settle: steps that are taken before the first measured one, without a word.
+        synchronise: waits for the device.
+    """
+
+    def __init__(self, connection: Connection, settle: int, synchronise: Callable[[], None]) -> None:
+        self._connection, self._settle, self._synchronise = connection, settle, synchronise
+        self._started: float | None = None
+
+    def step_done(self) -> None:
+        """A step is over; returns when the next one may begin."""
+        if self._settle > 0:
+            self._settle -= 1
+            if self._settle > 0:
+                return
+        self._synchronise()
+        elapsed = None if self._started is None else time.perf_counter() - self._started
+        self._connection.send(elapsed)
+        if self._connection.recv() == "stop":
+            raise StopStepping
+        self._started = time.perf_counter()
+
+
+class StopStepping(Exception):
+    """No further step is wanted."""
+
+
+class SteppedLoop:
+    """A loop in a process of its own.
+
+    Args:
+        loop: importable function that trains, and calls its gate after every step.
+        options: for it.
+        settle: steps before the first measured one.
+    """
+
+    def __init__(self, loop: Loop, options: dict[str, Any], settle: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_run, args=(loop, theirs, settle, options), daemon=True)
+        self._process.start()
+        theirs.close()
+        self._receive()
+
+    def step(self) -> float:
+        """Seconds of one step, from the end of the one before it: fetching its batch is part of it."""
+        self._connection.send("step")
+        return self._receive()
+
+    def close(self) -> None:
+        self._connection.send("stop")
+        self._process.join(60)
+
+    def _receive(self) -> Any:
+        answer = self._connection.recv()
+        if isinstance(answer, str):
+            raise RuntimeError(answer)
+        return answer
+
+
+def _run(loop: Loop, connection: Connection, settle: int, options: dict[str, Any]) -> None:
+    warnings.simplefilter("ignore")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    import torch
+
+    synchronise = torch.cuda.synchronize if options["device"] == "cuda" else lambda: None
+    try:
+        loop(Gate(connection, settle, synchronise), options)
+        connection.send("the loop ended by itself")
+    except StopStepping:
+        return
+    except Exception:
+        connection.send(traceback.format_exc())

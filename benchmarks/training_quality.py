@@ -1,0 +1,111 @@
+"""Whether the engine trains as well as the Trainer does: paired runs that differ in the loop alone.
+
+    uv run python -m benchmarks.training_quality --glue FOLDER --runs PATH [--tasks sst2 cola]
+
+Both start from the same head and adapters (seed), with the same optimiser, schedule and number of steps. The Trainer
+draws batches at random and computes through PEFT; the engine draws batches of like length and computes by its fused
+path. Every finished run is appended to PATH as a line of JSON; what PATH holds already is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+
+from benchmarks.common import Interval, make_lora_method, task_splits
+from benchmarks.trainers import make_trainer
+from fwlora.experiment.classifier import PlainClassifier
+from fwlora.experiment.engine import Execution, Task, evaluate, train
+from fwlora.experiment.settings import TrainingSettings
+
+CPU = torch.device("cpu")
+RANK = 8
+BATCH_SIZE = 32
+LEARNING_RATE = 1e-3
+# task -> training examples (None: all), epochs, paired seeds
+TASKS: dict[str, tuple[int | None, int, int]] = {"sst2": (6_400, 1, 5), "cola": (None, 3, 3)}
+METRICS = {"sst2": "eval_accuracy", "cola": "eval_matthews_correlation"}
+
+
+def training_settings(seed: int, epochs: int) -> TrainingSettings:
+    """What both loops are told."""
+    return TrainingSettings(
+        epochs=epochs, batch_size=BATCH_SIZE, learning_rate=LEARNING_RATE, weight_decay=0.1, optimizer="adamw",
+        lr_scheduler="linear", warmup_ratio=0.06, gradient_accumulation_steps=1, max_gradient_norm=None,
+        mixed_precision="fp32", seed=seed,
+    )  # fmt: skip
+
+
+def train_once(loop: str, glue: str, task_name: str, seed: int) -> float:
+    """The task's metric on GLUE's development split after the last epoch, in points."""
+    examples, epochs, _ = TASKS[task_name]
+    train_split, eval_split, pad_token_id = task_splits(glue, task_name, examples)
+    model, method = make_lora_method("minilm", RANK, CPU, seed)
+    task, execution = Task(pad_token_id, 2, METRICS[task_name].removeprefix("eval_")), Execution(CPU)
+    training = training_settings(seed, epochs)
+    if loop == "engine":
+        result = train(model, method, train_split, eval_split, training, task, execution, log=lambda row: None)
+        return 100 * result.last.values[METRICS[task_name]]
+    make_trainer(model, train_split, pad_token_id, training).train()
+    found = evaluate(PlainClassifier(model), eval_split, BATCH_SIZE, task, execution)
+    return 100 * found.values[METRICS[task_name]]
+
+
+def read_runs(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def run_missing(glue: str, tasks: list[str], path: Path) -> None:
+    """Runs what is not in ``path`` yet, the two loops of a seed one after the other."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done = {(run["task"], run["seed"], run["loop"]) for run in read_runs(path)}
+    for task in tasks:
+        for seed in range(TASKS[task][2]):
+            for loop in ("trainer", "engine"):
+                if (task, seed, loop) in done:
+                    continue
+                run = {"task": task, "seed": seed, "loop": loop, "metric": train_once(loop, glue, task, seed)}
+                with path.open("a") as lines:
+                    lines.write(json.dumps(run) + "\n")
+                print(run, flush=True)
+
+
+def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per task: both loops' means, and the mean paired difference with its 95 % t interval, in points."""
+    rows = []
+    for task in dict.fromkeys(run["task"] for run in runs):
+        by_loop = {
+            loop: {run["seed"]: run["metric"] for run in runs if run["task"] == task and run["loop"] == loop}
+            for loop in ("trainer", "engine")
+        }
+        seeds = sorted(set(by_loop["trainer"]) & set(by_loop["engine"]))
+        values = {loop: np.array([found[seed] for seed in seeds]) for loop, found in by_loop.items()}
+        differences = values["engine"] - values["trainer"]
+        interval = None
+        if len(seeds) > 1:
+            bounds = stats.ttest_1samp(differences, 0.0).confidence_interval(0.95)
+            interval = Interval(float(differences.mean()), float(bounds.low), float(bounds.high))
+        rows.append({
+            "task": task, "seeds": len(seeds), "trainer": values["trainer"].tolist(),
+            "engine": values["engine"].tolist(), "difference": None if interval is None else vars(interval),
+        })  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--glue", required=True, help="folder with GLUE's SST-2 and CoLA in the Hub's layout")
+    parser.add_argument("--runs", required=True, type=Path)
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    arguments = parser.parse_args()
+    run_missing(arguments.glue, arguments.tasks, arguments.runs)
+
+
+if __name__ == "__main__":
+    main()
