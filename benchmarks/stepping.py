@@ -60,6 +60,9 @@ class SteppedLoop:
         self._process = context.Process(target=_run, args=(loop, theirs, settle, options), daemon=True)
         self._process.start()
         theirs.close()
+
+    def settle(self) -> None:
+        """Waits until the first measured step may begin."""
         self._receive()
 
     def step(self) -> float:
@@ -87,7 +90,7 @@ def _run(loop: Loop, connection: Connection, settle: int, options: dict[str, Any
     try:
         loop(Gate(connection, settle, synchronise), options)
         connection.send("the loop ended by itself")
-    except StopStepping:
+    except (StopStepping, EOFError):
         return
     except Exception:
         connection.send(traceback.format_exc())

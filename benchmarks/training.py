@@ -65,6 +65,8 @@ def ratio_interval(numerator: np.ndarray, denominator: np.ndarray) -> Interval:
 def time_rounds(options: dict[str, Any], rounds: int) -> dict[str, np.ndarray]:
     """Seconds per step by loop, shape (rounds,)."""
     loops = {name: SteppedLoop(loop, {**options, **own}, SETTLING_STEPS) for name, (loop, own) in LOOPS.items()}
+    for loop in loops.values():
+        loop.settle()
     order = np.random.default_rng(0)
     seconds: dict[str, list[float]] = {name: [] for name in loops}
     for _ in track(range(rounds), description=f"{rounds} rounds of {len(loops)} steps"):
@@ -123,6 +125,9 @@ def measure_lengths(options: dict[str, Any]) -> list[dict[str, float]]:
         }
         for mean in MEAN_LENGTHS
     }
+    for pair in loops.values():
+        for loop in pair.values():
+            loop.settle()
     for mean, pair in loops.items():
         seconds = {name: np.array([loop.step() for _ in range(18)]) for name, loop in pair.items()}
         rows.append({

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -86,10 +87,11 @@ def make_method(options: dict[str, Any], device: torch.device) -> tuple[nn.Modul
         base = MODELS[options["model"]]()
         matrices = find_target_matrices(base, TARGET_MODULES)
         rank = options["rank"]
+        total_steps = EPOCHS * math.ceil(options["examples"] / options["batch_size"])
         plan = plan_adalora(matrices, rank * sum(matrix.cost for matrix in matrices), float(rank), 1.5)
         schedule = {"tinit": 0, "tfinal": 0, "deltaT": 1, "beta1": 0.85, "beta2": 0.85, "orth_reg_weight": 0.5}
         model: nn.Module = attach_adalora(
-            base, matrices, plan, scaling=2.0, dropout=0.1, total_steps=NEVER, schedule=schedule,
+            base, matrices, plan, scaling=2.0, dropout=0.1, total_steps=total_steps, schedule=schedule,
             head_modules=["classifier"], task_type="SEQ_CLS",
         ).to(device)  # fmt: skip
         return model, AdaLora(model, plan)

@@ -125,7 +125,8 @@ def prepare(settings: ProgramSettings) -> Prepared:
         )
     task = Task(pad_token_id, len(data.label_names), data.task_metric, tokenizer.padding_side == "left")
     width = None if settings.engine.fast else run.dataset.max_length
-    return Prepared(data, tokenizer, plan, task, Execution(device, precision, width, announce))
+    graphs = settings.engine.cuda_graphs
+    return Prepared(data, tokenizer, plan, task, Execution(device, precision, width, announce, graphs))
 
 
 def describe(settings: ProgramSettings, prepared: Prepared) -> None:

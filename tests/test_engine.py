@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import platform
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from fwlora.experiment.batching import TokenizedSplit
 from fwlora.experiment.classifier import PlainClassifier
 from fwlora.experiment.engine import Execution, Task, evaluate, train
 from fwlora.experiment.errors import UserError
-from fwlora.experiment.host import choose_device, choose_precision
+from fwlora.experiment.host import choose_device, choose_precision, keep_freed_memory
 from fwlora.experiment.settings import TrainingSettings
 from fwlora.experiment.step_log import STEPS_PER_FLUSH
 from fwlora.methods import PlainLora
@@ -286,6 +288,22 @@ def test_bf16_computes_logits_in_bf16_and_the_loss_in_float32(monkeypatch):
     assert rows[0]["train_loss"] != exact[0]["train_loss"]
     assert rows[0]["train_loss"] == pytest.approx(exact[0]["train_loss"], rel=0.02)
     assert dtypes == {torch.float32}
+
+
+def test_a_model_that_the_fused_path_does_not_cover_is_told_once():
+    lines: list[str] = []
+    run(execution=Execution(torch.device("cpu"), announce=lines.append))
+    assert lines == ["the fused path does not cover BagOfWords: the model computes by itself"]
+    run(execution=Execution(torch.device("cpu"), fixed_width=16, announce=lines.append))
+    assert len(lines) == 1
+
+
+def test_freed_memory_is_kept_where_the_c_library_can_be_told(monkeypatch):
+    import ctypes
+
+    assert keep_freed_memory() == (platform.libc_ver()[0] == "glibc")
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    assert keep_freed_memory() is False
 
 
 def test_asking_for_a_gpu_that_is_not_there(monkeypatch):

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from run_processes import make_method, make_split
 from small_models import loss_of, make_adapted, make_batches, trainable
+from test_fused import adapt, make_base
 
 import src.train
 from fwlora import FisherWeightedLora, FisherWeighting
 from fwlora.experiment import metrics
+from fwlora.experiment.engine import Execution, Task, train
+from fwlora.experiment.settings import TrainingSettings
 from tests.test_train import METHODS, full_run, recorded  # noqa: F401
 
 pytestmark = [
@@ -34,6 +38,29 @@ def test_bf16_is_used_where_the_gpu_has_it(tiny_roberta, tiny_glue, recorded):  
     native = torch.cuda.is_bf16_supported(including_emulation=False)
     assert tracker.config["resolved"]["precision"] == ("bf16" if native else "fp32")
     assert src.train.prepare(settings).execution.device.type == "cuda"
+
+
+@pytest.mark.parametrize("name", ["lora", "fw_lora"])
+def test_graphs_train_what_eager_passes_train(name):
+    found = []
+    for cuda_graphs in (False, True):
+        model = adapt(make_base()).float().cuda()
+        lines: list[str] = []
+        rows: list[dict] = []
+        training = TrainingSettings(
+            epochs=3, batch_size=8, learning_rate=1e-3, weight_decay=0.1, optimizer="adamw", lr_scheduler="linear",
+            warmup_ratio=0.0, gradient_accumulation_steps=2, max_gradient_norm=1.0, mixed_precision="fp32", seed=3,
+        )  # fmt: skip
+        execution = Execution(torch.device("cuda"), announce=lines.append, cuda_graphs=cuda_graphs)
+        train(
+            model, make_method(model, name), make_split(200, 0), make_split(21, 1), training, Task(0, 2, "accuracy"),
+            execution, log=lambda row, rows=rows: rows.append(dict(row)),
+        )  # fmt: skip
+        assert lines == []
+        found.append((rows, [p.detach() for p in model.parameters() if p.requires_grad]))
+    for got, expected in zip(found[1][0], found[0][0], strict=True):
+        assert got == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("estimator", ["exact", "sketch", "adapter"])

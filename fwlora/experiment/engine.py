@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from transformers.trainer_pt_utils import get_parameter_names
 from fwlora.experiment import metrics
 from fwlora.experiment.batching import Batch, Padding, TokenizedSplit, plan_epoch, plan_evaluation, stage
 from fwlora.experiment.classifier import make_classifier
+from fwlora.experiment.cuda_graphs import GraphedPasses
 from fwlora.experiment.host import peak_memory_mib
 from fwlora.experiment.processes import Processes
 from fwlora.experiment.progress import Progress
@@ -57,12 +59,14 @@ class Execution:
         fixed_width: pad every batch to this many tokens, draw batches at random and compute by the model itself; None
             pads to the longest example of a batch, makes batches of like length and computes by the fused path.
         announce: takes a line where the fused path does not cover the model.
+        cuda_graphs: on a GPU, capture the fused path's passes and replay them.
     """
 
     device: torch.device
     precision: str = "fp32"
     fixed_width: int | None = None
     announce: Callable[[str], None] = lambda line: None
+    cuda_graphs: bool = False
 
     @property
     def fast(self) -> bool:
@@ -139,6 +143,9 @@ def train(
     if remark:
         execution.announce(remark)
     classifier = processes.prepare(local)
+    graphs = None
+    if execution.cuda_graphs and execution.device.type == "cuda" and processes.count == 1 and remark is None:
+        graphs = GraphedPasses(parameters, execution.announce)
     clock = PhaseClock(execution.device)
     # Every process drops other elements; the first as it would alone.
     torch.manual_seed(training.seed + processes.index)
@@ -153,7 +160,7 @@ def train(
             step += 1
             with clock.phase("warmup" if method.in_warmup else "train"):
                 warming_up = method.in_warmup
-                shares = _forward_backward(classifier, method, batches, examples, processes)
+                shares = _forward_backward(classifier, method, batches, examples, processes, graphs)
                 try:
                     method.after_backward(optimizer)
                 except UnmeasuredError as error:
@@ -165,7 +172,7 @@ def train(
                 optimizer.step()
                 scheduler.step()
                 method.after_step(step)
-                optimizer.zero_grad(set_to_none=True)
+                optimizer.zero_grad(set_to_none=graphs is None)
                 values = {
                     metrics.GRADIENT_NORM: norm,
                     **method.step_values(),
@@ -173,7 +180,9 @@ def train(
                     metrics.LEARNING_RATE: learning_rate,
                     metrics.FISHER_WARMUP: float(warming_up),
                 }
-                meter.add(values, shares, examples)
+                # A replayed pass writes where it wrote before.
+                kept = {name: v.clone() if graphs and torch.is_tensor(v) else v for name, v in values.items()}
+                meter.add(kept, shares, examples)
         with clock.phase("warmup" if method.in_warmup else "train"):
             meter.flush()
         step_times += meter.step_times_s
@@ -262,25 +271,37 @@ def _epoch_steps(
 
 
 def _forward_backward(
-    classifier: nn.Module, method: Method, batches: list[Batch], examples: int, processes: Processes
+    classifier: nn.Module,
+    method: Method,
+    batches: list[Batch],
+    examples: int,
+    processes: Processes,
+    graphs: GraphedPasses | None,
 ) -> Tensor:
     """Accumulates the gradient of the step's mean loss.
 
     Returns:
         Shape (2,): this process's part of that mean, and its number of correct predictions.
     """
-    shares: Tensor | None = None
+
+    def run(batch: Batch, last: bool) -> Tensor:
+        logits = classifier(**batch.inputs())
+        loss = nn.functional.cross_entropy(logits, batch.labels, reduction="sum") / examples
+        correct = (logits.detach().argmax(dim=-1) == batch.labels).sum()
+        part = torch.stack([loss.detach(), correct.to(loss.dtype)])
+        # Processes' gradients are averaged; their parts of the loss add up.
+        loss = loss * processes.count
+        term = method.regularisation() if last else None
+        (loss if term is None else loss + term).backward()
+        return part
+
+    parts = []
     for place, batch in enumerate(batches):
         last = place == len(batches) - 1
         with processes.accumulating(classifier, last=last):
-            logits = classifier(**batch.inputs())
-            loss = nn.functional.cross_entropy(logits, batch.labels, reduction="sum") / examples
-            correct = (logits.detach().argmax(dim=-1) == batch.labels).sum()
-            part = torch.stack([loss.detach(), correct.to(loss.dtype)])
-            shares = part if shares is None else shares + part
-            # Processes' gradients are averaged; their parts of the loss add up.
-            loss = loss * processes.count
-            term = method.regularisation() if last else None
-            (loss if term is None else loss + term).backward()
-    assert shares is not None
-    return shares
+            # What is measured is drawn anew for every step, outside of any graph.
+            if graphs is None or method.observer is not None:
+                parts.append(run(batch, last))
+            else:
+                parts.append(graphs.run(batch, (last, examples), partial(run, last=last)))
+    return torch.stack(parts).sum(0)

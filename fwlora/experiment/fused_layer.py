@@ -156,14 +156,18 @@ class FusedLayer:
         width = X.shape[0] // batch
         tape = LayerTape(batch, width, dropped, measured)
         wanted = X.view(batch, width, -1)[:, 0].contiguous() if self.first_only else X
-        heads = self._forward_group("all", X, adapters, tape)
+        heads = dict(
+            zip(
+                self.groups["all"].names, self._split(self._forward_group("all", X, adapters, tape), batch), strict=True
+            )
+        )
         if self.first_only:
-            heads = {**heads, **self._forward_group("wanted", wanted, adapters, tape)}
-        Q, K, V = (self._split(heads[name], batch) for name in ("query", "key", "value"))
+            heads["query"] = self._split(self._forward_group("wanted", wanted, adapters, tape), batch)[0]
+        Q, K, V = (heads[name] for name in ("query", "key", "value"))
         context, P, kept = attend(Q, K, V, bias, dropped.get("weights"))
         tape.attention = AttentionTape(Q, K, V, P, kept)
-        U = self._add_and_normalise(0, "attention_output", self._merge(context, batch), wanted, adapters, tape)
-        H = self._forward_group("intermediate", U, adapters, tape)["intermediate"]
+        U = self._add_and_normalise(0, "attention_output", self._merge(context[None], batch)[0], wanted, adapters, tape)
+        H = self._forward_group("intermediate", U, adapters, tape)[0]
         tape.pre_activation = H
         return self._add_and_normalise(1, "output", torch.nn.functional.gelu(H), U, adapters, tape), tape
 
@@ -205,12 +209,18 @@ class FusedLayer:
         d_context = through("attention_output", self._through_dropout(0, dU, tape)[None])
         assert d_context is not None
         assert tape.attention is not None
-        gradients = attend_backward(self._split(d_context, tape.batch), tape.attention, tape.dropped.get("weights"))
-        heads = dict(zip(("query", "key", "value"), gradients, strict=True))
-        joint = self._merge_all([heads[name] for name in self.groups["all"].names], tape.batch)
+        joint = tape.attention.K.new_empty(len(self.groups["all"].names), *tape.attention.K.shape)
+        d_context = self._split(d_context[None], tape.batch)[0]
+        dQ = attend_backward(
+            d_context,
+            tape.attention,
+            tape.dropped.get("weights"),
+            dict(zip(self.groups["all"].names, joint, strict=True)),
+        )
+        joint = self._merge(joint, tape.batch)
         if not self.first_only:
             return through("all", joint, dU, needed=needs_input), found
-        d_wanted = through("wanted", self._merge(heads["query"], tape.batch)[None], dU, needed=needs_input)
+        d_wanted = through("wanted", self._merge(dQ[None], tape.batch), dU, needed=needs_input)
         dX = through("all", joint, needed=needs_input)
         if dX is not None and d_wanted is not None:
             dX = dX.to(d_wanted.dtype)
@@ -219,13 +229,14 @@ class FusedLayer:
 
     def _forward_group(
         self, name: str, X: Tensor, adapters: Mapping[str, Adapters | None], tape: LayerTape, multiple: float = 1.0
-    ) -> dict[str, Tensor]:
+    ) -> Tensor:
+        """The group's outputs, shape (members, T, d_out)."""
         group = self.groups[name]
         # What goes into these two nobody reads but they, and whoever measures their gradient.
         consume = name in ("attention_output", "output") and not tape.measured
         dropped = tape.dropped.get(name)
         Y, tape.groups[name] = group.forward(X.to(self.dtype), adapters[name], dropped, multiple, consume=consume)
-        return dict(zip(group.names, Y, strict=True))
+        return Y
 
     def _add_and_normalise(
         self,
@@ -237,7 +248,7 @@ class FusedLayer:
         tape: LayerTape,
     ) -> Tensor:
         dropped = tape.dropped.get(f"hidden_{place}")
-        Y = self._forward_group(name, X, adapters, tape, 1.0 if dropped is None else dropped.scale)[name]
+        Y = self._forward_group(name, X, adapters, tape, 1.0 if dropped is None else dropped.scale)[0]
         if dropped is not None:
             dropped.zero_(Y)
         Y, norm_tape = self.norms[place].forward(Y.add_(residual) if Y.dtype == residual.dtype else residual + Y)
@@ -249,21 +260,16 @@ class FusedLayer:
         return G.to(self.dtype) if dropped is None else dropped.zero_((G * dropped.scale).to(self.dtype))
 
     def _split(self, X: Tensor, batch: int) -> Tensor:
-        """(batch x width, d) to (batch x heads, width, d / heads), contiguous."""
-        width = X.shape[0] // batch
-        return X.view(batch, width, self.heads, -1).transpose(1, 2).reshape(batch * self.heads, width, -1)
+        """(n, batch x width, d) to (n, batch x heads, width, d / heads), contiguous."""
+        count, rows, size = X.shape
+        parts = X.view(count, batch, rows // batch, self.heads, size // self.heads).transpose(2, 3)
+        return parts.reshape(count, batch * self.heads, rows // batch, size // self.heads)
 
     def _merge(self, X: Tensor, batch: int) -> Tensor:
         """The inverse of :meth:`_split`."""
-        return X.view(batch, self.heads, X.shape[1], -1).transpose(1, 2).reshape(batch * X.shape[1], -1)
-
-    def _merge_all(self, parts: Sequence[Tensor], batch: int) -> Tensor:
-        """Several parts merged into one tensor, shape (parts, batch x width, d)."""
-        width, size = parts[0].shape[1:]
-        joint = parts[0].new_empty(len(parts), batch, width, self.heads, size)
-        for place, part in enumerate(parts):
-            joint[place].copy_(part.view(batch, self.heads, width, size).transpose(1, 2))
-        return joint.view(len(parts), batch * width, -1)
+        count, _, width, size = X.shape
+        parts = X.view(count, batch, self.heads, width, size).transpose(2, 3)
+        return parts.reshape(count, batch * width, self.heads * size)
 
 
 def attend(
@@ -288,20 +294,23 @@ def attend(
     return torch.baddbmm(V.new_empty(1, 1, 1), kept, V, beta=0.0, alpha=dropped.scale), P, kept
 
 
-def attend_backward(G: Tensor, tape: AttentionTape, dropped: Dropped | None) -> tuple[Tensor, Tensor, Tensor]:
-    """(dQ, dK, dV) from G = dL/d(context), shape (batch x heads, queries, d)."""
+def attend_backward(G: Tensor, tape: AttentionTape, dropped: Dropped | None, out: Mapping[str, Tensor]) -> Tensor:
+    """Writes dK and dV into ``out["key"]`` and ``out["value"]``; returns dQ, which is ``out["query"]`` if that exists.
+
+    Args:
+        G: dL/d(context), shape (batch x heads, queries, d).
+    """
     Q, K, V, P, kept = tape
     scale = 1.0 if dropped is None else dropped.scale
     nothing = G.new_empty(1, 1, 1)
-    dV = torch.baddbmm(nothing, kept.mT, G, beta=0.0, alpha=scale)
+    torch.baddbmm(nothing, kept.mT, G, beta=0.0, alpha=scale, out=out["value"])
     dP = torch.baddbmm(nothing, G, V.mT, beta=0.0, alpha=scale)
     if dropped is not None:
         dropped.zero_(dP)
     dS = _softmax_backward(dP, P)
     factor = 1 / math.sqrt(Q.shape[-1])
-    dQ = torch.baddbmm(nothing, dS, K, beta=0.0, alpha=factor)
-    dK = torch.baddbmm(nothing, dS.mT, Q, beta=0.0, alpha=factor)
-    return dQ, dK, dV
+    torch.baddbmm(nothing, dS.mT, Q, beta=0.0, alpha=factor, out=out["key"])
+    return torch.baddbmm(nothing, dS, K, beta=0.0, alpha=factor, out=out.get("query"))
 
 
 def _softmax(scores: Tensor) -> Tensor:

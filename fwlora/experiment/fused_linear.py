@@ -74,15 +74,19 @@ class FusedGroup:
 
         A member whose rank is 0 has lost its adapter, and is padded like any other.
         """
-        rank = max((A.shape[0] for A, _ in factors), default=0)
-        if rank == 0:
+        ranks = {A.shape[0] for A, _ in factors}
+        if not factors or ranks == {0}:
             return None
-        joint_A = self.weights[0].new_zeros(len(factors), rank, self.d_in)
-        joint_B = self.weights[0].new_zeros(len(factors), self.d_out, rank)
-        for place, (A, B) in enumerate(factors):
-            joint_A[place, : A.shape[0]] = A * self.scalings[place]
-            joint_B[place, :, : A.shape[0]] = B
-        return Adapters(joint_A, joint_B)
+        if len(ranks) == 1:
+            joint_A = torch.stack([A for A, _ in factors]).to(self.dtype)
+            joint_B = torch.stack([B for _, B in factors]).to(self.dtype)
+        else:
+            joint_A = self.weights[0].new_zeros(len(factors), max(ranks), self.d_in)
+            joint_B = self.weights[0].new_zeros(len(factors), self.d_out, max(ranks))
+            for place, (A, B) in enumerate(factors):
+                joint_A[place, : A.shape[0]] = A
+                joint_B[place, :, : A.shape[0]] = B
+        return Adapters(self._scale_(joint_A), joint_B)
 
     def forward(
         self,
@@ -157,10 +161,14 @@ class FusedGroup:
     ) -> list[tuple[Tensor, Tensor]]:
         """The gradients of the single factors, in the factors' own types."""
         joint_A, joint_B = gradients
+        self._scale_(joint_A)
         return [
-            (
-                (joint_A[place, : A.shape[0]] * self.scalings[place]).to(A.dtype),
-                joint_B[place, :, : A.shape[0]].to(B.dtype),
-            )
+            (joint_A[place, : A.shape[0]].to(A.dtype), joint_B[place, :, : A.shape[0]].to(B.dtype))
             for place, (A, B) in enumerate(factors)
         ]
+
+    def _scale_(self, joint_A: Tensor) -> Tensor:
+        """Multiplies every member's part by its s, in place."""
+        if len(set(self.scalings)) == 1:
+            return joint_A.mul_(self.scalings[0])
+        return joint_A.mul_(joint_A.new_tensor(self.scalings)[:, None, None])

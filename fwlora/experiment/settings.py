@@ -269,9 +269,12 @@ class WandbSettings(_Settings):
 
 
 class EngineSettings(_Settings):
-    """``engine``. ``fast`` false does what the files literally say: every batch padded to ``max_length``."""
+    """``engine``. ``fast`` false does what the files literally say: every batch padded to ``max_length``, at random, by
+    the model's own forward pass. ``cuda_graphs`` replays passes on a GPU.
+    """
 
     fast: bool
+    cuda_graphs: bool
     device: Literal["auto", "cpu", "cuda"]
 
 
