@@ -1,6 +1,6 @@
 """How fast the engine trains, against the Trainer, the model alone and the machine's limit, all interleaved in one run.
 
-    uv run python -m benchmarks.training --glue FOLDER [--json PATH] [--rounds 200] [--parts speed lengths memory trial]
+    uv run python -m benchmarks.training --glue FOLDER [--json PATH] [--rounds 200] [--parts speed lengths ...]
                                          [--quality-runs PATH] [--model minilm|roberta-base] [--device cpu|cuda]
 
 Every loop runs in a process of its own and takes a step when it is told to. A round is one step of each, in random
@@ -28,6 +28,7 @@ from benchmarks.common import MINILM, REPOSITORY, RESAMPLES, Interval, print_tab
 from benchmarks.overhead import SCHEDULE
 from benchmarks.stepping import SteppedLoop
 from benchmarks.training_loops import backbone_loop, engine_loop, limit_loop, trainer_loop
+from benchmarks.training_profile import compare_precisions, profile_step
 from benchmarks.training_quality import read_runs, summarise
 from fwlora import FisherWeighting
 
@@ -50,6 +51,7 @@ LOOPS: dict[str, tuple[Any, dict[str, Any]]] = {
     "no adapter, no dropout": (backbone_loop, {"method": "none"}),
     "limit: matrix products alone": (limit_loop, {"method": "none"}),
 }
+PARTS = ["speed", "lengths", "memory", "trial", "profile"]
 LIMIT = "limit: matrix products alone"
 
 
@@ -201,6 +203,13 @@ def show(results: dict[str, Any]) -> None:
         row = results["trial"]
         rows = [[f"{row['seconds_median']:.1f}", f"{row['lowest']:.1f} .. {row['highest']:.1f}"]]
         print_table("Trial mode, from shell to exit", ["s", "of 5"], rows)
+    if "profile" in results:
+        row = results["profile"]
+        rows = [[kind, f"{value:.1f}", f"{value / row['milliseconds']:.1%}"] for kind, value in row["kinds"].items()]
+        title = f"A step of 32 x 13 tokens: {row['milliseconds']:.1f} ms, {row['operations']} operations"
+        print_table(title, ["kind of work", "ms", "share"], rows)
+        rows = [[shape, f"{value:.2f}"] for shape, value in row["bf16_to_fp32"].items()]
+        print_table("A product in bfloat16", ["weights", "time / float32"], rows)
     if "quality" in results:
         rows = [
             [row["task"], str(row["seeds"]), f"{np.mean(row['trainer']):.2f}", f"{np.mean(row['engine']):.2f}",
@@ -215,7 +224,7 @@ def main() -> None:
     parser.add_argument("--glue", required=True, help="folder with GLUE's SST-2 and CoLA in the Hub's layout")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=200)
-    parser.add_argument("--parts", nargs="*", default=["speed", "lengths", "memory", "trial"])
+    parser.add_argument("--parts", nargs="*", default=PARTS, choices=PARTS)
     parser.add_argument("--quality-runs", type=Path, help="what benchmarks.training_quality wrote")
     parser.add_argument("--model", choices=["minilm", "roberta-base"], default="minilm")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -234,6 +243,8 @@ def main() -> None:
         results["memory"] = measure_memory(glue)
     if "lengths" in arguments.parts:
         results["lengths"] = measure_lengths(options)
+    if "profile" in arguments.parts:
+        results["profile"] = {**profile_step(), "bf16_to_fp32": compare_precisions()}
     if "speed" in arguments.parts:
         results["speed"] = summarise_speed(time_rounds(options, arguments.rounds), BATCH_SIZE)
     if arguments.quality_runs:

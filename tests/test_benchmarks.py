@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 from test_families import make_base
 
-from benchmarks import overhead, sketch_quality
+from benchmarks import overhead, sketch_quality, stepping, training, training_profile, training_quality
 from benchmarks.common import MODELS, median_interval, mixture_interval
 from fwlora import FisherWeighting
 
@@ -50,6 +52,75 @@ def test_overhead_runs_and_writes_its_table(monkeypatch, tmp_path, capsys):
     memory = record["peak_bytes"]
     assert memory["lora"] == memory["lora again"] <= memory["unmeasured step"] < memory["naive, warm-up step"]
     assert "targets: warm-up step <= 1.02" in capsys.readouterr().out
+
+
+def test_ratios_of_sums_and_their_intervals():
+    engine, trainer = np.full(50, 0.1), np.tile([0.3, 0.5], 25)
+    interval = training.ratio_interval(trainer, engine)
+    assert interval.estimate == pytest.approx(4.0) and 3.5 < interval.low < 4.0 < interval.high < 4.5
+    # Rounds are resampled whole: what is always twice as long stays so.
+    paired = training.ratio_interval(2 * trainer, trainer)
+    assert paired.low == pytest.approx(2.0) and paired.high == pytest.approx(2.0)
+
+
+def test_speed_is_summarised_with_the_ratios_that_have_targets():
+    generator = np.random.default_rng(0)
+    lora = generator.uniform(0.09, 0.11, 60)
+    seconds = {name: lora.copy() for name in training.LOOPS}
+    seconds |= {
+        "engine, FW-LoRA, measured step": 1.08 * lora, "engine, FW-LoRA, warm-up step between": 1.01 * lora,
+        "engine, FW-LoRA, shrinkage step": 1.004 * lora, training.LIMIT: 0.6 * lora, "Trainer, LoRA": 5 * lora,
+        "Trainer grouped by length, LoRA": 2.5 * lora, "Trainer grouped by length, AdaLoRA": 4 * lora,
+        "engine, AdaLoRA": 2 * lora,
+    }  # fmt: skip
+    found = training.summarise_speed(seconds, 32)
+    estimates = [target["estimate"] for target in found["targets"].values()]
+    every = FisherWeighting().fisher_every
+    warm = 1.08 / every + 1.01 * (1 - 1 / every)
+    assert estimates == pytest.approx([0.6, 5.0, 2.5, (500 * warm + 5815 * 1.004) / 6315, 0.5])
+    assert found["loops"][training.LORA]["examples_per_second"] == pytest.approx(32 / lora.mean())
+    assert found["loops"]["Trainer, LoRA"]["share_of_limit"]["estimate"] == pytest.approx(0.12)
+
+
+def test_quality_is_the_paired_difference_of_seeds_that_both_have(tmp_path):
+    runs = [
+        {"task": "sst2", "seed": seed, "loop": loop, "metric": metric}
+        for loop, metrics in (("trainer", [80.0, 82.0, 84.0]), ("engine", [80.5, 81.5, 84.5, 99.0]))
+        for seed, metric in enumerate(metrics)
+    ]
+    path = tmp_path / "runs.jsonl"
+    path.write_text("".join(json.dumps(run) + "\n" for run in runs))
+    (row,) = training_quality.summarise(training_quality.read_runs(path))
+    differences = np.array([0.5, -0.5, 0.5])
+    half = stats.t.ppf(0.975, 2) * differences.std(ddof=1) / 3**0.5
+    assert row["seeds"] == 3 and row["difference"]["estimate"] == pytest.approx(differences.mean())
+    assert row["difference"]["high"] - row["difference"]["estimate"] == pytest.approx(half)
+
+
+def count_steps(gate, options) -> None:
+    for _ in range(options["steps"]):
+        time.sleep(0.01)
+        gate.step_done()
+
+
+def test_a_stepped_loop_takes_a_step_when_told_and_says_what_went_wrong():
+    loop = stepping.SteppedLoop(count_steps, {"device": "cpu", "steps": 8}, settle=3)
+    loop.settle()
+    assert all(0.01 <= loop.step() < 1.0 for _ in range(5))
+    with pytest.raises(RuntimeError, match="ended by itself"):
+        loop.step()
+    failing = stepping.SteppedLoop(count_steps, {"device": "cpu"}, settle=1)
+    with pytest.raises(RuntimeError, match="KeyError: 'steps'"):
+        failing.settle()
+
+
+def test_kinds_of_work_are_told_apart():
+    matrix, thin, heads = torch.zeros(4, 4), torch.zeros(3, 4, 2), torch.zeros(24, 4, 2)
+    assert training_profile.classify("addmm_", (matrix, matrix, matrix)) == "base layers' products"
+    assert training_profile.classify("bmm", (thin, thin)) == "adapters' products"
+    assert training_profile.classify("baddbmm", (torch.zeros(1, 1, 1), heads, heads)) == "attention"
+    assert training_profile.classify("add_", (torch.zeros(9), 1)) == "drawing what is dropped"
+    assert training_profile.classify("clone", (matrix,)) == "copies, sums and the rest"
 
 
 @pytest.mark.slow
