@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers.optimization import get_scheduler
 
 from fwlora.experiment import metrics
 from fwlora.experiment.batching import TokenizedSplit
@@ -213,6 +214,38 @@ def test_what_a_method_adds_is_in_the_logged_norm_and_its_last_word_comes_after_
     assert rows[0]["gradient_norm"] == pytest.approx(2.0 * count**0.5)
     assert not torch.equal(method.before[0], method.after[0])
     assert torch.equal(method.after[-1], model.classifier.weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("linear", {}), ("cosine", {"num_cycles": 0.4}), ("cosine_with_restarts", {"num_cycles": 2}),
+        ("cosine_with_min_lr", {"min_lr_rate": 0.1}), ("cosine_warmup_with_min_lr", {"min_lr": 0.01}),
+        ("polynomial", {"power": 2.0}), ("constant", {}), ("constant_with_warmup", {}), ("inverse_sqrt", {}),
+        ("warmup_stable_decay", {"num_decay_steps": 3}),
+    ],
+)  # fmt: skip
+def test_schedules_are_those_that_transformers_names(name, options):
+    _, rows, _ = run({"lr_scheduler": name, "lr_scheduler_options": options})
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.05)
+    schedule, expected = get_scheduler(name, optimizer, 2, 12, options), []
+    for _ in range(12):
+        expected.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert [row["learning_rate"] for row in rows if "learning_rate" in row] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"lr_scheduler": "polynomial", "learning_rate": 1e-9}, "lr_end"),
+        ({"lr_scheduler": "cosine", "lr_scheduler_options": {"colour": 1}}, "colour"),
+    ],
+)
+def test_a_schedule_that_cannot_be_is_one_message(options, reason):
+    with pytest.raises(UserError, match=rf"run\.training\.lr_scheduler = \w+, .*{reason}"):
+        run(options)
 
 
 class Noisy(BagOfWords):

@@ -196,6 +196,7 @@ class Replay:
 @pytest.mark.parametrize("width", [9, 19])
 def test_with_equal_masks_dropout_computes_what_the_models_own_does(width, monkeypatch):
     model = adapt(make_base(dropout=0.2), dropout=0.3)
+    model.get_base_model().roberta.encoder.layer[1].output.dropout.p = 0.4
     replay = Replay(monkeypatch, 5, width)
     fast, plain = FastClassifier(model, find_adapter_pairs(model)).train(), PlainClassifier(model).train()
     got = gradients(fast, make_inputs(width))

@@ -95,9 +95,7 @@ class FastClassifier(nn.Module):
         for number, module in enumerate(layers):
             found = {name: module.get_submodule(path) for name, path in LINEAR_PATHS.items()}
             own = {name: places[id(linear)] for name, linear in found.items() if id(linear) in places}
-            weights = _read_layer(
-                module, found, {name: pairs[place].scaling for name, place in own.items()}, inner.config
-            )
+            weights = _read_layer(module, found, {name: pairs[place].scaling for name, place in own.items()})
             dtype = torch.bfloat16 if precision == "bf16" else weights.linear["query"].weight.dtype
             layer = FusedLayer(weights, dtype, first_only=number == len(layers) - 1)
             self.layers.append(layer)
@@ -127,7 +125,7 @@ class FastClassifier(nn.Module):
             bias.masked_fill_(attention_mask[:, None] == 0, float("-inf"))
             bias = bias.repeat_interleave(self.layers[0].heads, dim=0)
         seed = int(torch.randint(2**62, ())) if self.training else None
-        dropout = self._inner[0].config.hidden_dropout_prob
+        dropout = self._encoder[0].embeddings.dropout.p
         call = Pass(self.layers, adapters, batch, bias, seed, dropout, self._make_observe())
         flat = [factor for layer in factors for group in layer for pair in group for factor in pair]
         if flat and torch.is_grad_enabled():
@@ -205,9 +203,7 @@ def _raise_for(features: dict[str, bool]) -> None:
         raise UncoveredError(", ".join(found))
 
 
-def _read_layer(
-    module: nn.Module, linear: dict[str, nn.Module], scalings: dict[str, float], config: Any
-) -> LayerWeights:
+def _read_layer(module: Any, linear: dict[str, nn.Module], scalings: dict[str, float]) -> LayerWeights:
     parts: dict[str, LinearParts] = {name: read_linear(part) for name, part in linear.items()}
     if {name for name, part in parts.items() if part.adapted} != set(scalings):
         raise UncoveredError("an adapter that the method does not know")
@@ -217,14 +213,9 @@ def _read_layer(
     for path in NORM_PATHS:
         norm: Any = module.get_submodule(path)
         norms.append(Norm(norm.weight.detach(), norm.bias.detach(), norm.eps))
-    return LayerWeights(
-        parts,
-        scalings,
-        norms,
-        config.num_attention_heads,
-        config.hidden_dropout_prob,
-        config.attention_probs_dropout_prob,
-    )
+    attention = module.attention.self
+    hidden_dropouts = [module.attention.output.dropout.p, module.output.dropout.p]
+    return LayerWeights(parts, scalings, norms, attention.num_attention_heads, hidden_dropouts, attention.dropout.p)
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:

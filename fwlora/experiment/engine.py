@@ -17,6 +17,7 @@ from fwlora.experiment import metrics
 from fwlora.experiment.batching import Batch, Padding, TokenizedSplit, plan_epoch, plan_evaluation, stage
 from fwlora.experiment.classifier import make_classifier
 from fwlora.experiment.cuda_graphs import GraphedPasses
+from fwlora.experiment.errors import UserError
 from fwlora.experiment.host import peak_memory_mib
 from fwlora.experiment.processes import Processes
 from fwlora.experiment.progress import Progress
@@ -132,6 +133,7 @@ def train(
 
     Raises:
         DivergedError: the loss is no longer finite.
+        UserError: a schedule that cannot be.
     """
     processes = Processes(execution.device)
     total_steps = training.total_steps(len(train_split))
@@ -245,7 +247,17 @@ def _make_optimizer(model: nn.Module, training: TrainingSettings, total_steps: i
     fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for _, p in trainable)
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=training.learning_rate, fused=fused)
     warmup = int(np.ceil(training.warmup_ratio * total_steps))
-    return optimizer, get_scheduler(training.lr_scheduler, optimizer, warmup, total_steps)
+    try:
+        scheduler = get_scheduler(
+            training.lr_scheduler, optimizer, warmup, total_steps, {**training.lr_scheduler_options} or None
+        )
+    except (TypeError, ValueError) as error:
+        options = f", run.training.lr_scheduler_options = {training.lr_scheduler_options}"
+        raise UserError(
+            f"run.training.lr_scheduler = {training.lr_scheduler}{options} with learning_rate = "
+            f"{training.learning_rate}: {error}; see transformers.optimization.get_scheduler"
+        ) from None
+    return optimizer, scheduler
 
 
 def _epoch_steps(

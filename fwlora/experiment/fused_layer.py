@@ -65,7 +65,7 @@ class LayerWeights:
         scalings: s of those that carry an adapter.
         norms: after attention and after the feed-forward.
         heads: attention heads.
-        hidden_dropout: probability after the attention output and after the feed-forward.
+        hidden_dropouts: probabilities after the attention output and after the feed-forward.
         attention_dropout: probability on attention weights.
     """
 
@@ -73,7 +73,7 @@ class LayerWeights:
     scalings: Mapping[str, float]
     norms: Sequence[Norm]
     heads: int
-    hidden_dropout: float
+    hidden_dropouts: Sequence[float]
     attention_dropout: float
 
 
@@ -112,7 +112,7 @@ class FusedLayer:
 
     def __init__(self, weights: LayerWeights, dtype: torch.dtype, *, first_only: bool) -> None:
         self.norms, self.heads = list(weights.norms), weights.heads
-        self.hidden_dropout, self.attention_dropout = weights.hidden_dropout, weights.attention_dropout
+        self.hidden_dropouts, self.attention_dropout = weights.hidden_dropouts, weights.attention_dropout
         self.dtype, self.first_only = dtype, first_only
         grouped = {"attention_output": ["attention_output"], "intermediate": ["intermediate"], "output": ["output"]}
         grouped |= {"wanted": ["query"], "all": ["key", "value"]} if first_only else {"all": ["query", "key", "value"]}
@@ -130,8 +130,8 @@ class FusedLayer:
             if group.adapted
         }
         requests["weights"] = (rows * self.heads * width, self.attention_dropout)
-        for place, norm in enumerate(self.norms):
-            requests[f"hidden_{place}"] = (rows * norm.weight.shape[0], self.hidden_dropout)
+        for place, (norm, probability) in enumerate(zip(self.norms, self.hidden_dropouts, strict=True)):
+            requests[f"hidden_{place}"] = (rows * norm.weight.shape[0], probability)
         return draw_dropped(requests, device, bits)
 
     def forward(

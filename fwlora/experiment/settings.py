@@ -68,7 +68,9 @@ class DatasetSettings(_Settings):
 
 
 class TrainingSettings(_Settings):
-    """``training``. ``warmup_ratio`` is the learning rate's warm-up, not the Fisher warm-up."""
+    """``training``. ``warmup_ratio`` is the learning rate's warm-up, not the Fisher warm-up. ``lr_scheduler`` and its
+    options are transformers' own names.
+    """
 
     epochs: int = Field(ge=1)
     batch_size: int = Field(ge=1)
@@ -76,8 +78,10 @@ class TrainingSettings(_Settings):
     weight_decay: float = Field(ge=0)
     optimizer: Literal["adamw"]
     lr_scheduler: Literal[
-        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
-    ]
+        "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "polynomial",
+        "constant", "constant_with_warmup", "inverse_sqrt", "warmup_stable_decay",
+    ]  # fmt: skip
+    lr_scheduler_options: dict[str, int | float | str] = Field(default_factory=dict)
     warmup_ratio: Fraction
     gradient_accumulation_steps: int = Field(ge=1)
     max_gradient_norm: float | None = Field(gt=0)
