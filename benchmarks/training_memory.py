@@ -36,7 +36,7 @@ def main() -> None:
     device = torch.device("cpu")
     try:
         train(
-            model, method, split, eval_split, training_settings(0, 1), Task(pad_token_id, 2, "accuracy"),
+            model, method, split, eval_split, training_settings(0, 1, 1e-3), Task(pad_token_id, 2, "accuracy"),
             Execution(device), log=lambda row: None,
         )  # fmt: skip
     except Stop:

@@ -27,16 +27,15 @@ from fwlora.experiment.settings import TrainingSettings
 CPU = torch.device("cpu")
 RANK = 8
 BATCH_SIZE = 32
-LEARNING_RATE = 1e-3
-# task -> training examples (None: all), epochs, paired seeds
-TASKS: dict[str, tuple[int | None, int, int]] = {"sst2": (6_400, 1, 5), "cola": (None, 3, 3)}
+# task -> training examples (None: all), epochs, learning rate, paired seeds
+TASKS: dict[str, tuple[int | None, int, float, int]] = {"sst2": (6_400, 1, 1e-3, 5), "cola": (None, 3, 2e-3, 3)}
 METRICS = {"sst2": "eval_accuracy", "cola": "eval_matthews_correlation"}
 
 
-def training_settings(seed: int, epochs: int) -> TrainingSettings:
+def training_settings(seed: int, epochs: int, learning_rate: float) -> TrainingSettings:
     """What both loops are told."""
     return TrainingSettings(
-        epochs=epochs, batch_size=BATCH_SIZE, learning_rate=LEARNING_RATE, weight_decay=0.1, optimizer="adamw",
+        epochs=epochs, batch_size=BATCH_SIZE, learning_rate=learning_rate, weight_decay=0.1, optimizer="adamw",
         lr_scheduler="linear", warmup_ratio=0.06, gradient_accumulation_steps=1, max_gradient_norm=None,
         mixed_precision="fp32", seed=seed,
     )  # fmt: skip
@@ -44,11 +43,11 @@ def training_settings(seed: int, epochs: int) -> TrainingSettings:
 
 def train_once(loop: str, glue: str, task_name: str, seed: int) -> float:
     """The task's metric on GLUE's development split after the last epoch, in points."""
-    examples, epochs, _ = TASKS[task_name]
+    examples, epochs, learning_rate, _ = TASKS[task_name]
     train_split, eval_split, pad_token_id = task_splits(glue, task_name, examples)
     model, method = make_lora_method("minilm", RANK, CPU, seed)
     task, execution = Task(pad_token_id, 2, METRICS[task_name].removeprefix("eval_")), Execution(CPU)
-    training = training_settings(seed, epochs)
+    training = training_settings(seed, epochs, learning_rate)
     if loop == "engine":
         result = train(model, method, train_split, eval_split, training, task, execution, log=lambda row: None)
         return 100 * result.last.values[METRICS[task_name]]
@@ -66,7 +65,7 @@ def run_missing(glue: str, tasks: list[str], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     done = {(run["task"], run["seed"], run["loop"]) for run in read_runs(path)}
     for task in tasks:
-        for seed in range(TASKS[task][2]):
+        for seed in range(TASKS[task][-1]):
             for loop in ("trainer", "engine"):
                 if (task, seed, loop) in done:
                     continue

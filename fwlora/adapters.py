@@ -15,6 +15,7 @@ from peft.tuners.adalora import AdaLoraLayer, SVDLinear
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers.pytorch_utils import Conv1D
@@ -112,6 +113,17 @@ def inner_model(model: nn.Module) -> nn.Module:
     """The transformers model inside a PeftModel; a model without adapters is its own."""
     model = unwrap(model)
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def uses_prompt_learning(model: nn.Module) -> bool:
+    """Whether PEFT puts learnt tokens before the input."""
+    model = unwrap(model)
+    return isinstance(model, PeftModel) and any(config.is_prompt_learning for config in model.peft_config.values())
+
+
+def saved_module(module: nn.Module) -> nn.Module:
+    """The module that PEFT trains in full and keeps with the adapter, without PEFT's wrapper; any other is its own."""
+    return module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
 
 
 def adapter_config(model: nn.Module, adapter_name: str) -> Any:

@@ -41,6 +41,10 @@ class Method(Protocol):
         """Whether importances are being measured."""
 
     @property
+    def has_term(self) -> bool:
+        """Whether :meth:`regularisation` adds anything to the loss."""
+
+    @property
     def observer(self) -> PassRecorder | None:
         """What paths that bypass module hooks give X and G of this step's passes to, matrices by their place in
         ``pairs``; None where nothing is measured, or not from these.
@@ -66,6 +70,7 @@ class PlainLora:
     """LoRA (Hu et al., 2021, arXiv 2106.09685), or a head alone when there is no adapter."""
 
     in_warmup = False
+    has_term = False
     observer: PassRecorder | None = None
 
     def __init__(self, pairs: Sequence[AdapterPair]) -> None:
@@ -171,6 +176,7 @@ class AdaLora:
     """
 
     in_warmup = False
+    has_term = True
     observer: PassRecorder | None = None
 
     def __init__(self, model: PeftModel, plan: AdaLoraPlan, adapter_name: str = "default") -> None:

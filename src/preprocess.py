@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import tokenizers
+import transformers
 from sklearn.model_selection import train_test_split
 
 from fwlora.experiment import acceptability, metrics
@@ -157,7 +158,8 @@ def tokenize(split: TextSplit, tokenizer: Any, dataset: DatasetSettings) -> Toke
     if backend is not None:
         padding_and_truncation_aside = json.loads(backend.to_str()) | {"padding": None, "truncation": None}
         key = [
-            tokenizers.__version__, type(tokenizer).__name__, json.dumps(padding_and_truncation_aside),
+            tokenizers.__version__, transformers.__version__, type(tokenizer).__name__,
+            json.dumps(padding_and_truncation_aside), tokenizer.truncation_side, tokenizer.split_special_tokens,
             tokenizer.model_input_names, split.fingerprint, dataset.max_length, dataset.truncation,
         ]  # fmt: skip
     return cached_tokens(Path(CACHE_DIR) / "tokens", key, lambda: _tokenize(split, tokenizer, dataset))
@@ -167,6 +169,11 @@ def _tokenize(split: TextSplit, tokenizer: Any, dataset: DatasetSettings) -> Tok
     encoded = tokenizer(*split.texts, truncation=dataset.truncation, max_length=dataset.max_length, padding=False)
     ids = encoded["input_ids"]
     lengths = np.fromiter((len(row) for row in ids), dtype=np.int64, count=len(ids))
+    if lengths.min() == 0:
+        raise UserError(
+            f"data set {dataset.name!r}: {int((lengths == 0).sum())} texts have no token, the first is example "
+            f"{int(lengths.argmin())} of its split; remove empty texts"
+        )
     if lengths.max() > dataset.max_length and dataset.truncation:
         raise UserError(
             f"run.dataset.max_length = {dataset.max_length} leaves no room for text beside the special tokens; raise it"

@@ -123,7 +123,9 @@ def prepare(settings: ProgramSettings) -> Prepared:
             f"run.model.pretrained_id = {run.model.pretrained_id!r}: its tokenizer has neither a padding nor an "
             "end-of-text token; set one of them in tokenizer_config.json"
         )
-    task = Task(pad_token_id, len(data.label_names), data.task_metric, tokenizer.padding_side == "left")
+    task = Task(
+        pad_token_id, len(data.label_names), data.task_metric, tokenizer.padding_side == "left", run.dataset.max_length
+    )
     width = None if settings.engine.fast else run.dataset.max_length
     graphs = settings.engine.cuda_graphs
     return Prepared(data, tokenizer, plan, task, Execution(device, precision, width, announce, graphs))

@@ -81,12 +81,14 @@ class Padding:
         left: before the tokens, for models that read the last position.
         width: pad every batch to this many tokens; None pads to the longest example of a batch.
         multiple: round widths up to a multiple of this, for devices that want few shapes.
+        most: never round up to more tokens than this.
     """
 
     token_id: int
     left: bool = False
     width: int | None = None
     multiple: int = 1
+    most: int | None = None
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,8 @@ def collate(
     counts = np.array([len(batch) for batch in batches])
     starts, lengths = split.offsets[order], split.lengths[order]
     widths = np.array([padding.width or split.lengths[batch].max() for batch in batches])
-    widths = -(-widths // padding.multiple) * padding.multiple
+    rounded = -(-widths // padding.multiple) * padding.multiple
+    widths = rounded if padding.most is None else np.where(rounded <= padding.most, rounded, widths)
     row_widths = np.repeat(widths, counts)
     row_ends = np.cumsum(row_widths)
     row_starts = row_ends - lengths if padding.left else row_ends - row_widths

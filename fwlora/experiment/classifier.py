@@ -7,20 +7,38 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import GELUActivation
+from transformers.models.bert import modeling_bert as bert
+from transformers.models.camembert import modeling_camembert as camembert
+from transformers.models.electra import modeling_electra as electra
+from transformers.models.roberta import modeling_roberta as roberta
+from transformers.models.xlm_roberta import modeling_xlm_roberta as xlm_roberta
 
-from fwlora.adapters import AdapterPair, LinearParts, UncoveredError, inner_model, read_linear
-from fwlora.experiment.fused_encoder import EncoderFunction, Observe, Pass, run_forward
+from fwlora.adapters import (
+    AdapterPair,
+    LinearParts,
+    UncoveredError,
+    inner_model,
+    read_linear,
+    saved_module,
+    uses_prompt_learning,
+)
+from fwlora.experiment.fused_encoder import EncoderFunction, ObserveLayer, Pass, run_forward
 from fwlora.experiment.fused_layer import FusedLayer, LayerWeights, Norm
 from fwlora.fisher import PassRecorder
 
 # Post-norm encoders whose classifier reads the first token: one layer's modules have the same names in all of them.
-COVERED_MODELS = (
-    "BertForSequenceClassification",
-    "RobertaForSequenceClassification",
-    "XLMRobertaForSequenceClassification",
-    "CamembertForSequenceClassification",
-    "ElectraForSequenceClassification",
-)
+# transformers' model -> its layer, and its head where that is given all tokens and reads the first.
+COVERED_MODELS: dict[type[nn.Module], tuple[type[nn.Module], type[nn.Module] | None]] = {
+    bert.BertForSequenceClassification: (bert.BertLayer, None),
+    roberta.RobertaForSequenceClassification: (roberta.RobertaLayer, roberta.RobertaClassificationHead),
+    xlm_roberta.XLMRobertaForSequenceClassification: (
+        xlm_roberta.XLMRobertaLayer,
+        xlm_roberta.XLMRobertaClassificationHead,
+    ),
+    camembert.CamembertForSequenceClassification: (camembert.CamembertLayer, camembert.CamembertClassificationHead),
+    electra.ElectraForSequenceClassification: (electra.ElectraLayer, electra.ElectraClassificationHead),
+}
 LINEAR_PATHS = {
     "query": "attention.self.query",
     "key": "attention.self.key",
@@ -60,8 +78,9 @@ class PlainClassifier(nn.Module):
 class FastClassifier(nn.Module):
     """The same logits and gradients, for encoders like BERT with a frozen base; ``fused_layer`` says how.
 
-    The base weights are read once, here, and must stay as they are; adapters and head are the model's own parameters.
-    Dropout is drawn in another way than torch draws it, from the same distribution.
+    Base weights, scalings and which adapter is active are read once, here, and must stay: no merging, switching,
+    disabling or change of type afterwards. Adapters and head are the model's own parameters. Dropout is drawn in
+    another way than torch draws it, from the same distribution, while this classifier itself is in training mode.
 
     Args:
         model: a model of :data:`COVERED_MODELS`, adapted or not.
@@ -83,7 +102,9 @@ class FastClassifier(nn.Module):
         super().__init__()
         self.model, self.precision, self._observer = model, precision, observer
         inner: Any = inner_model(model)
-        _check_architecture(inner)
+        if uses_prompt_learning(model):
+            raise UncoveredError("learnt prompts")
+        _check_architecture(inner, pairs)
         # Outside of the module tree: these are no second path to the same parameters.
         self._inner, self._encoder = [inner], [getattr(inner, inner.base_model_prefix)]
         places = {id(pair.module): place for place, pair in enumerate(pairs)}
@@ -95,6 +116,8 @@ class FastClassifier(nn.Module):
         for number, module in enumerate(layers):
             found = {name: module.get_submodule(path) for name, path in LINEAR_PATHS.items()}
             own = {name: places[id(linear)] for name, linear in found.items() if id(linear) in places}
+            # A matrix that reallocation took the adapter from is a base layer.
+            own = {name: place for name, place in own.items() if pairs[place].rank > 0}
             weights = _read_layer(module, found, {name: pairs[place].scaling for name, place in own.items()})
             dtype = torch.bfloat16 if precision == "bf16" else weights.linear["query"].weight.dtype
             layer = FusedLayer(weights, dtype, first_only=number == len(layers) - 1)
@@ -109,7 +132,7 @@ class FastClassifier(nn.Module):
         """Logits in float32 or better, shape (batch, classes).
 
         Args:
-            attention_mask: None where no example is padded.
+            attention_mask: shape (batch, width), 0 at padding; None where no example is padded.
         """
         batch, width = input_ids.shape
         factors = [[[pair.factors() for pair in group] for group in layer] for layer in self.pairs]
@@ -122,7 +145,7 @@ class FastClassifier(nn.Module):
         bias = None
         if attention_mask is not None:
             bias = hidden.new_zeros(batch, 1, width, dtype=self.layers[0].dtype)
-            bias.masked_fill_(attention_mask[:, None] == 0, float("-inf"))
+            bias.masked_fill_(attention_mask[:, None] == 0, torch.finfo(bias.dtype).min)
             bias = bias.repeat_interleave(self.layers[0].heads, dim=0)
         seed = int(torch.randint(2**62, ())) if self.training else None
         dropout = self._encoder[0].embeddings.dropout.p
@@ -135,7 +158,7 @@ class FastClassifier(nn.Module):
         with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             return _at_least_float32(self._head(first[:, None]))
 
-    def _make_observe(self) -> Observe | None:
+    def _make_observe(self) -> ObserveLayer | None:
         recorder = self._observer() if self.training else None
         if recorder is None:
             return None
@@ -151,8 +174,10 @@ class FastClassifier(nn.Module):
         encoder: Any = self._encoder[0]
         training = encoder.embeddings.training
         encoder.embeddings.eval()
-        hidden = encoder.embeddings(input_ids=input_ids, token_type_ids=token_type_ids)
-        encoder.embeddings.train(training)
+        try:
+            hidden = encoder.embeddings(input_ids=input_ids, token_type_ids=token_type_ids)
+        finally:
+            encoder.embeddings.train(training)
         return hidden.flatten(0, 1)
 
     def _head(self, first: Tensor) -> Tensor:
@@ -176,16 +201,38 @@ def make_classifier(
         return PlainClassifier(model, precision), f"the fused path does not cover {error}: the model computes by itself"
 
 
-def _check_architecture(model: Any) -> None:
-    if type(model).__name__ not in COVERED_MODELS:
+def _check_architecture(model: Any, pairs: Sequence[AdapterPair]) -> None:
+    if type(model) not in COVERED_MODELS:
         raise UncoveredError(type(model).__name__)
+    layer_type, head_type = COVERED_MODELS[type(model)]
     config, encoder = model.config, getattr(model, model.base_model_prefix)
+    layers = list(encoder.encoder.layer)
+    adapted = {id(pair.module) for pair in pairs}  # these carry the recorder's own hooks
+    bypassed = [encoder.encoder, *(m for layer in layers for m in layer.modules() if id(m) not in adapted)]
+    pooler = saved_module(encoder.pooler) if head_type is None and encoder.pooler is not None else None
     _raise_for({
         "a decoder": getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False),
-        f"the activation {config.hidden_act!r}": config.hidden_act != "gelu",
         "a projection of the embeddings": hasattr(encoder, "embeddings_project"),
-        "gradient checkpointing": getattr(encoder.encoder, "gradient_checkpointing", False),
+        "a head of its own": (
+            type(pooler) is not bert.BertPooler
+            if head_type is None
+            else type(saved_module(model.classifier)) is not head_type
+        ),
+        "layers of its own": any(type(layer) is not layer_type for layer in layers),
     })  # fmt: skip
+    norms = [layer.get_submodule(path) for layer in layers for path in NORM_PATHS]
+    activations = [layer.intermediate.intermediate_act_fn for layer in layers]
+    _raise_for({
+        f"the activation {config.hidden_act!r}": any(type(a) is not GELUActivation for a in activations),
+        "another normalisation": any(type(norm) is not nn.LayerNorm for norm in norms),
+        "gradient checkpointing": any(getattr(module, "gradient_checkpointing", False) for module in encoder.modules()),
+        "hooks on modules that it passes by": any(_has_hooks(module) for module in bypassed),
+    })  # fmt: skip
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(kinds)
 
 
 def _check_training(model: Any, pairs: Sequence[AdapterPair]) -> None:
@@ -214,6 +261,9 @@ def _read_layer(module: Any, linear: dict[str, nn.Module], scalings: dict[str, f
         norm: Any = module.get_submodule(path)
         norms.append(Norm(norm.weight.detach(), norm.bias.detach(), norm.eps))
     attention = module.attention.self
+    probabilities = [part.dropout for part in parts.values()] + [attention.dropout.p, module.output.dropout.p]
+    if any(probability >= 1 for probability in probabilities):
+        raise UncoveredError("a dropout probability of 1")
     hidden_dropouts = [module.attention.output.dropout.p, module.output.dropout.p]
     return LayerWeights(parts, scalings, norms, attention.num_attention_heads, hidden_dropouts, attention.dropout.p)
 

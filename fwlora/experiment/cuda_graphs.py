@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fwlora.experiment.batching import Batch
 
 # Forward and backward of one batch; returns what is to be kept of it.
-Pass = Callable[[Batch], Tensor]
+EagerPass = Callable[[Batch], Tensor]
 
 
 @dataclass
@@ -42,7 +42,7 @@ class GraphedPasses:
         self._pool: Any = None
         self._working = True
 
-    def run(self, batch: Batch, variant: Any, eager: Pass) -> Tensor:
+    def run(self, batch: Batch, variant: Any, eager: EagerPass) -> Tensor:
         """``eager(batch)``, or the same by a graph.
 
         Args:
@@ -68,7 +68,7 @@ class GraphedPasses:
         captured.graph.replay()
         return captured.result.clone()
 
-    def _capture(self, batch: Batch, eager: Pass) -> _Captured:
+    def _capture(self, batch: Batch, eager: EagerPass) -> _Captured:
         copies = {name: value.clone() for name, value in batch.inputs().items()}
         static = Batch(
             copies["input_ids"], copies.get("attention_mask"), copies.get("token_type_ids"), batch.labels.clone()

@@ -15,7 +15,7 @@ from transformers.trainer_pt_utils import get_parameter_names
 
 from fwlora.experiment import metrics
 from fwlora.experiment.batching import Batch, Padding, TokenizedSplit, plan_epoch, plan_evaluation, stage
-from fwlora.experiment.classifier import make_classifier
+from fwlora.experiment.classifier import FastClassifier, make_classifier
 from fwlora.experiment.cuda_graphs import GraphedPasses
 from fwlora.experiment.errors import UserError
 from fwlora.experiment.host import peak_memory_mib
@@ -29,6 +29,8 @@ from fwlora.regularizer import UnmeasuredError
 EVALUATION_BATCH_FACTOR = 2
 # Widths on a GPU: few shapes, each a multiple of what its matrix units take at once.
 GPU_WIDTH_MULTIPLE = 8
+# More than the seeds of any study span.
+SEEDS_BETWEEN_PROCESSES = 2**33
 # What torch's cross-entropy passes over.
 IGNORED_LABEL = -100
 
@@ -42,12 +44,14 @@ class Task:
         num_classes: classes.
         task_metric: the metric that is compared, one of :data:`fwlora.experiment.metrics.TASK_METRICS`.
         pad_left: whether the model wants its padding before the tokens.
+        max_length: tokens that the model takes at most; None where there is no limit.
     """
 
     pad_token_id: int
     num_classes: int
     task_metric: str
     pad_left: bool = False
+    max_length: int | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ class Execution:
     def padding(self, task: Task) -> Padding:
         """How a task's batches are padded."""
         multiple = GPU_WIDTH_MULTIPLE if self.fast and self.device.type == "cuda" else 1
-        return Padding(task.pad_token_id, task.pad_left, self.fixed_width, multiple)
+        return Padding(task.pad_token_id, task.pad_left, self.fixed_width, multiple, task.max_length)
 
 
 @dataclass
@@ -146,11 +150,12 @@ def train(
         execution.announce(remark)
     classifier = processes.prepare(local)
     graphs = None
-    if execution.cuda_graphs and execution.device.type == "cuda" and processes.count == 1 and remark is None:
+    fused = isinstance(local, FastClassifier)
+    if execution.cuda_graphs and fused and execution.device.type == "cuda" and processes.count == 1:
         graphs = GraphedPasses(parameters, execution.announce)
     clock = PhaseClock(execution.device)
     # Every process drops other elements; the first as it would alone.
-    torch.manual_seed(training.seed + processes.index)
+    torch.manual_seed(training.seed + SEEDS_BETWEEN_PROCESSES * processes.index)
     if execution.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(execution.device)
     step, epoch_rows, step_times = 0, [], []
@@ -182,9 +187,7 @@ def train(
                     metrics.LEARNING_RATE: learning_rate,
                     metrics.FISHER_WARMUP: float(warming_up),
                 }
-                # A replayed pass writes where it wrote before.
-                kept = {name: v.clone() if graphs and torch.is_tensor(v) else v for name, v in values.items()}
-                meter.add(kept, shares, examples)
+                meter.add(values, shares, examples)
         with clock.phase("warmup" if method.in_warmup else "train"):
             meter.flush()
         step_times += meter.step_times_s
@@ -311,8 +314,8 @@ def _forward_backward(
     for place, batch in enumerate(batches):
         last = place == len(batches) - 1
         with processes.accumulating(classifier, last=last):
-            # What is measured is drawn anew for every step, outside of any graph.
-            if graphs is None or method.observer is not None:
+            # A graph replays no hook and no draw of what measures; nor may a term leave values in its memory.
+            if graphs is None or method.in_warmup or method.has_term:
                 parts.append(run(batch, last))
             else:
                 parts.append(graphs.run(batch, (last, examples), partial(run, last=last)))

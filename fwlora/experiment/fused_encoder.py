@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fwlora.experiment.dropout import draw_dropped
 from fwlora.experiment.fused_layer import FusedLayer, LayerTape
@@ -17,7 +18,7 @@ from fwlora.experiment.fused_linear import Adapters
 
 # Takes a layer's place, the names of matrices with one input X (T, d_in), and the gradients G (names, T, d_out) at
 # their outputs.
-Observe = Callable[[int, Sequence[str], Tensor, Tensor], None]
+ObserveLayer = Callable[[int, Sequence[str], Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Pass:
     bias: Tensor | None
     seed: int | None
     embedding_dropout: float
-    observe: Observe | None = None
+    observe: ObserveLayer | None = None
 
 
 @torch.no_grad()
@@ -95,6 +96,7 @@ class EncoderFunction(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, G: Tensor) -> tuple[Any, ...]:
         call: Pass = ctx.call
         factors = iter(ctx.saved_tensors)

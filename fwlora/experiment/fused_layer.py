@@ -24,7 +24,7 @@ from fwlora.experiment.dropout import Dropped, draw_dropped
 from fwlora.experiment.fused_linear import Adapters, FusedGroup, GroupTape
 
 # Takes the names of matrices with one input X (T, d_in), and the gradients G (names, T, d_out) at their outputs.
-Observe = Callable[[Sequence[str], Tensor, Tensor], None]
+ObserveMatrices = Callable[[Sequence[str], Tensor, Tensor], None]
 # torch's CPU softmax is not vectorised over fewer elements than a vector register holds.
 NARROW = 16
 
@@ -176,7 +176,7 @@ class FusedLayer:
         G: Tensor,
         tape: LayerTape,
         adapters: Mapping[str, Adapters | None],
-        observe: Observe | None,
+        observe: ObserveMatrices | None,
         *,
         needs_input: bool,
     ) -> tuple[Tensor | None, dict[str, tuple[Tensor, Tensor]]]:

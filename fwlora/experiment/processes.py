@@ -35,11 +35,6 @@ class Processes:
         self.index = self._accelerator.process_index
         self.device = self._accelerator.device if self.count > 1 else device
 
-    @property
-    def is_main(self) -> bool:
-        """Whether this is the process that prints, records and saves."""
-        return self.index == 0
-
     def prepare(self, model: nn.Module) -> nn.Module:
         """The model with its gradients averaged over processes in every backward pass."""
         if self._accelerator.distributed_type == DistributedType.NO:

@@ -14,8 +14,9 @@ import numpy as np
 
 from fwlora.experiment.batching import TokenizedSplit
 
-ARRAYS = ("tokens", "offsets", "labels")
-SEGMENTS = "segments"
+# Part of every key: another layout of the files, or other contents for equal text, is another number.
+FORMAT = 1
+ARRAYS = ("tokens", "segments", "offsets", "labels")
 
 
 def cached_tokens(
@@ -30,7 +31,7 @@ def cached_tokens(
     """
     if key_parts is None:
         return tokenize()
-    place = folder / hashlib.sha256(repr(list(key_parts)).encode()).hexdigest()[:24]
+    place = folder / hashlib.sha256(repr([FORMAT, *key_parts]).encode()).hexdigest()[:24]
     try:
         return _read(place)
     except (OSError, ValueError, EOFError):
@@ -43,12 +44,10 @@ def cached_tokens(
 
 
 def _read(place: Path) -> TokenizedSplit:
-    tokens, offsets, labels = (np.load(place / f"{name}.npy", mmap_mode="r") for name in ARRAYS)
-    segments = place / f"{SEGMENTS}.npy"
-    split = TokenizedSplit(tokens, np.load(segments, mmap_mode="r") if segments.exists() else None, offsets, labels)
-    if len(split.offsets) != len(split.labels) + 1 or split.offsets[-1] != len(split.tokens):
+    tokens, segments, offsets, labels = (np.load(place / f"{name}.npy", mmap_mode="r") for name in ARRAYS)
+    if len(offsets) != len(labels) + 1 or offsets[-1] != len(tokens) or len(segments) not in (0, len(tokens)):
         raise ValueError("arrays of unlike lengths")
-    return split
+    return TokenizedSplit(tokens, segments if len(segments) else None, offsets, labels)
 
 
 def _write(split: TokenizedSplit, place: Path) -> None:
@@ -56,11 +55,17 @@ def _write(split: TokenizedSplit, place: Path) -> None:
     partial = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
     try:
         for name in ARRAYS:
-            np.save(partial / f"{name}.npy", getattr(split, name))
-        if split.segments is not None:
-            np.save(partial / f"{SEGMENTS}.npy", split.segments)
-        if place.exists():  # unreadable, or another process was faster
-            shutil.rmtree(place, ignore_errors=True)
-        os.replace(partial, place)
+            array = getattr(split, name)
+            # No segments are a file too: one that is missing is a fault.
+            np.save(partial / f"{name}.npy", np.zeros(0, dtype=np.int8) if array is None else array)
+        try:
+            os.replace(partial, place)
+        except OSError:
+            # Another process was faster, or what is there cannot be read.
+            try:
+                _read(place)
+            except (OSError, ValueError, EOFError):
+                shutil.rmtree(place, ignore_errors=True)
+                os.replace(partial, place)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
