@@ -7,12 +7,12 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from fwlora import FisherWeightedLora, FisherWeighting
-from fwlora.adapters import UncoveredError, find_adapter_pairs, find_target_matrices
+from fwlora.adapters import UncoveredError, find_adapter_pairs, find_target_matrices, resize_adapter
 from fwlora.experiment import fused_encoder, fused_layer
 from fwlora.experiment.classifier import FastClassifier, PlainClassifier, make_classifier
 from fwlora.experiment.dropout import draw_dropped
@@ -292,6 +292,8 @@ def test_what_is_not_covered_falls_back_and_says_why():
     assert "a merged adapter" in fallback_reason(model, pairs)
     model = adapt(make_base(hidden_act="relu"))
     assert "the activation 'relu'" in fallback_reason(model)
+    model = adapt(make_base(dropout=1.0))
+    assert "a dropout probability of 1" in fallback_reason(model)
     model = adapt(make_base())
     model.get_base_model().roberta.encoder.layer[1].output.dense.base_layer.weight.requires_grad_(True)
     assert "base weights that are trained" in fallback_reason(model)
@@ -302,6 +304,99 @@ def test_what_is_not_covered_falls_back_and_says_why():
     assert "DistilBertForSequenceClassification" in fallback_reason(other, [])
     with pytest.raises(UncoveredError):
         FastClassifier(other, [])
+
+
+class MeanHead(nn.Module):
+    """Reads all tokens: the first alone would not do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(HIDDEN, 2)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.linear(features.mean(1))
+
+
+def change_activation(model: nn.Module) -> None:
+    model.roberta.encoder.layer[1].intermediate.intermediate_act_fn = nn.ReLU()
+
+
+def change_normalisation(model: nn.Module) -> None:
+    model.roberta.encoder.layer[1].output.LayerNorm = nn.RMSNorm(HIDDEN)
+
+
+def change_head(model: nn.Module) -> None:
+    model.classifier = MeanHead()
+
+
+def hook_a_layer(model: nn.Module) -> None:
+    model.roberta.encoder.layer[0].register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def hook_a_product(model: nn.Module) -> None:
+    model.roberta.encoder.layer[0].attention.output.dense.register_forward_pre_hook(lambda module, args: args)
+
+
+def replace_a_layer(model: nn.Module) -> None:
+    model.roberta.encoder.layer[0] = type("Mine", (type(model.roberta.encoder.layer[0]),), {})(model.config)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (change_activation, "activation"), (change_normalisation, "normalisation"), (change_head, "a head of its own"),
+        (hook_a_layer, "hooks"), (hook_a_product, "hooks"), (replace_a_layer, "layers of its own"),
+        (lambda model: model.gradient_checkpointing_enable(), "gradient checkpointing"),
+    ],
+)  # fmt: skip
+def test_modules_that_were_changed_are_not_covered(change, reason):
+    base = make_base()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        change(base)
+        config = LoraConfig(r=2, target_modules=["query", "value"])
+        assert reason in fallback_reason(get_peft_model(base, config))
+
+
+def test_learnt_prompts_and_a_class_of_the_same_name_are_not_covered():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        prompted = get_peft_model(make_base(), PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2))
+    assert "learnt prompts" in fallback_reason(prompted, [])
+    base = make_base()
+    base.__class__ = type("RobertaForSequenceClassification", (type(base),), {})
+    assert "RobertaForSequenceClassification" in fallback_reason(base, [])
+    base = make_base("bert")
+    base.bert.pooler = None
+    assert "a head of its own" in fallback_reason(base, [])
+
+
+def test_an_example_without_a_visible_token_stays_finite():
+    model = adapt(make_base())
+    inputs = make_inputs(9)
+    inputs["attention_mask"][1] = 0
+    fast, plain = FastClassifier(model, find_adapter_pairs(model)), PlainClassifier(model)
+    assert_equal(gradients(fast, inputs), gradients(plain, inputs))
+
+
+def test_a_model_that_has_run_and_one_that_lost_an_adapter_are_covered():
+    model = adapt(make_base())
+    pairs = find_adapter_pairs(model)
+    expected = gradients(PlainClassifier(model), make_inputs(9))
+    assert_equal(gradients(FastClassifier(model, pairs), make_inputs(9)), expected)
+    resize_adapter(pairs[1], pairs[1].A[:0], pairs[1].B[:, :0])
+    plain = gradients_of_present(PlainClassifier(model))
+    for classifier in (FastClassifier(model, pairs), PlainClassifier(model)):
+        assert_equal(gradients_of_present(classifier), plain)
+
+
+def gradients_of_present(classifier: nn.Module) -> dict[str, Tensor]:
+    """Of the parameters that have elements left."""
+    classifier.zero_grad()
+    logits = classifier(**make_inputs(9))
+    nn.functional.cross_entropy(logits, LABELS).backward()
+    trained = [(n, p) for n, p in classifier.named_parameters() if p.requires_grad and p.numel()]
+    return {"logits": logits.detach(), **{name: parameter.grad.clone() for name, parameter in trained}}
 
 
 def test_fast_false_is_the_model_itself_without_a_word():

@@ -195,6 +195,29 @@ def test_max_length_is_a_cap(tiny_roberta):
         tokenize(split, tokenizer, dataset("x", max_length=5, truncation=False))
 
 
+def test_tokens_on_disk_are_those_of_this_tokenizer_and_these_settings(tiny_roberta, tmp_path):
+    split = make_split((["the cat sees the dog", "no one knows"],), np.array([0, 1]))
+    for side in ("right", "left", "right"):
+        tokenizer = AutoTokenizer.from_pretrained(tiny_roberta, truncation_side=side)
+        for length in (6, 4, 6):
+            got = tokenize(split, tokenizer, dataset("x", max_length=length))
+            expected = tokenizer(*split.texts, truncation=True, max_length=length)["input_ids"]
+            assert got.tokens.tolist() == [token for row in expected for token in row]
+    assert len(list((tmp_path / ".cache" / "tokens").iterdir())) == 4
+
+
+def test_texts_without_a_token_are_refused(tiny_roberta):
+    class Bare:
+        """A tokenizer that adds no special tokens, and whose settings cannot be told."""
+
+        def __call__(self, texts, **options):
+            return {"input_ids": [[7] * len(text.split()) for text in texts]}
+
+    split = make_split((["a b", "", ""],), np.array([0, 1, 0]))
+    with pytest.raises(UserError, match="2 texts have no token, the first is example 1"):
+        tokenize(split, Bare(), dataset("x"))
+
+
 def test_embedded_task_is_balanced_and_needs_no_files():
     data = load_task(dataset("acceptability", train_examples=50))
     assert len(data.train.labels) == 50 and data.evaluation.labels.mean() == 0.5

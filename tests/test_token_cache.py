@@ -79,3 +79,29 @@ def test_a_place_that_cannot_be_written_costs_nothing_but_time(tmp_path: Path):
     for _ in range(2):
         assert_same(cached_tokens(blocked / "tokens", ["a"], make), make.split)
     assert make.calls == 2
+
+
+def test_what_another_process_wrote_in_the_meantime_stays(tmp_path, monkeypatch):
+    """A folder that others may be reading is never taken away from them."""
+    first = Counted(make_split(segments=True))
+
+    class Slow(Counted):
+        def __call__(self) -> TokenizedSplit:
+            cached_tokens(tmp_path, ["a"], first)
+            (folder,) = [path for path in tmp_path.iterdir() if not path.name.startswith(".")]
+            self.written = folder.stat().st_ino
+            return super().__call__()
+
+    slow = Slow(make_split(segments=True))
+    assert_same(cached_tokens(tmp_path, ["a"], slow), slow.split)
+    (folder,) = tmp_path.iterdir()
+    assert folder.stat().st_ino == slow.written and first.calls == 1
+
+
+def test_without_its_file_of_segments_a_split_is_made_again(tmp_path):
+    make = Counted(make_split(segments=True))
+    cached_tokens(tmp_path, ["a"], make)
+    (folder,) = tmp_path.iterdir()
+    (folder / "segments.npy").unlink()
+    assert_same(cached_tokens(tmp_path, ["a"], make), make.split)
+    assert make.calls == 2

@@ -70,7 +70,7 @@ class FusedGroup:
         self.d_out, self.d_in = self.weights[0].shape
 
     def gather(self, factors: Sequence[tuple[Tensor, Tensor]]) -> Adapters | None:
-        """The members' A (r, d_in) and B (d_out, r), in the order of ``adapted``, in one piece; None if all ranks are 0.
+        """The members' A (r, d_in) and B (d_out, r), in the order of ``adapted``, in one piece; None at rank 0.
 
         A member whose rank is 0 has lost its adapter, and is padded like any other.
         """
