@@ -30,7 +30,8 @@ class Processes:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._accelerator = Accelerator(cpu=device.type == "cpu")
+        # The precision is the run's, whatever the launcher was told.
+        self._accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
         self.count = self._accelerator.num_processes
         self.index = self._accelerator.process_index
         self.device = self._accelerator.device if self.count > 1 else device
