@@ -121,9 +121,9 @@ def uses_prompt_learning(model: nn.Module) -> bool:
     return isinstance(model, PeftModel) and any(config.is_prompt_learning for config in model.peft_config.values())
 
 
-def saved_module(module: nn.Module) -> nn.Module:
-    """The module that PEFT trains in full and keeps with the adapter, without PEFT's wrapper; any other is its own."""
-    return module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
+def module_type(module: nn.Module) -> type[nn.Module]:
+    """The module's type; where PEFT trains it in full and keeps it with the adapter, that of the wrapped module."""
+    return type(module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module)
 
 
 def adapter_config(model: nn.Module, adapter_name: str) -> Any:

@@ -19,8 +19,8 @@ from fwlora.adapters import (
     LinearParts,
     UncoveredError,
     inner_model,
+    module_type,
     read_linear,
-    saved_module,
     uses_prompt_learning,
 )
 from fwlora.experiment.fused_encoder import EncoderFunction, ObserveLayer, Pass, run_forward
@@ -209,15 +209,14 @@ def _check_architecture(model: Any, pairs: Sequence[AdapterPair]) -> None:
     layers = list(encoder.encoder.layer)
     adapted = {id(pair.module) for pair in pairs}  # these carry the recorder's own hooks
     bypassed = [encoder.encoder, *(m for layer in layers for m in layer.modules() if id(m) not in adapted)]
-    pooler = saved_module(encoder.pooler) if head_type is None and encoder.pooler is not None else None
+    if head_type is None:
+        has_own_head = module_type(encoder.pooler) is not bert.BertPooler
+    else:
+        has_own_head = module_type(model.classifier) is not head_type
     _raise_for({
         "a decoder": getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False),
         "a projection of the embeddings": hasattr(encoder, "embeddings_project"),
-        "a head of its own": (
-            type(pooler) is not bert.BertPooler
-            if head_type is None
-            else type(saved_module(model.classifier)) is not head_type
-        ),
+        "a head of its own": has_own_head,
         "layers of its own": any(type(layer) is not layer_type for layer in layers),
     })  # fmt: skip
     norms = [layer.get_submodule(path) for layer in layers for path in NORM_PATHS]
@@ -261,10 +260,10 @@ def _read_layer(module: Any, linear: dict[str, nn.Module], scalings: dict[str, f
         norm: Any = module.get_submodule(path)
         norms.append(Norm(norm.weight.detach(), norm.bias.detach(), norm.eps))
     attention = module.attention.self
-    probabilities = [part.dropout for part in parts.values()] + [attention.dropout.p, module.output.dropout.p]
+    hidden_dropouts = [module.attention.output.dropout.p, module.output.dropout.p]
+    probabilities = [part.dropout for part in parts.values()] + [attention.dropout.p, *hidden_dropouts]
     if any(probability >= 1 for probability in probabilities):
         raise UncoveredError("a dropout probability of 1")
-    hidden_dropouts = [module.attention.output.dropout.p, module.output.dropout.p]
     return LayerWeights(parts, scalings, norms, attention.num_attention_heads, hidden_dropouts, attention.dropout.p)
 
 

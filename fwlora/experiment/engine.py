@@ -149,10 +149,7 @@ def train(
     if remark:
         execution.announce(remark)
     classifier = processes.prepare(local)
-    graphs = None
-    fused = isinstance(local, FastClassifier)
-    if execution.cuda_graphs and fused and execution.device.type == "cuda" and processes.count == 1:
-        graphs = GraphedPasses(parameters, execution.announce)
+    graphs = _make_graphs(local, parameters, execution, processes)
     clock = PhaseClock(execution.device)
     # Every process drops other elements; the first as it would alone.
     torch.manual_seed(training.seed + SEEDS_BETWEEN_PROCESSES * processes.index)
@@ -166,18 +163,14 @@ def train(
         for batches, examples in _epoch_steps(train_split, training, task, execution, processes, epoch):
             step += 1
             with clock.phase("warmup" if method.in_warmup else "train"):
-                warming_up = method.in_warmup
+                warming_up = float(method.in_warmup)
                 shares = _forward_backward(classifier, method, batches, examples, processes, graphs)
                 try:
                     method.after_backward(optimizer)
                 except UnmeasuredError as error:
                     raise DivergedError(f"step {step}: {error}; {DIVERGENCE_REMEDY}") from None
-                norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-                if training.max_gradient_norm is not None:
-                    nn.utils.clip_grads_with_norm_(parameters, training.max_gradient_norm, norm)
                 learning_rate = scheduler.get_last_lr()[0]
-                optimizer.step()
-                scheduler.step()
+                norm = _update(optimizer, scheduler, parameters, training.max_gradient_norm)
                 method.after_step(step)
                 optimizer.zero_grad(set_to_none=graphs is None)
                 values = {
@@ -185,7 +178,7 @@ def train(
                     **method.step_values(),
                     metrics.GLOBAL_STEP: step,
                     metrics.LEARNING_RATE: learning_rate,
-                    metrics.FISHER_WARMUP: float(warming_up),
+                    metrics.FISHER_WARMUP: warming_up,
                 }
                 meter.add(values, shares, examples)
         with clock.phase("warmup" if method.in_warmup else "train"):
@@ -250,17 +243,34 @@ def _make_optimizer(model: nn.Module, training: TrainingSettings, total_steps: i
     fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for _, p in trainable)
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=training.learning_rate, fused=fused)
     warmup = int(np.ceil(training.warmup_ratio * total_steps))
+    options = training.lr_scheduler_options
     try:
-        scheduler = get_scheduler(
-            training.lr_scheduler, optimizer, warmup, total_steps, {**training.lr_scheduler_options} or None
-        )
+        return optimizer, get_scheduler(training.lr_scheduler, optimizer, warmup, total_steps, options)
     except (TypeError, ValueError) as error:
-        options = f", run.training.lr_scheduler_options = {training.lr_scheduler_options}"
         raise UserError(
-            f"run.training.lr_scheduler = {training.lr_scheduler}{options} with learning_rate = "
-            f"{training.learning_rate}: {error}; see transformers.optimization.get_scheduler"
+            f"run.training.lr_scheduler = {training.lr_scheduler}, run.training.lr_scheduler_options = {options} with "
+            f"learning_rate = {training.learning_rate}: {error}; see transformers.optimization.get_scheduler"
         ) from None
-    return optimizer, scheduler
+
+
+def _make_graphs(
+    classifier: nn.Module, parameters: list[nn.Parameter], execution: Execution, processes: Processes
+) -> GraphedPasses | None:
+    """CUDA graphs where they are wanted and can be: one process on a GPU, by the fused path."""
+    alone_on_gpu = execution.device.type == "cuda" and processes.count == 1
+    if execution.cuda_graphs and alone_on_gpu and isinstance(classifier, FastClassifier):
+        return GraphedPasses(parameters, execution.announce)
+    return None
+
+
+def _update(optimizer: Any, scheduler: Any, parameters: list[nn.Parameter], max_norm: float | None) -> Tensor:
+    """Clips, and takes the optimiser's and the schedule's step; returns the gradients' norm before clipping."""
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if max_norm is not None:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    optimizer.step()
+    scheduler.step()
+    return norm
 
 
 def _epoch_steps(
@@ -273,7 +283,7 @@ def _epoch_steps(
 ) -> Iterator[tuple[list[Batch], int]]:
     """The epoch's optimiser steps: this process's shares of the micro-batches, and all examples of the step."""
     plan = plan_epoch(split.lengths, training.batch_size, seed=training.seed, epoch=epoch, by_length=execution.fast)
-    shares, counted = processes.shares(plan)
+    shares, counted = processes.share(plan)
     staged = stage(split, shares, execution.padding(task), execution.device)
     per_step = training.gradient_accumulation_steps
     for start in range(0, len(plan), per_step):

@@ -29,7 +29,8 @@ class Pass:
         layers: of the encoder.
         adapters: every layer's, by group.
         batch: examples.
-        bias: added to attention scores, shape (batch x heads, 1, width): -inf at padding; None without padding.
+        bias: added to attention scores, shape (batch x heads, 1, width): the type's lowest number at padding; None
+            without padding.
         seed: of the pass's dropout on a CPU; None in evaluation.
         embedding_dropout: probability of dropout on the layers' input.
         observe: takes every adapted matrix's input and output gradient; None where nobody measures.

@@ -94,7 +94,6 @@ class LayerTape:
     batch: int
     width: int
     dropped: Mapping[str, Dropped]
-    measured: bool
     groups: dict[str, GroupTape] = field(default_factory=dict)
     norms: list[NormTape] = field(default_factory=list)
     attention: AttentionTape | None = None
@@ -148,28 +147,30 @@ class FusedLayer:
 
         Args:
             X: shape (batch x width, d).
-            bias: added to attention scores, shape (batch x heads, 1, width): -inf at padding; None without padding.
+            bias: added to attention scores, shape (batch x heads, 1, width): the type's lowest number at padding; None
+                without padding.
             adapters: of every group.
             dropped: from :meth:`draw`; empty in evaluation.
             measured: whether the backward pass will be observed.
         """
         width = X.shape[0] // batch
-        tape = LayerTape(batch, width, dropped, measured)
+        tape = LayerTape(batch, width, dropped)
         wanted = X.view(batch, width, -1)[:, 0].contiguous() if self.first_only else X
-        heads = dict(
-            zip(
-                self.groups["all"].names, self._split(self._forward_group("all", X, adapters, tape), batch), strict=True
-            )
-        )
+        parts = self._split(self._forward_group("all", X, adapters, tape), batch)
+        heads = dict(zip(self.groups["all"].names, parts, strict=True))
         if self.first_only:
             heads["query"] = self._split(self._forward_group("wanted", wanted, adapters, tape), batch)[0]
         Q, K, V = (heads[name] for name in ("query", "key", "value"))
         context, P, kept = attend(Q, K, V, bias, dropped.get("weights"))
         tape.attention = AttentionTape(Q, K, V, P, kept)
-        U = self._add_and_normalise(0, "attention_output", self._merge(context[None], batch)[0], wanted, adapters, tape)
+        # The two that follow read what nobody else does, but for those who measure.
+        consume = not measured
+        context = self._merge(context[None], batch)[0]
+        U = self._add_and_normalise(0, "attention_output", context, wanted, adapters, tape, consume=consume)
         H = self._forward_group("intermediate", U, adapters, tape)[0]
         tape.pre_activation = H
-        return self._add_and_normalise(1, "output", torch.nn.functional.gelu(H), U, adapters, tape), tape
+        activated = torch.nn.functional.gelu(H)
+        return self._add_and_normalise(1, "output", activated, U, adapters, tape, consume=consume), tape
 
     def backward(
         self,
@@ -228,12 +229,17 @@ class FusedLayer:
         return dX, found
 
     def _forward_group(
-        self, name: str, X: Tensor, adapters: Mapping[str, Adapters | None], tape: LayerTape, multiple: float = 1.0
+        self,
+        name: str,
+        X: Tensor,
+        adapters: Mapping[str, Adapters | None],
+        tape: LayerTape,
+        multiple: float = 1.0,
+        *,
+        consume: bool = False,
     ) -> Tensor:
         """The group's outputs, shape (members, T, d_out)."""
         group = self.groups[name]
-        # What goes into these two nobody reads but they, and whoever measures their gradient.
-        consume = name in ("attention_output", "output") and not tape.measured
         dropped = tape.dropped.get(name)
         Y, tape.groups[name] = group.forward(X.to(self.dtype), adapters[name], dropped, multiple, consume=consume)
         return Y
@@ -246,9 +252,13 @@ class FusedLayer:
         residual: Tensor,
         adapters: Mapping[str, Adapters | None],
         tape: LayerTape,
+        *,
+        consume: bool,
     ) -> Tensor:
+        """LN(residual + D(group(X))): the product is made in the dropout's scale."""
         dropped = tape.dropped.get(f"hidden_{place}")
-        Y = self._forward_group(name, X, adapters, tape, 1.0 if dropped is None else dropped.scale)[0]
+        scale = 1.0 if dropped is None else dropped.scale
+        Y = self._forward_group(name, X, adapters, tape, scale, consume=consume)[0]
         if dropped is not None:
             dropped.zero_(Y)
         Y, norm_tape = self.norms[place].forward(Y.add_(residual) if Y.dtype == residual.dtype else residual + Y)

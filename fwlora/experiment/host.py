@@ -56,7 +56,7 @@ def choose_precision(wanted: str, device: torch.device) -> tuple[str, str | None
 
     bf16 is used where the hardware multiplies it faster than float32. A CPU does with matrix tiles (AMX) alone: with
     AVX-512's bf16 instructions torch's products take 1.7 to 1.9 times float32's time (benchmarks/README.md), and
-    emulated hundreds of times.
+    without them longer still.
     """
     if wanted != "bf16":
         return "fp32", None

@@ -42,14 +42,15 @@ class Processes:
             return model
         return self._accelerator.prepare_model(model, device_placement=False)
 
-    def share(self, batch: np.ndarray) -> tuple[np.ndarray, bool]:
-        """This process's examples of a batch, and whether they count.
+    def share(self, batches: Sequence[np.ndarray]) -> tuple[list[np.ndarray], list[bool]]:
+        """This process's examples of every batch, and whether they count.
 
-        A process always has something to compute, since the others wait for it: where the batch has too few examples,
-        its first one, which does not count.
+        A process always has something to compute, since the others wait for it: where a batch has too few examples, its
+        first one, which does not count.
         """
-        own = batch[self.index :: self.count]
-        return (own, True) if len(own) else (batch[:1], False)
+        own = [batch[self.index :: self.count] for batch in batches]
+        counted = [len(part) > 0 for part in own]
+        return [part if len(part) else batch[:1] for part, batch in zip(own, batches, strict=True)], counted
 
     @contextmanager
     def accumulating(self, model: nn.Module, *, last: bool) -> Iterator[None]:
@@ -75,8 +76,3 @@ class Processes:
         """The main process runs the block first, so that the others find its caches."""
         with self._accelerator.main_process_first():
             yield
-
-    def shares(self, batches: Sequence[np.ndarray]) -> tuple[list[np.ndarray], list[bool]]:
-        """:meth:`share` of every batch."""
-        pairs = [self.share(batch) for batch in batches]
-        return [own for own, _ in pairs], [counts for _, counts in pairs]
