@@ -91,7 +91,7 @@ def make_record(
         },
         summary=summary,
         history=_make_history(rng, primary, summary[final_name(primary)], method.startswith("proposed")),
-        finished=True,
+        state="finished",
         source=f"results/{run_id}/wandb",
     )
 

@@ -262,7 +262,9 @@ def test_constant_predictions_are_counted_not_dropped():
 @pytest.mark.parametrize(
     ("paths", "expected"),
     [
-        ({"finished": False}, "is unfinished"),
+        ({"state": "crashed"}, "is unfinished: it crashed or was killed"),
+        ({"state": "failed"}, "is unfinished: it failed"),
+        ({"state": "running"}, "is unfinished: it still runs"),
         ({"summary__completed": None}, "is unfinished"),
         ({"summary__final_eval_accuracy": None}, "has no final_eval_accuracy"),
         ({"summary__final_eval_accuracy": math.nan}, "has final_eval_accuracy = nan"),
@@ -280,7 +282,7 @@ def test_constant_predictions_are_counted_not_dropped():
 )
 def test_runs_that_cannot_be_compared_are_all_named(paths, expected):
     broken = change(make_record("broken"), **paths)
-    other = change(make_record("other"), finished=False)
+    other = change(make_record("other"), state="failed")
     with pytest.raises(UserError) as raised:
         read_runs([make_record("good", seed=7), broken, other])
     message = str(raised.value)

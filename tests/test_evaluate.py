@@ -156,7 +156,7 @@ def test_unreadable_and_incomparable_runs_are_named_together():
     def load(run_ids):
         if "gone" in run_ids:
             raise UserError("runs that cannot be read: `gone`: no files (there are `unfinished`)")
-        return [records.change(records.make_record(run_id), finished=False) for run_id in run_ids]
+        return [records.change(records.make_record(run_id), state="failed") for run_id in run_ids]
 
     with pytest.raises(UserError) as raised:
         evaluation.collect_records(load, ["gone", "unfinished"])

@@ -85,7 +85,7 @@ def test_memory_tracker_gives_the_record_of_the_run() -> None:
         config={"run": {"seed": 1}, "resolved": {"betas": [0.9, 0.999]}},
         summary={"final_accuracy": 0.5},
         history=[{"global_step": 1, "train_loss": 1.0}, {"global_step": 2, "train_loss": 0.75}],
-        finished=True,
+        state="finished",
         source="memory",
     )
 

@@ -17,6 +17,12 @@ from fwlora.experiment.errors import UserError
 from fwlora.experiment.records import RunRecord, unpack_classes
 from fwlora.experiment.settings import SEARCHABLE
 
+_UNFINISHED = {
+    "running": "is unfinished: it still runs, or its server lost sight of it; wait for it, or run it again",
+    "failed": "is unfinished: it failed, as the end of its log says; run it again",
+    "crashed": "is unfinished: it crashed or was killed before its last epoch ended; run it again",
+    "finished": "is unfinished: it ended before its last epoch was evaluated; run it again",
+}
 _IDENTITY = ("run_id", "training.seed")
 _COST_NAMES = (
     metrics.TRAINING_TIME_S,
@@ -116,7 +122,7 @@ def _primary_eval_name(record: RunRecord) -> str | None:
 def _find_problems(record: RunRecord) -> list[str]:
     run, summary = record.config.get("run"), record.summary
     if not record.finished or summary.get(metrics.COMPLETED) is not True:
-        return ["is unfinished: it did not reach the end of its last epoch; run it again"]
+        return [_UNFINISHED[record.state]]
     if not isinstance(run, Mapping):
         return ["records no settings (config.run): it was not written by src.train"]
     found = []

@@ -5,11 +5,15 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from fwlora.experiment import metrics
+
+
+# As the tracker saw it: ended with exit code 0; ended with another; not ended; its process is gone without an end.
+RunState = Literal["finished", "failed", "running", "crashed"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class RunRecord:
             program found out: task, label names, precision, data fingerprints, environment.
         summary: final values, by the names of :mod:`fwlora.experiment.metrics`.
         history: one mapping per logged row, ascending in ``global_step``, each step once.
-        finished: whether the tracker saw the run end with exit code 0.
+        state: how it ended.
         source: where it was read, for people: a folder or ``entity/project/run_id``.
     """
 
@@ -30,8 +34,12 @@ class RunRecord:
     config: Mapping[str, Any]
     summary: Mapping[str, Any]
     history: Sequence[Mapping[str, Any]]
-    finished: bool
+    state: RunState
     source: str
+
+    @property
+    def finished(self) -> bool:
+        return self.state == "finished"
 
 
 def pack_classes(classes: np.ndarray, num_classes: int) -> dict[str, Any]:

@@ -158,6 +158,6 @@ class MemoryTracker:
             config=self.config,
             summary=self.summary,
             history=deduplicate_history(self.rows),
-            finished=self.exit_code == 0,
+            state="running" if self.exit_code is None else "failed" if self.exit_code else "finished",
             source="memory",
         )

@@ -24,7 +24,7 @@ import psutil
 
 from fwlora.experiment import metrics, tracking
 from fwlora.experiment.errors import UserError
-from fwlora.experiment.records import RunRecord, deduplicate_history
+from fwlora.experiment.records import RunRecord, RunState, deduplicate_history
 
 if TYPE_CHECKING:
     import wandb
@@ -274,7 +274,7 @@ def load_records(
         timeout_s: bound of one W&B request.
 
     Returns:
-        One record per id; a run that has not ended with exit code 0 has ``finished=False``.
+        One record per id; its ``state`` says whether it has ended, and how.
 
     Raises:
         UserError: lists every run that was found nowhere, where it was looked for and the remedy.
@@ -328,7 +328,8 @@ class _RawRun:
             return {name: tracking.restore_non_finite(v) for name, v in entries.items() if not name.startswith("_")}
 
         history = deduplicate_history([clean(row) for row in self.rows])
-        return RunRecord(run_id, clean(self.config), clean(self.summary), history, self.exit_code == 0, self.source)
+        state: RunState = "crashed" if self.exit_code is None else "failed" if self.exit_code else "finished"
+        return RunRecord(run_id, clean(self.config), clean(self.summary), history, state, self.source)
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Apply one line of ``wandb leet inspect --json``."""
