@@ -9,10 +9,12 @@ from functools import partial
 from pathlib import Path
 
 from fwlora.experiment.errors import EXIT_USER_ERROR, UserError
-from fwlora.experiment.evaluation import USAGE, collect_records, evaluate_records, parse_request, write_files
+from fwlora.experiment.evaluation.claims import load_claims
+from fwlora.experiment.evaluation.evaluate import collect_records, evaluate_records, write_files
+from fwlora.experiment.evaluation.request import USAGE, parse_request
 from fwlora.experiment.wandb_store import load_records
 
-CONFIG_PATH = Path(__file__).resolve().parents[1] / "config" / "config.yaml"
+CONFIG_DIR = Path(__file__).resolve().parents[1] / "config"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -21,7 +23,8 @@ def main(arguments: Sequence[str]) -> int:
         print(USAGE)
         return 0
     try:
-        request = parse_request(arguments, os.environ, CONFIG_PATH)
+        request = parse_request(arguments, os.environ, CONFIG_DIR / "config.yaml")
+        claims = load_claims(CONFIG_DIR / "claims")
         load = partial(
             load_records,
             results_dir=request.results_dir,
@@ -30,7 +33,7 @@ def main(arguments: Sequence[str]) -> int:
             project=request.project,
         )
         records = collect_records(load, request.run_ids)
-        evaluation = evaluate_records(records, request.results_dir)
+        evaluation = evaluate_records(records, request.results_dir, claims)
         write_files(evaluation.files)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-from pathlib import Path
 
+import evaluation_records as records
 import numpy as np
 import pytest
 
-from fwlora.experiment import comparison, statistics, tables
 from fwlora.experiment.errors import UserError
-from fwlora.experiment.evaluated_runs import flatten_settings, read_runs
+from fwlora.experiment.evaluation import documents, statistics, tables
+from fwlora.experiment.evaluation.aggregate import aggregate
+from fwlora.experiment.evaluation.cells import group_cells
+from fwlora.experiment.evaluation.comparability import find_warnings
+from fwlora.experiment.evaluation.pairs import compare_pairs, describe_cells
+from fwlora.experiment.evaluation.resampling import resample_runs
+from fwlora.experiment.evaluation.runs import flatten_settings, read_runs
 from fwlora.experiment.records import pack_classes
 
-_spec = importlib.util.spec_from_file_location("evaluation_records", Path(__file__).with_name("evaluation_records.py"))
-assert _spec and _spec.loader
-records = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(records)
 make_record, change = records.make_record, records.change
 
 
+BEST = ("best_proposed", "best_baseline", "gap", "improvement_rate")
+
+
 def cells_of(*given):
-    return comparison.group_cells(read_runs(given))
+    return group_cells(read_runs(given))
+
+
+def compare(cells, rng_seed: int = 0, resamples: int = 200):
+    runs = [run for cell in cells for run in cell.runs]
+    return compare_pairs(cells, resample_runs(runs, rng_seed, resamples), rng_seed)
 
 
 def with_accuracy(record, value: float):
@@ -54,13 +62,13 @@ def test_variants_are_labelled_by_the_keys_that_differ():
     cell = cells_of(make_record("a"), make_record("p", "proposed_fw_lora"), uniform, unset)[0]
     assert [group.label for group in cell.groups] == [
         "LoRA",
-        "FW-LoRA (fw_lora.importance=none)",
+        "uniform shrinkage",
         "FW-LoRA (fw_lora.importance=sum)",
         "FW-LoRA (fw_lora.importance=unset)",
     ]
-    assert [group.is_control for group in cell.groups] == [False, True, False, False]
+    assert [group.role for group in cell.groups] == ["lora", "control", "proposed", "proposed"]
     pairs = [(first.runs[0].run_id, second.runs[0].run_id) for first, second in cell.pairs()]
-    assert sorted(pairs) == [("p", "a"), ("p", "u"), ("u", "a"), ("v", "a"), ("v", "u")]
+    assert sorted(pairs) == [("p", "a"), ("p", "u"), ("v", "a"), ("v", "u")]
 
 
 def test_an_integral_float_is_the_same_setting():
@@ -116,7 +124,8 @@ def test_aggregate_of_hand_computed_values():
         with_accuracy(make_record("b1", "baseline_lora", 1, time_s=99), 0.80),
         with_accuracy(make_record("b2", "baseline_lora", 2, time_s=98), 0.90),
     ]
-    document = comparison.aggregate(cells_of(*given), ["w"])
+    cells = cells_of(*given)
+    document = aggregate(cells, ["w"])
     assert document["primary_metric"] == "eval_accuracy"
     assert document["metrics"]["eval_accuracy"] == {"p1": 0.92, "p2": 0.96, "b1": 0.80, "b2": 0.90}
     assert document["metrics"]["training_time_s"]["p1"] == 120
@@ -125,18 +134,20 @@ def test_aggregate_of_hand_computed_values():
     assert document["gap"] == pytest.approx(0.06)
     assert document["improvement_rate"] == pytest.approx(0.06 / 0.90)
     assert document["warnings"] == ["w"]
-    (cell,) = document["cells"]
-    lora, fw = cell["methods"]
+    assert document["cells"] == [
+        {"cell": cells[0].name, "primary_metric": "eval_accuracy", **{key: document[key] for key in BEST}}
+    ]
+    lora, fw = describe_cells(cells)[0]["methods"]
     assert (lora["n"], lora["seeds"], lora["run_ids"]) == (2, [1, 2], ["b1", "b2"])
     assert lora["mean"] == pytest.approx(0.85)
     assert lora["sd"] == pytest.approx(0.1 / math.sqrt(2))
     assert fw["training_time_s_mean"] == pytest.approx(120)
     assert fw["params_adapter"] == 248000
-    (difference,) = cell["differences"]
-    assert (difference["proposed"], difference["baseline"]) == ("FW-LoRA", "LoRA")
-    assert difference["difference"] == pytest.approx(0.09)
-    assert difference["improvement_rate"] == pytest.approx(0.09 / 0.85)
-    assert difference["training_time_ratio"] == pytest.approx(1.2)
+    (pair,) = compare(cells)["pairs"]
+    assert (pair["first"], pair["second"]) == ("FW-LoRA", "LoRA")
+    assert pair["over_seeds"]["accuracy"]["mean"] == pytest.approx(0.09)
+    assert pair["improvement_rate"] == pytest.approx(0.09 / 0.85)
+    assert pair["training_time_ratio"] == pytest.approx({"ratio": 1.2, "low": 1.2, "high": 1.2})
 
 
 @pytest.mark.parametrize("baseline", [0.0, -0.1])
@@ -146,16 +157,18 @@ def test_improvement_over_what_is_not_positive_is_null(baseline: float):
         change(make_record("p", "proposed_fw_lora", subset="cola"), **{name: 0.5}),
         change(make_record("b", subset="cola"), **{name: baseline}),
     ]
-    written = json.loads(tables.to_json(comparison.aggregate(cells_of(*given), [])))
+    cells = cells_of(*given)
+    written = json.loads(documents.to_json(aggregate(cells, [])))
     assert written["improvement_rate"] is None
     assert "not positive" in written["reason"]
     assert written["gap"] == pytest.approx(0.5 - baseline)
-    assert written["cells"][0]["differences"][0]["improvement_rate"] is None
+    assert written["cells"][0]["improvement_rate"] is None
+    assert compare(cells)["pairs"][0]["improvement_rate"] is None
 
 
 def test_several_cells_have_no_common_best():
     given = [make_record("p", "proposed_fw_lora"), make_record("b"), make_record("c", subset="cola")]
-    document = comparison.aggregate(cells_of(*given), [])
+    document = aggregate(cells_of(*given), [])
     assert [document[key] for key in ("primary_metric", "best_proposed", "best_baseline", "gap")] == [None] * 4
     assert "2 cells" in document["reason"]
     cola, sst2 = document["cells"]
@@ -165,7 +178,7 @@ def test_several_cells_have_no_common_best():
 
 def test_statistics_pair_by_seed():
     given = [record for record in three_seeds() if record.run_id != "x2"]
-    document = comparison.compare_pairs(cells_of(*given), rng_seed=0, resamples=200)
+    document = compare(cells_of(*given))
     lora, adalora = document["pairs"]
     assert (lora["first"], lora["second"], lora["seeds"]) == ("FW-LoRA", "LoRA", [1, 3])
     assert [(seed["first_run_id"], seed["second_run_id"]) for seed in lora["per_seed"]] == [("z1", "x1"), ("z3", "x3")]
@@ -186,15 +199,13 @@ def test_statistics_pair_by_seed():
 
 def test_intervals_do_not_depend_on_other_runs():
     few = [record for record in three_seeds() if not record.run_id.startswith("x")]
-    of_few = comparison.compare_pairs(cells_of(*few), 0, 200)["pairs"][0]
-    of_all = comparison.compare_pairs(cells_of(*reversed(three_seeds())), 0, 200)["pairs"][1]
+    of_few = compare(cells_of(*few))["pairs"][0]
+    of_all = compare(cells_of(*reversed(three_seeds())))["pairs"][1]
     assert of_few == of_all
 
 
 def test_one_seed_has_no_seed_level_test():
-    pair = comparison.compare_pairs(cells_of(make_record("p", "proposed_fw_lora"), make_record("b")), 0, 200)["pairs"][
-        0
-    ]
+    pair = compare(cells_of(make_record("p", "proposed_fw_lora"), make_record("b")))["pairs"][0]
     assert pair["seed_level_test"] == "no seed-level test possible: one paired seed"
     overall = pair["over_seeds"]["accuracy"]
     assert (overall["t_p_value"], overall["standard_deviation"], overall["interval_over"]) == (None, None, "examples")
@@ -202,12 +213,10 @@ def test_one_seed_has_no_seed_level_test():
 
 def test_methods_without_a_common_seed_are_not_paired():
     cells = cells_of(make_record("p", "proposed_fw_lora", 1), make_record("b", seed=2))
-    document = comparison.compare_pairs(cells, 0, 200)
+    document = compare(cells)
     assert document["pairs"][0]["over_seeds"] == {} and document["holm"]["mcnemar"] == []
     assert "no seed was run with both" in document["pairs"][0]["seed_level_test"]
-    assert any(
-        "unequal seeds" in warning and "0 can be paired" in warning for warning in comparison.find_warnings(cells)
-    )
+    assert any("unequal seeds" in warning and "0 can be paired" in warning for warning in find_warnings(cells))
 
 
 @pytest.mark.parametrize(
@@ -232,8 +241,8 @@ def test_methods_without_a_common_seed_are_not_paired():
 )
 def test_unequal_comparisons_are_flagged(paths, expected):
     baseline, proposed = make_record("b"), make_record("p", "proposed_fw_lora")
-    assert comparison.find_warnings(cells_of(baseline, proposed)) == []
-    (warning,) = comparison.find_warnings(cells_of(baseline, change(proposed, **paths)))
+    assert find_warnings(cells_of(baseline, proposed)) == []
+    (warning,) = find_warnings(cells_of(baseline, change(proposed, **paths)))
     assert expected in warning and warning.startswith("glue/sst2, roberta-base, 0.2 %: ")
 
 
@@ -241,22 +250,24 @@ def test_search_spaces_count_only_where_there_is_a_search():
     baseline, proposed = make_record("b"), make_record("p", "proposed_fw_lora")
     space = {"lambda_fw": {"type": "loguniform", "low": 1e-5, "high": 1e-4}}
     proposed = change(proposed, config__run__optuna__search_space=space)
-    assert comparison.find_warnings(cells_of(baseline, proposed)) == []
+    assert find_warnings(cells_of(baseline, proposed)) == []
     searching = [change(record, config__run__optuna__n_trials=5) for record in (baseline, proposed)]
-    assert any("optuna.search_space" in warning for warning in comparison.find_warnings(cells_of(*searching)))
+    assert any("optuna.search_space" in warning for warning in find_warnings(cells_of(*searching)))
 
 
 def test_a_control_that_wins_is_not_sold_as_the_method():
     uniform = change(with_accuracy(make_record("u", "proposed_fw_lora"), 1.0), config__run__fw_lora__importance="none")
-    found = comparison.find_warnings(cells_of(make_record("b"), make_record("p", "proposed_fw_lora"), uniform))
-    assert any("best_proposed u is the uniform-shrinkage control" in warning for warning in found)
+    proposed = with_accuracy(make_record("p", "proposed_fw_lora"), 0.9)
+    document = aggregate(cells_of(make_record("b"), proposed, uniform), [])
+    assert (document["best_proposed"]["run_id"], document["best_baseline"]["run_id"]) == ("p", "u")
+    assert document["gap"] == pytest.approx(-0.1)
 
 
 def test_constant_predictions_are_counted_not_dropped():
     constant = change(make_record("b"), summary__eval_predictions=pack_classes(np.ones(400, dtype=int), 2))
     cells = cells_of(constant, make_record("p", "proposed_fw_lora"))
-    assert any("predicts one class" in warning for warning in comparison.find_warnings(cells))
-    assert [m["constant_predictions"] for m in comparison.aggregate(cells, [])["cells"][0]["methods"]] == [1, 0]
+    assert any("predicts one class" in warning for warning in find_warnings(cells))
+    assert [method["constant_predictions"] for method in describe_cells(cells)[0]["methods"]] == [1, 0]
 
 
 @pytest.mark.parametrize(
@@ -302,14 +313,14 @@ def test_a_repeated_seed_is_refused():
 
 
 def test_json_has_no_non_finite_numbers():
-    text = tables.to_json({"a": [math.nan, "NaN", {"b": math.inf}], "c": 1.5})
+    text = documents.to_json({"a": [math.nan, "NaN", {"b": math.inf}], "c": 1.5})
     assert json.loads(text, parse_constant=pytest.fail) == {"a": [None, None, {"b": None}], "c": 1.5}
 
 
 def test_tables_hold_every_method_and_pair():
     cells = cells_of(*three_seeds())
-    document = comparison.compare_pairs(cells, 0, 200)
-    markdown = tables.render_markdown(cells, document, ["something | unequal"])
+    document = compare(cells)
+    markdown = tables.render_markdown([], cells, document, ["something | unequal"])
     group = cells[0].groups[2]
     row = f"| glue/sst2, roberta-base, 0.2 % | FW-LoRA | 3 | accuracy | {group.mean('eval_accuracy'):.4f} |"
     assert row in markdown

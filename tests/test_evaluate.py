@@ -9,16 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import evaluation_records as records
 import pytest
 
-from fwlora.experiment import evaluation
 from fwlora.experiment.errors import UserError
+from fwlora.experiment.evaluation.evaluate import collect_records, write_files
+from fwlora.experiment.evaluation.request import parse_request
 
 ROOT = Path(__file__).resolve().parents[1]
-_spec = importlib.util.spec_from_file_location("evaluation_records", Path(__file__).with_name("evaluation_records.py"))
-assert _spec and _spec.loader
-records = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(records)
 
 PROPOSED = "proposed-roberta-base-110M--SST-2-GLUE"
 BASELINE = "comparative-1-roberta-base-110M--SST-2-GLUE"
@@ -88,25 +86,25 @@ def results_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_entity_and_project_come_from_command_line_then_environment_then_file(config_path: Path):
     arguments = ["results_dir=a=b", 'run_ids=["x", "y"]']
-    request = evaluation.parse_request(arguments, {}, config_path)
+    request = parse_request(arguments, {}, config_path)
     assert (str(request.results_dir), request.run_ids, request.source) == ("a=b", ("x", "y"), "auto")
     assert (request.entity, request.project) == ("file-entity", "file-project")
     environment = {"WANDB_ENTITY": "env-entity", "WANDB_PROJECT": "env-project"}
-    request = evaluation.parse_request([*arguments, "wandb.entity=cli-entity"], environment, config_path)
+    request = parse_request([*arguments, "wandb.entity=cli-entity"], environment, config_path)
     assert (request.entity, request.project) == ("cli-entity", "env-project")
 
 
 def test_the_repository_configuration_names_entity_and_project():
-    request = evaluation.parse_request(["results_dir=r", 'run_ids=["x"]'], {}, ROOT / "config" / "config.yaml")
+    request = parse_request(["results_dir=r", 'run_ids=["x"]'], {}, ROOT / "config" / "config.yaml")
     assert request.entity and request.project
 
 
 def test_an_empty_results_dir_means_the_configured_one(config_path: Path):
     arguments = ["results_dir=", 'run_ids=["x"]']
-    request = evaluation.parse_request(arguments, {}, ROOT / "config" / "config.yaml")
+    request = parse_request(arguments, {}, ROOT / "config" / "config.yaml")
     assert request.results_dir == Path(".research/results")
     config_path.write_text(config_path.read_text() + "results_dir: elsewhere\n")
-    assert evaluation.parse_request(arguments, {}, config_path).results_dir == Path("elsewhere")
+    assert parse_request(arguments, {}, config_path).results_dir == Path("elsewhere")
 
 
 @pytest.mark.parametrize(
@@ -126,7 +124,7 @@ def test_an_empty_results_dir_means_the_configured_one(config_path: Path):
 )
 def test_bad_run_ids_are_refused(config_path: Path, run_ids: str, expected: str):
     with pytest.raises(UserError) as raised:
-        evaluation.parse_request(["results_dir=r", f"run_ids={run_ids}"], {}, config_path)
+        parse_request(["results_dir=r", f"run_ids={run_ids}"], {}, config_path)
     assert expected in str(raised.value)
 
 
@@ -148,8 +146,8 @@ def test_all_bad_arguments_are_reported_at_once():
 def test_a_missing_configuration_file_matters_only_where_it_is_needed(tmp_path: Path):
     arguments = ["results_dir=r", 'run_ids=["x"]']
     with pytest.raises(UserError, match=r"absent\.yaml: cannot read wandb\.entity and wandb\.project"):
-        evaluation.parse_request(arguments, {}, tmp_path / "absent.yaml")
-    evaluation.parse_request([*arguments, "wandb.entity=e", "wandb.project=p"], {}, tmp_path / "absent.yaml")
+        parse_request(arguments, {}, tmp_path / "absent.yaml")
+    parse_request([*arguments, "wandb.entity=e", "wandb.project=p"], {}, tmp_path / "absent.yaml")
 
 
 def test_unreadable_and_incomparable_runs_are_named_together():
@@ -159,7 +157,7 @@ def test_unreadable_and_incomparable_runs_are_named_together():
         return [records.change(records.make_record(run_id), state="failed") for run_id in run_ids]
 
     with pytest.raises(UserError) as raised:
-        evaluation.collect_records(load, ["gone", "unfinished"])
+        collect_records(load, ["gone", "unfinished"])
     assert "`gone`: no files" in str(raised.value) and "run 'unfinished' is unfinished" in str(raised.value)
 
 
@@ -171,7 +169,7 @@ def test_evaluation_end_to_end(results_dir: Path):
     written = {path for path in results_dir.rglob("*") if path.is_file() and "wandb" not in path.parts}
     assert written == set(printed)
     names = [path.name for path in printed if path.suffix == ".pdf"]
-    assert len(names) == len(set(names)) == 10
+    assert len(names) == len(set(names)) == 11
     folders = [path.parent.name for path in printed]
     assert folders == sorted(folders, key=[PROPOSED, BASELINE, "comparison"].index)
     table = done.stdout.splitlines()[: -len(printed)]
@@ -219,17 +217,17 @@ def test_a_results_dir_that_cannot_be_written_is_an_error(tmp_path: Path):
     blocked = tmp_path / "file"
     blocked.write_text("")
     with pytest.raises(UserError, match=r"results_dir: cannot write .*give a writable results_dir"):
-        evaluation.write_files({blocked / "run" / "metrics.json": b"{}"})
+        write_files({blocked / "run" / "metrics.json": b"{}"})
 
 
 def test_writing_leaves_no_temporary_files(tmp_path: Path):
     target = tmp_path / "run" / "metrics.json"
-    evaluation.write_files({target: b"old"})
-    evaluation.write_files({target: b"new"})
+    write_files({target: b"old"})
+    write_files({target: b"new"})
     assert target.read_bytes() == b"new"
     assert list(target.parent.iterdir()) == [target]
     target.unlink()
     target.mkdir()
     with pytest.raises(UserError):
-        evaluation.write_files({target: b"new"})
+        write_files({target: b"new"})
     assert list(target.parent.iterdir()) == [target]

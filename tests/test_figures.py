@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
+import evaluation_records as records
 import numpy as np
 import pytest
 from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 
-from fwlora.experiment import comparison, comparison_figures, figures, metrics
-from fwlora.experiment.evaluated_runs import read_runs
-from fwlora.experiment.evaluation import evaluate_records
+from fwlora.experiment import metrics
+from fwlora.experiment.evaluation import cell_figures, figure_style, overview_figures, run_figures
+from fwlora.experiment.evaluation.cells import group_cells
+from fwlora.experiment.evaluation.evaluate import Figures, draw_figures, gather_evidence
+from fwlora.experiment.evaluation.pairs import compare_pairs
+from fwlora.experiment.evaluation.resampling import resample_runs
+from fwlora.experiment.evaluation.runs import read_runs
 
 RECORDS_FILE = Path(__file__).with_name("evaluation_records.py")
-_spec = importlib.util.spec_from_file_location("evaluation_records", RECORDS_FILE)
-assert _spec and _spec.loader
-records = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(records)
 make_record = records.make_record
 
 
 def cells_of(*given):
-    return comparison.group_cells(read_runs(given))
+    return group_cells(read_runs(given))
+
+
+def compare(cells):
+    return compare_pairs(cells, resample_runs([run for cell in cells for run in cell.runs], 0, 100), 0)
 
 
 def texts_of(axes) -> list[str]:
@@ -35,8 +39,8 @@ def texts_of(axes) -> list[str]:
 
 
 def test_running_mean_of_a_hand_computed_case():
-    np.testing.assert_allclose(figures.running_mean(np.array([2.0, 4.0, 6.0, 8.0]), 2), [2, 3, 5, 7])
-    np.testing.assert_allclose(figures.running_mean(np.array([2.0, 4.0, 6.0]), 1), [2, 4, 6])
+    np.testing.assert_allclose(figure_style.running_mean(np.array([2.0, 4.0, 6.0, 8.0]), 2), [2, 3, 5, 7])
+    np.testing.assert_allclose(figure_style.running_mean(np.array([2.0, 4.0, 6.0]), 1), [2, 4, 6])
 
 
 def test_modules_are_arranged_by_layer_and_shortest_distinct_name():
@@ -47,7 +51,7 @@ def test_modules_are_arranged_by_layer_and_shortest_distinct_name():
         "bert.encoder.layer.2.output.dense",
         "pooler",
     ]
-    grid, layers, projections = figures.arrange_modules(names, [1.0, 2.0, 3.0, 4.0, float("nan")])
+    grid, layers, projections = run_figures.arrange_modules(names, [1.0, 2.0, 3.0, 4.0, float("nan")])
     assert layers == ["no layer", "2", "10"]
     assert projections == ["query", "attention.output.dense", "output.dense", "pooler"]
     nan = np.nan
@@ -57,22 +61,27 @@ def test_modules_are_arranged_by_layer_and_shortest_distinct_name():
 def test_a_run_has_its_figures_and_heat_maps_only_where_recorded():
     (run,) = read_runs([make_record("r", "proposed_fw_lora", modules=True)])
     topics = ["learning_curve", "confusion_matrix", "module_delta_norm", "module_importance"]
-    drawn = figures.draw_run(run)
-    assert sorted(drawn) == sorted(f"r_{topic}.pdf" for topic in topics)
-    for content in drawn.values():
-        assert content.startswith(b"%PDF")
-        assert b"FontFile2" in content and b"/Type3" not in content
-        assert b"CreationDate" not in content and b"Matplotlib" not in content
+    drawn = run_figures.draw_run(run)
+    assert sorted(drawn) == sorted(topics)
+    for drawing in drawn.values():
+        assert drawing.pdf.startswith(b"%PDF")
+        assert b"FontFile2" in drawing.pdf and b"/Type3" not in drawing.pdf
+        assert b"CreationDate" not in drawing.pdf and b"Matplotlib" not in drawing.pdf
+        svg = ElementTree.fromstring(drawing.svg)
+        assert svg.tag == "{http://www.w3.org/2000/svg}svg"
+        assert not svg.findall(".//{http://www.w3.org/2000/svg}image"), "a picture of a picture is no vector figure"
+        assert b"<dc:date>" not in drawing.svg and b"Matplotlib" not in drawing.svg
     (plain,) = read_runs([make_record("l", modules=True)])
-    assert "l_module_importance.pdf" not in figures.draw_run(plain)
     plain.record.summary[metrics.MODULE_IMPORTANCES] = [None] * len(plain.record.summary[metrics.MODULE_NAMES])
-    assert "l_module_importance.pdf" not in figures.draw_run(plain), "LoRA measures no importance"
+    assert set(run_figures.draw_run(plain)) == {"learning_curve", "confusion_matrix", "module_delta_norm"}
+    (adalora,) = read_runs([make_record("a", "adalora", modules=True)])
+    assert "module_rank" in run_figures.draw_run(adalora), "its ranks are what AdaLoRA found"
 
 
 def test_learning_curve_marks_final_and_best():
     (run,) = read_runs([make_record("r", "proposed_fw_lora")])
     figure = Figure()
-    figures._draw_learning_curve(figure, run)
+    run_figures._draw_learning_curve(figure, run)
     final = run.values["eval_accuracy"]
     assert texts_of(figure.axes[1]) == [f"final {final:.4f}", f"best {final + 0.01:.4f}"]
     assert texts_of(figure.axes[0]) == ["final 0.3500", "best 0.3000"]
@@ -82,7 +91,7 @@ def test_learning_curve_marks_final_and_best():
 def test_confusion_matrix_shows_counts_and_row_percent():
     (run,) = read_runs([make_record("r")])
     figure = Figure()
-    figures._draw_confusion(figure, run)
+    run_figures._draw_confusion(figure, run)
     expected = []
     for gold in (0, 1):
         for predicted in (0, 1):
@@ -95,7 +104,7 @@ def test_bars_carry_their_values_and_one_point_per_seed():
     given = [make_record(f"{name}{s}", m, s) for s in (1, 2) for name, m in (("b", "baseline_lora"), ("a", "adalora"))]
     (cell,) = cells_of(*given, make_record("p", "proposed_fw_lora", 1))
     figure = Figure()
-    comparison_figures._draw_bars(figure, cell=cell, metric="eval_accuracy", label="accuracy", decimals=4)
+    cell_figures._draw_bars(figure, cell=cell, metric="eval_accuracy", label="accuracy", decimals=4)
     (axes,) = figure.axes
     means = [group.mean("eval_accuracy") for group in cell.groups]
     assert [bar.get_height() for bar in axes.patches] == means
@@ -109,8 +118,8 @@ def test_bars_carry_their_values_and_one_point_per_seed():
 def test_difference_figure_shows_the_computed_intervals():
     given = [make_record(f"{m}{s}", m, s) for s in (1, 2) for m in ("baseline_lora", "proposed_fw_lora")]
     (cell,) = cells_of(*given)
-    (pair,) = comparison.compare_pairs([cell], 0, 200)["pairs"]
-    rows, height = comparison_figures._arrange_differences(cell, [pair])
+    (pair,) = compare([cell])["pairs"]
+    rows, height = cell_figures._arrange_differences(cell, [pair])
     overall = pair["over_seeds"]["accuracy"]
     assert [row.kind for row in rows] == ["baseline", "seed", "seed"]
     assert (rows[0].difference, rows[0].low) == (100 * overall["mean"], 100 * overall["low"])
@@ -122,75 +131,113 @@ def test_colours_stay_with_their_methods():
     lora, fw = make_record("b"), make_record("p", "proposed_fw_lora")
     (two,) = cells_of(lora, fw)
     (three,) = cells_of(lora, fw, make_record("a", "adalora"))
-    look = comparison_figures._look
-    assert [look(two, group) for group in two.groups] == [look(three, three.groups[i]) for i in (0, 2)]
-    assert len({look(three, group)["color"] for group in three.groups}) == 3
+    styles = figure_style.style_groups(three.groups)
+    assert figure_style.style_groups(two.groups) == {label: styles[label] for label in ("LoRA", "FW-LoRA")}
+    assert len({style["color"] for style in styles.values()}) == 3
+    assert len({style["marker"] for style in styles.values()}) == 3
 
 
 @pytest.fixture
-def without_pdf(monkeypatch: pytest.MonkeyPatch):
+def undrawn(monkeypatch: pytest.MonkeyPatch):
     """Figures are drawn but not encoded, which takes most of the time and has tests of its own."""
 
-    def draw_only(draw, width: float, height: float) -> bytes:
+    def draw_only(draw, width: float, height: float, caption: str) -> figure_style.Drawing:
         figure = Figure(figsize=(width, height))
         draw(figure)
-        return str(len(figure.axes)).encode()
+        return figure_style.Drawing(str(len(figure.axes)).encode(), b"", caption)
 
-    monkeypatch.setattr(comparison_figures, "render_pdf", draw_only)
+    for module in (cell_figures, overview_figures, run_figures):
+        monkeypatch.setattr(module, "render", draw_only)
 
 
-@pytest.mark.usefixtures("without_pdf")
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("seeds", [(1,), (1, 2)])
-def test_file_names_of_one_cell(seeds):
+def test_figures_of_one_cell(seeds):
     given = [make_record(f"{m}{s}", m, s, subset="cola") for s in seeds for m in ("baseline_lora", "proposed_fw_lora")]
-    cells = cells_of(*given)
-    drawn = comparison_figures.draw_comparison(cells, comparison.compare_pairs(cells, 0, 100))
+    (cell,) = cells_of(*given)
+    drawn = cell_figures.draw_cell(cell, compare([cell]))
     expected = {
-        "comparison_accuracy_bar_chart.pdf",
-        "comparison_matthews_correlation_bar_chart.pdf",
-        "comparison_training_time_bar_chart.pdf",
-        "comparison_learning_curves.pdf",
-        "comparison_paired_difference.pdf",
+        "accuracy_bar_chart",
+        "matthews_correlation_bar_chart",
+        "training_time_bar_chart",
+        "quality_time",
+        "learning_curves",
+        "paired_difference",
     }
-    boxes = {"comparison_accuracy_box_plot.pdf", "comparison_matthews_correlation_box_plot.pdf"}
+    boxes = {"accuracy_box_plot", "matthews_correlation_box_plot"}
     assert set(drawn) == expected | (boxes if len(seeds) > 1 else set())
+    assert all(len(drawing.caption) > 10 for drawing in drawn.values())
 
 
-@pytest.mark.usefixtures("without_pdf")
-def test_several_cells_put_their_condition_into_every_name():
-    cells = cells_of(make_record("a"), make_record("c", subset="cola"))
-    drawn = comparison_figures.draw_comparison(cells, comparison.compare_pairs(cells, 0, 100))
-    assert "comparison_accuracy_bar_chart_glue-sst2-roberta-base-0.2pct.pdf" in drawn
-    assert all(
-        name.endswith(("_glue-sst2-roberta-base-0.2pct.pdf", "_glue-cola-roberta-base-0.2pct.pdf")) for name in drawn
-    )
+@pytest.mark.usefixtures("undrawn")
+def test_file_names_are_unique_over_runs_and_cells():
+    methods = ("baseline_lora", "proposed_fw_lora")
+    given = [make_record(f"{m}{b}", m, budget=b, modules=True) for b in (0.2, 0.5) for m in methods]
+    figures = draw_figures(gather_evidence(given, {}, resamples=100))
+    assert set(figures.overview) == {"pooled_difference", "quality_budget"}
+    files = figures.files(Path("r"))
+    names = [path.name for path in files]
+    assert len(names) == len(set(names)) == sum(map(len, (*figures.runs.values(), *figures.cells.values()))) + 2
+    assert "comparison_accuracy_bar_chart_glue-sst2-roberta-base-0.2pct.pdf" in names
+    assert Path("r/baseline_lora0.5/baseline_lora0.5_learning_curve.pdf") in files
+    one = Figures({}, {"only": figures.cells["glue-sst2-roberta-base-0.2pct"]}, {}).files(Path("r"))
+    assert Path("r/comparison/comparison_quality_time.pdf") in one
+
+
+def test_pooled_and_budget_figures_show_the_computed_values():
+    methods = ("baseline_lora", "proposed_fw_lora")
+    given = [make_record(f"{m}{b}{s}", m, s, budget=b) for b in (0.2, 0.5) for s in (1, 2) for m in methods]
+    cells = cells_of(*given)
+    (entry,) = compare(cells)["pooled"]
+    figure = Figure()
+    overview_figures._draw_pooled(figure, [entry])
+    (label,) = figure.axes[0].get_yticklabels()
+    shown = f"{100 * entry['mean']:+.2f} [{100 * entry['low']:+.2f}, {100 * entry['high']:+.2f}], 2 cells, 4 pairs"
+    assert label.get_text() == f"FW-LoRA minus LoRA\n{shown}"
+    figure = Figure()
+    overview_figures._draw_budgets(figure, [cells])
+    lines = [line.get_ydata().tolist() for line in figure.axes[0].lines if len(line.get_ydata()) == 2]
+    for role in ("lora", "proposed"):
+        means = [group.mean("eval_accuracy") for cell in cells for group in cell.groups if group.role == role]
+        assert means in lines
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["0.2 %", "0.5 %"]
+
+
+def test_a_thinned_curve_keeps_its_extremes_and_its_order():
+    steps, values = np.arange(50_000.0), np.random.default_rng(0).normal(size=50_000)
+    thin_steps, thin_values = figure_style.thin_curve(steps, values, most=1000)
+    assert 900 < thin_steps.size <= 1000 and np.all(np.diff(thin_steps) > 0)
+    np.testing.assert_array_equal(values[thin_steps.astype(int)], thin_values)
+    for stretch in np.array_split(np.arange(50_000), 500):
+        assert {values[stretch].min(), values[stretch].max()} <= set(thin_values)
+    assert figure_style.thin_curve(steps[:10], values[:10], most=10)[0].size == 10
 
 
 PROCESS = """
 import hashlib, importlib.util, sys
-from pathlib import Path
-from fwlora.experiment.evaluation import evaluate_records
+from fwlora.experiment.evaluation.evaluate import draw_figures, gather_evidence
 spec = importlib.util.spec_from_file_location("evaluation_records", sys.argv[1])
 records = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(records)
-given = [records.make_record("p", "proposed_fw_lora")]
-for path, content in evaluate_records(given, Path("r")).files.items():
-    print(path, hashlib.sha256(content).hexdigest())
+figures = draw_figures(gather_evidence([records.make_record("p", "proposed_fw_lora")], {}))
+for drawings in (*figures.cells.values(), *figures.runs.values()):
+    for topic, drawing in drawings.items():
+        print(topic, hashlib.sha256(drawing.pdf + drawing.svg).hexdigest())
 print("pyplot", "matplotlib.pyplot" in sys.modules)
 """
 
 
-def test_equal_records_give_equal_bytes_in_any_process_and_no_global_figures():
-    done = subprocess.run(
-        [sys.executable, "-c", PROCESS, str(RECORDS_FILE)],
-        cwd=Path(__file__).resolve().parents[1],
-        env={**os.environ, "PYTHONHASHSEED": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    *lines, pyplot = done.stdout.splitlines()
-    given = [make_record("p", "proposed_fw_lora")]
-    files = evaluate_records(given, Path("r")).files
-    assert lines == [f"{path} {hashlib.sha256(content).hexdigest()}" for path, content in files.items()]
-    assert pyplot == "pyplot False"
+def test_equal_records_give_equal_figures_in_any_process_and_no_global_ones():
+    printed = [
+        subprocess.run(
+            [sys.executable, "-c", PROCESS, str(RECORDS_FILE)],
+            cwd=Path(__file__).resolve().parents[1],
+            env={**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.splitlines()
+        for seed in ("1", "2")
+    ]
+    assert printed[0] == printed[1] and len(printed[0]) == 7
+    assert printed[0][-1] == "pyplot False"

@@ -1,4 +1,4 @@
-"""Statistics against hand-computed cases, brute force and scikit-learn."""
+"""Tests, effect sizes and power against hand-computed cases, enumeration and textbook formulas."""
 
 from __future__ import annotations
 
@@ -7,21 +7,9 @@ import math
 
 import numpy as np
 import pytest
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from scipy import stats
 
-from fwlora.experiment import statistics
-
-SKLEARN = {
-    "accuracy": accuracy_score,
-    "matthews_correlation": matthews_corrcoef,
-    "f1": lambda y, p: f1_score(y, p, average="binary" if y.max() < 2 and p.max() < 2 else "macro", zero_division=0.0),
-}
-
-
-def example_predictions(seed: int, rows: int, count: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    labels = rng.integers(0, classes, count)
-    return labels, np.where(rng.random((rows, count)) < 0.75, labels, rng.integers(0, classes, (rows, count)))
+from fwlora.experiment.evaluation import statistics
 
 
 def test_mcnemar_of_a_hand_computed_case():
@@ -37,79 +25,6 @@ def test_mcnemar_of_a_hand_computed_case():
 def test_mcnemar_without_disagreement_is_one():
     labels = np.array([0, 1, 1])
     assert statistics.mcnemar_exact(labels, labels, labels).p_value == 1.0
-
-
-@pytest.mark.parametrize("name", list(SKLEARN))
-@pytest.mark.parametrize("classes", [2, 3, 5])
-def test_confusion_metrics_equal_scikit_learn(name: str, classes: int):
-    labels, predictions = example_predictions(classes, 4, 57, classes)
-    confusion = np.stack([statistics.confusion_matrix(labels, row, classes) for row in predictions])
-    expected = [SKLEARN[name](labels, row) for row in predictions]
-    np.testing.assert_allclose(statistics.CONFUSION_METRICS[name](confusion), expected, atol=1e-12)
-
-
-def test_matthews_of_constant_predictions_is_zero():
-    assert statistics.matthews_from_confusion(np.array([[3, 0], [4, 0]])) == 0.0
-
-
-@pytest.mark.parametrize("classes", [2, 3])
-def test_bootstrap_equals_a_loop_over_the_same_resamples(classes: int):
-    labels, predictions = example_predictions(7, 2, 40, classes)
-    resamples = 300
-    # Replaying the Generator gives the pattern counts of each resample; the loop writes the examples out again.
-    patterns, counts = np.unique(np.vstack([labels, predictions]), axis=1, return_counts=True)
-    drawn = np.random.default_rng(5).multinomial(labels.size, counts / labels.size, size=resamples)
-    expected = {name: [] for name in ("matthews_correlation", "accuracy")}
-    for row in drawn:
-        y, a, b = np.repeat(patterns, row, axis=1)
-        assert y.size == labels.size
-        for name, values in expected.items():
-            values.append(SKLEARN[name](y, a) - SKLEARN[name](y, b))
-    got = statistics.paired_bootstrap(
-        labels, predictions[0], predictions[1], list(expected), classes, np.random.default_rng(5), resamples
-    )
-    for name, values in expected.items():
-        assert got[name].low == pytest.approx(np.quantile(values, 0.025), abs=1e-12)
-        assert got[name].high == pytest.approx(np.quantile(values, 0.975), abs=1e-12)
-        difference = SKLEARN[name](labels, predictions[0]) - SKLEARN[name](labels, predictions[1])
-        assert got[name].difference == pytest.approx(difference, abs=1e-12)
-
-
-def test_bootstrap_interval_has_the_width_that_theory_gives():
-    rng = np.random.default_rng(3)
-    labels = np.zeros(1000, dtype=int)
-    first, second = (rng.random(1000) < 0.2).astype(int), (rng.random(1000) < 0.2).astype(int)
-    interval = statistics.paired_bootstrap(labels, first, second, ["accuracy"], 2, rng)["accuracy"]
-    standard_error = np.std((first == labels).astype(float) - (second == labels)) / math.sqrt(1000)
-    assert (interval.high - interval.low) / (2 * 1.96 * standard_error) == pytest.approx(1.0, abs=0.05)
-
-
-def test_hierarchical_interval_brackets_the_estimate_and_follows_its_generator():
-    labels, predictions = example_predictions(11, 8, 200, 2)
-    arguments = (labels, predictions[:4], predictions[4:], ["matthews_correlation"], 2)
-    one, same, other = (statistics.paired_bootstrap(*arguments, np.random.default_rng(s), 2000) for s in (1, 1, 2))
-    interval = one["matthews_correlation"]
-    assert interval.low < interval.difference < interval.high
-    assert one == same
-    assert one != other
-
-
-def test_hierarchical_interval_counts_both_sources_of_variance():
-    # Copies of one pair carry no seed variance and no further examples: their interval is that pair's, not one
-    # narrowed by sqrt(S).
-    labels, predictions = example_predictions(13, 2, 300, 2)
-    rng = np.random.default_rng
-    single = statistics.paired_bootstrap(labels, predictions[0], predictions[1], ["accuracy"], 2, rng(0))["accuracy"]
-    copies = statistics.paired_bootstrap(
-        labels, np.tile(predictions[0], (6, 1)), np.tile(predictions[1], (6, 1)), ["accuracy"], 2, rng(0)
-    )["accuracy"]
-    assert copies.high - copies.low == pytest.approx(single.high - single.low, rel=0.06)
-    # Seeds that differ widen it.
-    other = predictions[1][::-1].copy()
-    mixed = statistics.paired_bootstrap(
-        labels, np.vstack([predictions[0], other]), np.vstack([predictions[1], predictions[1]]), ["accuracy"], 2, rng(0)
-    )["accuracy"]
-    assert mixed.high - mixed.low > 1.5 * (single.high - single.low)
 
 
 @pytest.mark.parametrize(
@@ -173,12 +88,107 @@ def test_differences_must_be_finite(differences: list[float]):
 def test_shapes_must_agree():
     with pytest.raises(ValueError, match="same shape"):
         statistics.mcnemar_exact(np.zeros(3, dtype=int), np.zeros(3, dtype=int), np.zeros(4, dtype=int))
-    with pytest.raises(ValueError, match="same shape"):
-        statistics.paired_bootstrap(
-            np.zeros(3, dtype=int),
-            np.zeros((2, 3), int),
-            np.zeros((1, 3), int),
-            ["accuracy"],
-            2,
-            np.random.default_rng(),
-        )
+
+
+def test_effect_size_and_power_of_a_hand_computed_case():
+    tests = statistics.compare_seeds(np.array([1.0, 2.0, 3.0]), np.random.default_rng(0))
+    # d = 2 / 1, Hedges' factor 1 - 3 / (4 · 2 - 1) = 4/7.
+    assert tests.hedges_g == pytest.approx(2 * 4 / 7)
+    assert statistics.compare_seeds(np.array([1.0, 2.0]), np.random.default_rng(0)).hedges_g is None
+    assert tests.minimum_detectable_difference is not None
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5, 10, 30])
+def test_minimum_detectable_difference_is_found_in_four_studies_of_five(seeds: int):
+    difference = statistics.minimum_detectable_difference(1.7, seeds)
+    rng = np.random.default_rng(seeds)
+    p_values = stats.ttest_1samp(rng.normal(difference, 1.7, size=(40_000, seeds)), 0.0, axis=1).pvalue
+    assert np.mean(p_values < 0.05) == pytest.approx(0.8, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("distance", "deviation", "strata"), [(1.0, 1.0, 1), (0.5, 1.0, 1), (0.4, 0.5, 6), (-2.0, 3.0, 2)]
+)
+def test_seeds_needed_are_enough_and_one_less_is_not(distance: float, deviation: float, strata: int):
+    needed = statistics.seeds_needed(distance, deviation, strata)
+    assert needed is not None
+    rng = np.random.default_rng(3)
+
+    def found(seeds: int) -> float:
+        # Strata of equal spread: the deviation of their mean is sqrt(C) s / C.
+        values = rng.normal(distance, deviation * math.sqrt(strata), size=(8_000, strata, seeds))
+        error = np.sqrt((values.var(axis=2, ddof=1) / seeds).sum(axis=1)) / strata
+        statistic = values.mean(axis=(1, 2)) / error
+        return float(np.mean(2 * stats.t.sf(np.abs(statistic), strata * (seeds - 1)) < 0.05))
+
+    assert found(needed) > 0.785
+    assert needed == 2 or found(needed - 1) < 0.8
+
+
+def test_seeds_needed_at_the_edges():
+    assert statistics.seeds_needed(0.0, 1.0) is None
+    assert statistics.seeds_needed(1.0, 0.0) == 2
+    assert statistics.seeds_needed(50.0, 1.0) == 2
+    assert statistics.seeds_needed(0.01, 1.0) is None
+
+
+def test_stratified_mean_with_one_stratum_is_students_t():
+    values = np.array([0.3, -0.1, 0.4, 0.2])
+    found = statistics.stratified_mean([values])
+    expected = stats.ttest_1samp(values, 0.1)
+    assert found.interval(0.95) == pytest.approx(tuple(expected.confidence_interval(0.95)))
+    assert found.p_value(0.1, "greater") == pytest.approx(stats.ttest_1samp(values, 0.1, alternative="greater").pvalue)
+    assert found.p_value(0.1, "less") == pytest.approx(stats.ttest_1samp(values, 0.1, alternative="less").pvalue)
+
+
+def test_stratified_mean_of_two_strata_has_welchs_degrees_of_freedom():
+    rng = np.random.default_rng(1)
+    first, second = rng.normal(1.0, 1.0, 5), rng.normal(3.0, 4.0, 8)
+    found = statistics.stratified_mean([first, -second])
+    welch = stats.ttest_ind(first, second, equal_var=False)
+    assert found.degrees_of_freedom == pytest.approx(welch.df)
+    assert 2 * found.p_value(0.0, "less") == pytest.approx(welch.pvalue)
+    assert found.estimate == pytest.approx((first.mean() - second.mean()) / 2)
+
+
+def test_strata_without_spread_or_with_one_value():
+    assert statistics.stratified_mean([np.array([1.0, 1.0]), np.array([3.0, 3.0])]).interval(0.95) == (2.0, 2.0)
+    assert statistics.stratified_mean([np.array([1.0, 1.0])]).p_value(0.0, "greater") is None
+    alone = statistics.stratified_mean([np.array([1.0, 2.0]), np.array([3.0])])
+    assert (alone.estimate, alone.interval(0.95), alone.p_value(0.0, "less")) == (2.25, None, None)
+
+
+def test_stratified_flips_of_a_hand_computed_case():
+    # Cells scaled to mean(d) / rms(d): (1, 1) and (3, 1) / sqrt(5), each term halved by its cell's two seeds.
+    strata = [np.array([0.2, 0.2]), np.array([30.0, 10.0])]
+    terms = [0.5, 0.5, 1.5 / math.sqrt(5), 0.5 / math.sqrt(5)]
+    sums = [
+        sum(s * term for s, term in zip(signs, terms, strict=True)) for signs in itertools.product((1, -1), repeat=4)
+    ]
+    rng = np.random.default_rng(0)
+    for alternative, expected in (
+        ("greater", np.mean([value >= sums[0] - 1e-12 for value in sums])),
+        ("less", np.mean([value <= sums[0] + 1e-12 for value in sums])),
+        ("two-sided", 2 * np.mean([value >= sums[0] - 1e-12 for value in sums])),
+    ):
+        got = statistics.stratified_sign_flip_p_value(strata, rng, alternative)
+        assert got == pytest.approx(min(1.0, expected), abs=1e-12)
+
+
+def test_stratified_flips_do_not_depend_on_the_scale_of_a_cell():
+    strata = [np.array([0.1, -0.2, 0.3]), np.array([5.0, 7.0, -1.0])]
+    p_values = [
+        statistics.stratified_sign_flip_p_value([strata[0] * scale, strata[1]], np.random.default_rng(0))
+        for scale in (1.0, 1e-3, 1e3)
+    ]
+    assert p_values[0] == p_values[1] == p_values[2]
+    with_zeros = statistics.stratified_sign_flip_p_value([np.zeros(3)], np.random.default_rng(0))
+    assert with_zeros == 1.0
+
+
+def test_sampled_flips_agree_with_all_of_them():
+    strata = [np.random.default_rng(2).normal(0.4, 1.0, 7) for _ in range(2)]
+    rng = np.random.default_rng(0)
+    exact = statistics.stratified_sign_flip_p_value(strata, rng)
+    with_seventeenth = [*strata, np.zeros(3)]
+    assert statistics.stratified_sign_flip_p_value(with_seventeenth, rng) == pytest.approx(exact, abs=0.01)

@@ -1,4 +1,4 @@
-"""The figures that set methods side by side, one set per cell, as PDF contents. Numbers come in; none is estimated."""
+"""The figures that set the methods of one cell side by side. Numbers come in; none is estimated."""
 
 from __future__ import annotations
 
@@ -14,52 +14,51 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from fwlora.experiment import metrics
-from fwlora.experiment.comparison import METHOD_NAMES, Cell, Group
-from fwlora.experiment.figures import (
+from fwlora.experiment.evaluation.cells import Cell
+from fwlora.experiment.evaluation.figure_style import (
     COLOURS,
     GREY,
-    LINE_STYLES,
-    MARKERS,
+    Drawing,
     display_metric,
-    history_column,
-    render_pdf,
+    render,
     running_mean,
     smoothing_window,
+    style_groups,
+    thin_curve,
 )
+from fwlora.experiment.evaluation.run_figures import history_column
 
 _LABEL_WIDTH = 24
 _ROW_HEIGHT_INCH = 0.24
 _ROWS_PER_TEXT_LINE = 0.58
 
 
-def draw_comparison(cells: Sequence[Cell], statistics: Mapping[str, Any]) -> dict[str, bytes]:
-    """All comparison figures by file name; with several cells, each name ends in its cell's condition."""
-    drawn: dict[str, bytes] = {}
-    for cell in cells:
-        suffix = f"_{cell.condition}" if len(cells) > 1 else ""
-        pairs = [pair for pair in statistics["pairs"] if pair["cell"] == cell.name and pair["seeds"]]
-        for topic, content in _draw_cell(cell, pairs).items():
-            drawn[f"comparison_{topic}{suffix}.pdf"] = content
-    return drawn
-
-
-def _draw_cell(cell: Cell, pairs: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:
+def draw_cell(cell: Cell, statistics: Mapping[str, Any]) -> dict[str, Drawing]:
+    """The figures of one cell by topic."""
+    pairs = [pair for pair in statistics["pairs"] if pair["cell"] == cell.name and pair["seeds"]]
     longest = max(len(line) for group in cell.groups for line in _wrap(group.label).split("\n"))
     width = max(4.2, 1.2 + len(cell.groups) * max(1.2, 0.075 * longest))
-    drawn = {}
-    for metric in dict.fromkeys((cell.primary, "accuracy")):
-        shown: dict[str, Any] = {"metric": metrics.eval_name(metric), "label": f"{display_metric(metric)}, last epoch"}
-        drawn[f"{metric}_bar_chart"] = render_pdf(partial(_draw_bars, cell=cell, decimals=4, **shown), width, 3.8)
-        if any(len(group.runs) > 1 for group in cell.groups):
-            drawn[f"{metric}_box_plot"] = render_pdf(partial(_draw_boxes, cell=cell, **shown), width, 3.8)
-    shown = {"metric": metrics.TRAINING_TIME_S, "label": "training time [s]"}
-    drawn["training_time_bar_chart"] = render_pdf(partial(_draw_bars, cell=cell, decimals=1, **shown), width, 3.8)
-    drawn["learning_curves"] = render_pdf(partial(_draw_curves, cell=cell), 7.2, 3.4 + 0.2 * len(cell.groups))
+    drawn: dict[str, Drawing] = {}
     if pairs:
         rows, height = _arrange_differences(cell, pairs)
-        drawn["paired_difference"] = render_pdf(
-            partial(_draw_differences, cell=cell, pairs=pairs, rows=rows), 6.4, 1.7 + _ROW_HEIGHT_INCH * height
-        )
+        draw = partial(_draw_differences, cell=cell, pairs=pairs, rows=rows)
+        caption = "Paired differences with 95 % intervals; right of the dashed line the first method is better"
+        drawn["paired_difference"] = render(draw, 6.4, 1.7 + _ROW_HEIGHT_INCH * height, caption)
+    for metric in dict.fromkeys((cell.primary, "accuracy")):
+        shown: dict[str, Any] = {"metric": metrics.eval_name(metric), "label": f"{display_metric(metric)}, last epoch"}
+        name = display_metric(metric)
+        draw = partial(_draw_bars, cell=cell, decimals=4, **shown)
+        drawn[f"{metric}_bar_chart"] = render(draw, width, 3.8, f"Mean {name} after the last epoch")
+        if any(len(group.runs) > 1 for group in cell.groups):
+            draw = partial(_draw_boxes, cell=cell, **shown)
+            drawn[f"{metric}_box_plot"] = render(draw, width, 3.8, f"Spread of {name} over seeds, one point each")
+    shown = {"metric": metrics.TRAINING_TIME_S, "label": "training time [s]"}
+    draw = partial(_draw_bars, cell=cell, decimals=1, **shown)
+    drawn["training_time_bar_chart"] = render(draw, width, 3.8, "Training time without evaluation, search and loading")
+    draw = partial(_draw_time, cell=cell)
+    drawn["quality_time"] = render(draw, 5.6, 3.6 + 0.2 * len(cell.groups), "Quality against training time, each run")
+    draw = partial(_draw_curves, cell=cell)
+    drawn["learning_curves"] = render(draw, 7.2, 3.4 + 0.2 * len(cell.groups), "Learning curves, mean over seeds")
     return drawn
 
 
@@ -67,18 +66,6 @@ def _wrap(label: str, width: int = _LABEL_WIDTH) -> str:
     """Break before a variant's brackets and between its settings, never inside a setting."""
     lines = label.replace(" (", "\n(").replace(", ", ",\n").split("\n")
     return "\n".join(textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False) for line in lines)
-
-
-def _look(cell: Cell, group: Group) -> dict[str, Any]:
-    """A method looks the same in every figure; its variants take what the methods leave."""
-    methods = list(METHOD_NAMES)
-    looks: dict[str, int] = {}
-    for each in cell.groups:
-        own = methods.index(each.method) if each.method in methods else len(methods)
-        free = (place for place in (own, *range(len(methods), len(COLOURS))) if place not in looks.values())
-        looks[each.label] = next(free, len(looks) % len(COLOURS))
-    place = looks[group.label]
-    return {"color": COLOURS[place], "marker": MARKERS[place], "linestyle": LINE_STYLES[place]}
 
 
 def _spread(count: int) -> np.ndarray:
@@ -94,13 +81,14 @@ def _label_methods(axes: Axes, cell: Cell, title: str) -> None:
 
 
 def _draw_bars(figure: Figure, *, cell: Cell, metric: str, label: str, decimals: int) -> None:
+    styles = style_groups(cell.groups)
     axes = figure.subplots()
     several = any(len(group.runs) > 1 for group in cell.groups)
     for position, group in enumerate(cell.groups):
         values, mean = np.array(group.values(metric)), group.mean(metric)
         deviation = group.standard_deviation(metric)
         assert mean is not None, "every compared metric is checked before anything is drawn"
-        axes.bar(position, mean, width=0.62, color=_look(cell, group)["color"], alpha=0.75, zorder=1)
+        axes.bar(position, mean, width=0.62, color=styles[group.label]["color"], alpha=0.75, zorder=1)
         if deviation is not None:
             axes.errorbar(position, mean, yerr=deviation, color="black", capsize=4, linewidth=1.2, zorder=3)
         if several:
@@ -124,9 +112,10 @@ def _draw_bars(figure: Figure, *, cell: Cell, metric: str, label: str, decimals:
 
 
 def _draw_boxes(figure: Figure, *, cell: Cell, metric: str, label: str) -> None:
+    styles = style_groups(cell.groups)
     axes = figure.subplots()
     for position, group in enumerate(cell.groups):
-        values, look = np.array(group.values(metric)), _look(cell, group)
+        values, look = np.array(group.values(metric)), styles[group.label]
         if values.size > 1:
             boxes = axes.boxplot(
                 [values], positions=[position], widths=0.5, patch_artist=True, showfliers=False, manage_ticks=False
@@ -156,16 +145,39 @@ def _draw_boxes(figure: Figure, *, cell: Cell, metric: str, label: str) -> None:
     _add_legend(figure, handles)
 
 
+def _draw_time(figure: Figure, cell: Cell) -> None:
+    styles = style_groups(cell.groups)
+    axes = figure.subplots()
+    handles = []
+    for group in cell.groups:
+        look = styles[group.label]
+        points: dict[str, Any] = {"color": look["color"], "marker": look["marker"], "linestyle": ""}
+        times, values = group.values(metrics.TRAINING_TIME_S), group.values(cell.primary_eval_name)
+        axes.plot(times, values, markersize=4, alpha=0.6, **points)
+        time, quality = float(np.mean(times)), float(np.mean(values))
+        axes.plot([time], [quality], markersize=10, markeredgecolor="black", **points)
+        handles.append(Line2D([], [], label=f"{group.label}: {quality:.4f} in {time:.1f} s", **points))
+    mark: dict[str, Any] = {"color": GREY, "marker": "o", "linestyle": ""}
+    handles.append(Line2D([], [], markersize=10, markeredgecolor="black", label="mean", **mark))
+    handles.append(Line2D([], [], markersize=4, label="one run", **mark))
+    axes.margins(0.12)
+    axes.set_xlabel("training time [s]")
+    axes.set_ylabel(f"{display_metric(cell.primary)}, last epoch")
+    axes.set_title(textwrap.fill(cell.name, 60))
+    _add_legend(figure, handles, columns=1 if len(cell.groups) > 3 else 2)
+
+
 def _draw_curves(figure: Figure, cell: Cell) -> None:
+    styles = style_groups(cell.groups)
     loss, score = figure.subplots(1, 2)
     figure.suptitle(cell.name)
     handles = []
     for group in cell.groups:
-        look = _look(cell, group)
+        look = styles[group.label]
         bare = {key: look[key] for key in ("color", "linestyle")}
         curves = [history_column(run.record.history, metrics.TRAIN_LOSS) for run in group.runs]
         steps, values = _mean_curve(curves)
-        loss.plot(steps, running_mean(values, smoothing_window(values.size)), **bare)
+        loss.plot(*thin_curve(steps, running_mean(values, smoothing_window(values.size))), **bare)
         curves = [history_column(run.record.history, cell.primary_eval_name) for run in group.runs]
         if len(curves) > 1:
             for curve in curves:

@@ -1,12 +1,9 @@
-"""Evaluation as a whole: command line to request, records to files in memory, files to disk."""
+"""What ``src.evaluate`` is asked for on its command line."""
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -15,15 +12,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from fwlora.experiment import comparison, comparison_figures, figures, tables
 from fwlora.experiment.errors import UserError
-from fwlora.experiment.evaluated_runs import read_runs
-from fwlora.experiment.records import RunRecord
 from fwlora.experiment.settings import FORBIDDEN_IN_RUN_IDS
 
 COMPARISON_FOLDER = "comparison"
 Source = Literal["auto", "api", "files"]
-RNG_SEED = 20_261_121
 USAGE = """\
 usage: python -m src.evaluate results_dir=<dir> run_ids='["a","b"]'
                               [source=auto|api|files] [wandb.entity=<name>] [wandb.project=<name>]
@@ -47,19 +40,6 @@ class EvaluationRequest:
     source: Source
     entity: str
     project: str
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Everything evaluation produces, before any of it is written.
-
-    Attributes:
-        summary: text for the terminal: the table of results and the warnings.
-        files: contents by path, runs' files first, then the comparison's.
-    """
-
-    summary: str
-    files: Mapping[Path, bytes]
 
 
 def parse_request(arguments: Sequence[str], environment: Mapping[str, str], config_path: Path) -> EvaluationRequest:
@@ -96,88 +76,6 @@ def parse_request(arguments: Sequence[str], environment: Mapping[str, str], conf
         entity=configured["wandb.entity"],
         project=configured["wandb.project"],
     )
-
-
-def collect_records(load: Callable[[Sequence[str]], list[RunRecord]], run_ids: Sequence[str]) -> list[RunRecord]:
-    """Records of all runs; where some cannot be read, what is wrong with the others is reported with them.
-
-    Args:
-        load: reads records; names each run that it cannot read as `` `<run_id>`: reason `` in its UserError.
-        run_ids: what to read.
-
-    Raises:
-        UserError: runs that cannot be read, and runs that could be but cannot be compared.
-    """
-    try:
-        return load(run_ids)
-    except UserError as error:
-        message = str(error)
-        readable = [run_id for run_id in run_ids if f"`{run_id}`:" not in message]
-        if len(readable) in (0, len(run_ids)):
-            raise
-        try:
-            read_runs(load(readable))
-        except UserError as other:
-            message += f"\n{other}"
-        raise UserError(message) from None
-
-
-def evaluate_records(records: Sequence[RunRecord], results_dir: Path, rng_seed: int = RNG_SEED) -> Evaluation:
-    """Check, compare and draw; equal records give byte-equal files.
-
-    Args:
-        records: one per run, in the order in which their files are to be listed.
-        results_dir: prefix of all paths; nothing is read from or written to it.
-        rng_seed: of all resampling.
-
-    Raises:
-        UserError: runs that cannot be compared, all of them named.
-    """
-    runs = read_runs(records)
-    cells = comparison.group_cells(runs)
-    warnings = comparison.find_warnings(cells)
-    statistics = comparison.compare_pairs(cells, rng_seed)
-    files: dict[Path, bytes] = {}
-    for run in runs:
-        folder = results_dir / run.run_id
-        files[folder / "metrics.json"] = tables.to_json(tables.describe_run(run))
-        files[folder / "history.json"] = tables.to_json(tables.describe_history(run))
-        files.update({folder / name: content for name, content in figures.draw_run(run).items()})
-    folder = results_dir / COMPARISON_FOLDER
-    files[folder / "aggregated_metrics.json"] = tables.to_json(comparison.aggregate(cells, warnings))
-    files[folder / "statistics.json"] = tables.to_json(statistics)
-    files[folder / "comparison_table.md"] = tables.render_markdown(cells, statistics, warnings).encode()
-    files[folder / "comparison_table.csv"] = tables.render_csv(cells).encode()
-    files.update(
-        {folder / name: content for name, content in comparison_figures.draw_comparison(cells, statistics).items()}
-    )
-    summary = [tables.render_text_table(cells), *(f"warning: {warning}" for warning in warnings)]
-    return Evaluation("\n".join(summary), files)
-
-
-def write_files(files: Mapping[Path, bytes]) -> None:
-    """Write every file under a temporary name, then rename them all: what cannot be written leaves the rest as it was.
-
-    Raises:
-        UserError: a folder or file that cannot be written.
-    """
-    temporaries = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
-    path = Path()
-    try:
-        for path, content in files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.is_dir():
-                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-            temporaries[path].write_bytes(content)
-        for path, temporary in temporaries.items():
-            os.replace(temporary, path)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"results_dir: cannot write {path}: {reason}; give a writable results_dir=<dir>") from None
-    finally:
-        for temporary in temporaries.values():
-            with suppress(OSError):
-                temporary.unlink()
 
 
 def _parse_run_ids(text: str | None, problems: list[str]) -> tuple[str, ...]:

@@ -1,11 +1,11 @@
-"""The look of all figures, and the figures of one run, as PDF contents. Numbers come in; none is estimated here."""
+"""The figures of one run. Numbers come in; none is estimated here."""
 
 from __future__ import annotations
 
-import io
 import re
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,74 +15,73 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fwlora.experiment import metrics
-from fwlora.experiment.evaluated_runs import EvaluatedRun, as_finite
-from fwlora.experiment.statistics import confusion_matrix
+from fwlora.experiment.evaluation.figure_style import (
+    COLOURS,
+    GREY,
+    Drawing,
+    display_metric,
+    draw_grid,
+    render,
+    running_mean,
+    smoothing_window,
+    thin_curve,
+)
+from fwlora.experiment.evaluation.resampling import confusion_matrix
+from fwlora.experiment.evaluation.runs import EvaluatedRun, as_finite
 
-# Okabe and Ito's colours, which stay apart for colour-blind readers; yellow is left out, it vanishes in print.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-LINE_STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
-GREY = "#666666"
-
-_STYLE: Any = {
-    "pdf.fonttype": 42,
-    "pdf.compression": 6,
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.labelsize": 9,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "legend.fontsize": 8,
-    "legend.frameon": False,
-    "figure.titlesize": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "lines.linewidth": 1.4,
-    "path.simplify": True,
-}
-# Without these four, equal input gives equal bytes, whatever the day and the version of matplotlib.
-_NO_METADATA = {"CreationDate": None, "ModDate": None, "Creator": None, "Producer": None}
 _ANNOTATED_MODULES = 200
 _LAYER = re.compile(r"\.(\d+)(?:\.|$)")
 
 
-def render_pdf(draw: Callable[[Figure], None], width: float, height: float) -> bytes:
-    """Draw on a fresh figure of that size in inches; vector PDF with embedded TrueType fonts and no dates."""
-    buffer = io.BytesIO()
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_STYLE)
-        figure = Figure(figsize=(width, height), layout="constrained")
-        draw(figure)
-        figure.savefig(buffer, format="pdf", bbox_inches="tight", metadata=_NO_METADATA)
-    return buffer.getvalue()
+@dataclass(frozen=True)
+class _HeatMap:
+    """A value per module; ``whole`` numbers get a bar of whole steps."""
+
+    metric: str
+    label: str
+    caption: str
+    whole: bool = False
 
 
-def draw_run(run: EvaluatedRun) -> dict[str, bytes]:
-    """The figures of one run by file name: learning curve, confusion matrix, and module heat maps where recorded."""
+_HEAT_MAPS = {
+    "module_delta_norm": _HeatMap(
+        metrics.MODULE_DELTA_NORMS, "‖ΔW‖, Frobenius norm of the update", "How far training moved each matrix"
+    ),
+    "module_importance": _HeatMap(
+        metrics.MODULE_IMPORTANCES, "importance I", "Importance as measured during the Fisher warm-up"
+    ),
+    "module_rank": _HeatMap(metrics.MODULE_RANKS, "final rank", "Rank that the method left each matrix", whole=True),
+}
+
+
+def draw_run(run: EvaluatedRun) -> dict[str, Drawing]:
+    """The figures of one run by topic: learning curve, confusion matrix, and module heat maps where recorded."""
     num_classes = len(run.label_names)
     side = min(9.0, 2.6 + 0.7 * num_classes)
     drawn = {
-        "learning_curve": render_pdf(partial(_draw_learning_curve, run=run), 6.4, 5.0),
-        "confusion_matrix": render_pdf(partial(_draw_confusion, run=run), side + 0.8, side),
-    }
-    topics = {
-        "module_delta_norm": (metrics.MODULE_DELTA_NORMS, "Frobenius norm of the update ΔW"),
-        "module_importance": (metrics.MODULE_IMPORTANCES, "importance I"),
+        "learning_curve": render(
+            partial(_draw_learning_curve, run=run), 6.4, 5.0, "Training and evaluation, final and best epoch marked"
+        ),
+        "confusion_matrix": render(
+            partial(_draw_confusion, run=run), side + 0.8, side, "Gold against predicted classes after the last epoch"
+        ),
     }
     names = run.record.summary.get(metrics.MODULE_NAMES)
-    for topic, (key, label) in topics.items():
-        values = run.record.summary.get(key)
-        if names and values and any(value is not None for value in values):
+    for topic, kind in _HEAT_MAPS.items():
+        values = run.record.summary.get(kind.metric)
+        if not names or not values or all(value is None for value in values):
+            continue
+        if topic != "module_rank" or changes_ranks(run):
             grid, layers, projections = arrange_modules(names, values)
             width, height = 2.6 + 0.75 * len(projections), 1.5 + 0.3 * len(layers)
-            drawn[topic] = render_pdf(
-                partial(_draw_modules, run=run, grid=grid, layers=layers, projections=projections, label=label),
-                max(width, 4.0),
-                max(height, 2.6),
-            )
-    return {f"{run.run_id}_{topic}.pdf": content for topic, content in drawn.items()}
+            draw = partial(_draw_modules, run=run, grid=grid, layers=layers, projections=projections, kind=kind)
+            drawn[topic] = render(draw, max(width, 4.0), max(height, 2.6), kind.caption)
+    return drawn
+
+
+def changes_ranks(run: EvaluatedRun) -> bool:
+    """Whether the method moves ranks between modules while it trains."""
+    return run.method == "adalora" or run.settings.get("fw_lora.allocation") == '"reallocate"'
 
 
 def history_column(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -90,25 +89,6 @@ def history_column(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[np.nda
     points = [(row[metrics.GLOBAL_STEP], as_finite(row.get(name))) for row in rows]
     kept = [(step, value) for step, value in points if value is not None]
     return np.array([step for step, _ in kept], dtype=float), np.array([value for _, value in kept], dtype=float)
-
-
-def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of up to ``window`` last values, shape as given: nothing of the future leaks into the past."""
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    ends = np.arange(1, values.size + 1)
-    starts = np.maximum(0, ends - window)
-    return (sums[ends] - sums[starts]) / (ends - starts)
-
-
-def smoothing_window(count: int) -> int:
-    """A fiftieth of the curve."""
-    return max(1, count // 50)
-
-
-def display_metric(task_metric: str) -> str:
-    """``matthews_correlation`` -> ``Matthews correlation``."""
-    known = {"accuracy": "accuracy", "matthews_correlation": "Matthews correlation", "f1": "F1"}
-    return known.get(task_metric, task_metric.replace("_", " "))
 
 
 def arrange_modules(names: Sequence[str], values: Sequence[float]) -> tuple[np.ndarray, list[str], list[str]]:
@@ -153,12 +133,11 @@ def _draw_learning_curve(figure: Figure, run: EvaluatedRun) -> None:
     figure.suptitle(textwrap.fill(run.run_id, 70))
     steps, values = history_column(rows, metrics.TRAIN_LOSS)
     window = smoothing_window(values.size)
-    loss.plot(
-        steps, values, color=COLOURS[0], alpha=0.3 if window > 1 else 1.0, linewidth=0.8, label="train, each step"
-    )
+    look: dict[str, Any] = {"color": COLOURS[0], "alpha": 0.3 if window > 1 else 1.0, "linewidth": 0.8}
+    loss.plot(*thin_curve(steps, values), label="train, each step", **look)
     if window > 1:
-        smooth = running_mean(values, window)
-        loss.plot(steps, smooth, color=COLOURS[0], label=f"train, mean of the last {window} steps")
+        smooth = thin_curve(steps, running_mean(values, window))
+        loss.plot(*smooth, color=COLOURS[0], label=f"train, mean of the last {window} steps")
     eval_steps, eval_loss = history_column(rows, metrics.EVAL_LOSS)
     if eval_loss.size:
         loss.plot(eval_steps, eval_loss, color=COLOURS[4], marker="s", linestyle="--", label="evaluation, each epoch")
@@ -212,7 +191,7 @@ def _draw_confusion(figure: Figure, run: EvaluatedRun) -> None:
     totals = counts.sum(axis=1, keepdims=True)
     percent = 100.0 * np.divide(counts, totals, out=np.zeros(counts.shape), where=totals > 0)
     axes = figure.subplots()
-    image = axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
+    draw_grid(figure, axes, percent, matplotlib.colormaps["Blues"], "percent of the gold class", limits=(0, 100))
     names = [textwrap.fill(name, 18) for name in run.label_names]
     rotation = 0 if num_classes < 4 else 90
     axes.set_xticks(range(num_classes), names, rotation=rotation)
@@ -224,31 +203,26 @@ def _draw_confusion(figure: Figure, run: EvaluatedRun) -> None:
             colour = "white" if percent[row, column] > 55 else "black"
             text = f"{counts[row, column]}\n{percent[row, column]:.1f} %"
             axes.text(column, row, text, ha="center", va="center", color=colour)
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0)
+    axes.set_aspect("equal")
     axes.set_title(textwrap.fill(run.run_id, 40) + f"\n{run.labels.size} examples, last epoch")
-    figure.colorbar(image, ax=axes, label="percent of the gold class", shrink=0.8)
 
 
 def _draw_modules(
-    figure: Figure, run: EvaluatedRun, grid: np.ndarray, layers: list[str], projections: list[str], label: str
+    figure: Figure, run: EvaluatedRun, grid: np.ndarray, layers: list[str], projections: list[str], kind: _HeatMap
 ) -> None:
     axes = figure.subplots()
-    colours = matplotlib.colormaps["cividis"].with_extremes(bad="#DDDDDD")
-    image = axes.imshow(np.ma.masked_invalid(grid), cmap=colours, aspect="auto")
+    colours = matplotlib.colormaps["cividis"]
+    draw_grid(figure, axes, np.ma.masked_invalid(grid), colours, kind.label, whole=kind.whole)
     axes.set_xticks(range(len(projections)), projections, rotation=30, ha="right")
     axes.set_yticks(range(len(layers)), layers)
     axes.set_ylabel("layer")
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0)
     if grid.size <= _ANNOTATED_MODULES:
         middle = (np.nanmin(grid) + np.nanmax(grid)) / 2 if np.isfinite(grid).any() else 0.0
         for row, column in np.ndindex(*grid.shape):
             value = grid[row, column]
-            text = "-" if np.isnan(value) else f"{value:.2g}"
+            text = "-" if np.isnan(value) else f"{value:.0f}" if kind.whole else f"{value:.2g}"
             colour = "white" if value < middle else "black"
             axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=7)
     axes.set_title(
-        textwrap.fill(run.run_id, 48) + "\n" + label + (" (grey: not adapted)" if np.isnan(grid).any() else "")
+        textwrap.fill(run.run_id, 48) + "\n" + kind.label + (" (grey: not adapted)" if np.isnan(grid).any() else "")
     )
-    figure.colorbar(image, ax=axes, label=label)

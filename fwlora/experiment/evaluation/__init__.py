@@ -1,0 +1,1 @@
+"""Evaluation, apart from training: records of runs in; checked, compared, judged and drawn; files out."""

@@ -1,0 +1,205 @@
+"""Linear contrasts between methods, paired by seed: FW-LoRA minus LoRA, in quality, in time, in the norm of updates."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from fwlora.experiment import metrics
+from fwlora.experiment.evaluation.cells import Cell, Group
+from fwlora.experiment.evaluation.resampling import CONFIDENCE, ResampledRuns, average_over_seeds, percentile_interval
+from fwlora.experiment.evaluation.runs import EvaluatedRun, as_finite
+from fwlora.experiment.evaluation.statistics import StratifiedMean, stratified_mean
+
+Terms = Sequence[tuple[float, Group]]
+Half = Literal["least_important", "most_important"]
+
+
+class Unmeasured(Exception):
+    """A contrast that these runs cannot give; the message says why."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A contrast in one cell, one value for each seed that all its methods were run with.
+
+    Attributes:
+        cell: the cell's name.
+        seeds: ascending, shape ``(S,)``.
+        values: shape ``(S,)``.
+        resampled: the same values on resamples of the evaluation examples, shape ``(S, R)``; None for what does not
+            come from examples.
+        examples: of the evaluation split.
+    """
+
+    cell: str
+    seeds: tuple[int, ...]
+    values: np.ndarray
+    resampled: np.ndarray | None
+    examples: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A contrast's mean over seeds, and over cells where there are several.
+
+    Attributes:
+        mean: every cell counts alike.
+        low, high: the interval at :data:`~.resampling.CONFIDENCE`; None where nothing says how the value varies.
+        interval_over: what the interval speaks of: ``seeds and examples``, ``examples``, ``seeds`` or ``nothing``.
+        examples_error: standard deviation over resamples of the examples alone: no number of seeds lowers it.
+        seeds: the means as :class:`StratifiedMean` sees them.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+    interval_over: str
+    examples_error: float
+    seeds: StratifiedMean
+
+
+def sample_quality(cell: Cell, terms: Terms, resampled: ResampledRuns, metric: str | None = None) -> Sample:
+    """Σ weight · metric(run), as fractions; the cell's primary metric unless another is named.
+
+    Raises:
+        Unmeasured: no seed was run with all methods.
+    """
+    name = metric or cell.primary
+    chosen = _pair_runs(cell, terms)
+    values = sum(
+        weight * np.array([run.values[metrics.eval_name(name)] for run in runs])
+        for weight, (_, runs) in zip(_weights(terms), chosen, strict=True)
+    )
+    scores = sum(
+        weight * resampled.stack(runs, name) for weight, (_, runs) in zip(_weights(terms), chosen, strict=True)
+    )
+    runs = chosen[0][1]
+    return Sample(cell.name, _seeds(runs), np.asarray(values), np.asarray(scores), runs[0].labels.size)
+
+
+def sample_cost(cell: Cell, terms: Terms, metric: str = metrics.TRAINING_TIME_S) -> Sample:
+    """Σ weight · log(cost of the run): its exponential is a ratio.
+
+    Raises:
+        Unmeasured: no seed was run with all methods, a cost was not recorded, or the runs' hardware differs.
+    """
+    chosen = _pair_runs(cell, terms)
+    runs = [run for _, members in chosen for run in members]
+    if len(machines := sorted({_machine(run) for run in runs})) > 1:
+        raise Unmeasured(f"its times come from different machines ({'; '.join(machines)})")
+    return _sample_logarithms(cell, terms, lambda run, _: [run.values.get(metric)], metric)
+
+
+def sample_update_norm(cell: Cell, terms: Terms, half: Half) -> Sample:
+    """Σ weight · mean over modules of log ‖ΔW‖_F, over one half of the modules by the proposed run's importance.
+
+    The modules are the same for all methods of a seed: those whose importance, as the proposed run of that seed
+    measured it, is below its median (``least_important``) or not. Modules that some run did not update are left out.
+
+    Raises:
+        Unmeasured: no seed was run with all methods, no importances, other modules, or no update left.
+    """
+    proposed = next((group for _, group in terms if group.is_proposed), None)
+    if proposed is None:
+        raise Unmeasured("importances are the proposed method's, which is not part of the contrast")
+    by_seed = proposed.by_seed()
+    chosen = _pair_runs(cell, terms)
+    kept: dict[int, list[str]] = {}
+    for seed in _seeds(chosen[0][1]):
+        importances = _modules(by_seed[seed], metrics.MODULE_IMPORTANCES)
+        if not importances:
+            raise Unmeasured(f"run {by_seed[seed].run_id} recorded no importances")
+        ranked = sorted(importances, key=lambda name: (importances[name], name))
+        middle = len(ranked) // 2
+        wanted = ranked[:middle] if half == "least_important" else ranked[middle:]
+        norms = [_modules(run, metrics.MODULE_DELTA_NORMS) for _, runs in chosen for run in runs if run.seed == seed]
+        kept[seed] = [name for name in wanted if all(norm.get(name, 0.0) > 0 for norm in norms)]
+        if not kept[seed]:
+            raise Unmeasured(f"no module of seed {seed} was updated by all methods")
+
+    def read(run: EvaluatedRun, seed: int) -> list[float | None]:
+        norms = _modules(run, metrics.MODULE_DELTA_NORMS)
+        return [norms[name] for name in kept[seed]]
+
+    return _sample_logarithms(cell, terms, read, metrics.MODULE_DELTA_NORMS)
+
+
+def estimate(samples: Sequence[Sample], rng_seed: int, name: str) -> Estimate:
+    """Mean and interval of a contrast over its cells.
+
+    Over examples: the bootstrap, hierarchical (seeds, then examples) where there are seeds to draw from, cells fixed,
+    their resamples of a shared split the same. Otherwise Student's t over seeds.
+
+    Args:
+        samples: one per cell, at least one.
+        rng_seed: of the draws of seeds, together with ``name`` and the cell.
+        name: the contrast's.
+    """
+    means = stratified_mean([sample.values for sample in samples])
+    several = all(len(sample.seeds) > 1 for sample in samples)
+    rows = [sample.resampled for sample in samples]
+    if any(row is None for row in rows):
+        interval = means.interval(CONFIDENCE)
+        low, high = interval or (None, None)
+        return Estimate(means.estimate, low, high, "seeds" if interval else "nothing", 0.0, means)
+    resampled = [row for row in rows if row is not None]
+    over_examples = np.mean([row.mean(axis=0) for row in resampled], axis=0)
+    drawn = [
+        average_over_seeds(row, np.random.default_rng([rng_seed, zlib.crc32(f"{sample.cell}|{name}".encode())]))
+        for row, sample in zip(resampled, samples, strict=True)
+    ]
+    low, high = percentile_interval(np.mean(drawn, axis=0))
+    over = "seeds and examples" if several else "examples"
+    return Estimate(means.estimate, low, high, over, float(over_examples.std(ddof=1)), means)
+
+
+def _weights(terms: Terms) -> list[float]:
+    return [weight for weight, _ in terms]
+
+
+def _seeds(runs: Sequence[EvaluatedRun]) -> tuple[int, ...]:
+    return tuple(run.seed for run in runs)
+
+
+def _pair_runs(cell: Cell, terms: Terms) -> list[tuple[Group, list[EvaluatedRun]]]:
+    """The runs of each term in the seeds that all have, ascending."""
+    by_seed = [(group, group.by_seed()) for _, group in terms]
+    shared = sorted(set.intersection(*(set(runs) for _, runs in by_seed)))
+    if not shared:
+        raise Unmeasured("no seed was run with all its methods")
+    return [(group, [runs[seed] for seed in shared]) for group, runs in by_seed]
+
+
+def _machine(run: EvaluatedRun) -> str:
+    environment = (run.record.config.get("resolved") or {}).get("environment") or {}
+    return f"{environment.get('device')}, {environment.get('threads')} threads"
+
+
+def _modules(run: EvaluatedRun, metric: str) -> dict[str, float]:
+    """Values by module name; empty where the run recorded none."""
+    summary: Mapping[str, object] = run.record.summary
+    names, values = summary.get(metrics.MODULE_NAMES), summary.get(metric)
+    if not isinstance(names, list) or not isinstance(values, list) or len(names) != len(values):
+        return {}
+    read = {str(name): as_finite(value) for name, value in zip(names, values, strict=True)}
+    return {name: value for name, value in read.items() if value is not None}
+
+
+def _sample_logarithms(
+    cell: Cell, terms: Terms, read: Callable[[EvaluatedRun, int], Sequence[float | None]], metric: str
+) -> Sample:
+    chosen = _pair_runs(cell, terms)
+    total = np.zeros(len(chosen[0][1]))
+    for weight, (_, runs) in zip(_weights(terms), chosen, strict=True):
+        for place, run in enumerate(runs):
+            values = read(run, run.seed)
+            if any(value is None or value <= 0 for value in values):
+                raise Unmeasured(f"run {run.run_id} recorded no positive {metric}")
+            total[place] += weight * float(np.mean(np.log(np.array(values, dtype=np.float64))))
+    runs = chosen[0][1]
+    return Sample(cell.name, _seeds(runs), total, None, runs[0].labels.size)

@@ -1,0 +1,280 @@
+"""Tests, effect sizes and power: arrays and a Generator in, plain numbers out.
+
+A test over examples says nothing about other seeds, and one pair of runs allows no test over seeds at all.
+
+Sources: McNemar, Psychometrika 12 (1947); Fisher, The Design of Experiments (1935), ch. 3, for sign flips; Holm, Scand.
+J. Statist. 6 (1979); Hedges, J. Educ. Stat. 6 (1981); Satterthwaite, Biometrics Bull. 2 (1946).
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.power import TTestPower
+
+LEVEL = 0.05
+POWER = 0.8
+EXACT_SIGN_FLIP_LIMIT = 16  # 2^16 sign patterns are enumerated; above that they are sampled
+SIGN_FLIP_SAMPLES = 99_999
+MOST_SEEDS = 1_000  # beyond this many, the answer to "how many seeds" is that seeds will not do
+Alternative = Literal["two-sided", "greater", "less"]
+
+
+@dataclass(frozen=True)
+class McNemarResult:
+    """Exact McNemar test of two classifiers on the same examples.
+
+    Attributes:
+        only_first_correct: examples that only the first classifier got right.
+        only_second_correct: examples that only the second got right.
+        p_value: two-sided; 1 where the two never disagree in correctness.
+    """
+
+    only_first_correct: int
+    only_second_correct: int
+    p_value: float
+
+
+@dataclass(frozen=True)
+class SeedTests:
+    """Tests on one difference per seed.
+
+    Attributes:
+        count: paired seeds.
+        mean: mean difference.
+        standard_deviation: with ``count - 1``; None for one seed.
+        wins: seeds with a positive difference.
+        t_statistic: None where it is undefined (one seed, or differences that do not vary).
+        t_p_value: two-sided paired t-test; None likewise.
+        sign_flip_p_value: two-sided; None for one seed.
+        sign_flip_smallest_p_value: the smallest that this number of seeds allows: above 0.05 nothing can be rejected.
+        hedges_g: mean over standard deviation, times Hedges' correction for few seeds, which leaves nothing of it for
+            two; None likewise.
+        minimum_detectable_difference: see :func:`minimum_detectable_difference`; None likewise.
+    """
+
+    count: int
+    mean: float
+    standard_deviation: float | None
+    wins: int
+    t_statistic: float | None = None
+    t_p_value: float | None = None
+    sign_flip_p_value: float | None = None
+    sign_flip_smallest_p_value: float | None = None
+    hedges_g: float | None = None
+    minimum_detectable_difference: float | None = None
+
+
+@dataclass(frozen=True)
+class StratifiedMean:
+    """The mean over strata of their means, with its uncertainty over seeds.
+
+    Attributes:
+        estimate: every stratum counts alike.
+        standard_error: ``sqrt(Σ s_c² / n_c) / C``; None where a stratum has one value.
+        degrees_of_freedom: Satterthwaite's; None likewise, and where nothing varies.
+    """
+
+    estimate: float
+    standard_error: float | None
+    degrees_of_freedom: float | None
+
+    def interval(self, confidence: float) -> tuple[float, float] | None:
+        """Student's t interval; None where there is no standard error."""
+        if self.standard_error is None:
+            return None
+        if self.degrees_of_freedom is None:
+            return self.estimate, self.estimate
+        reach = float(stats.t.ppf((1 + confidence) / 2, self.degrees_of_freedom)) * self.standard_error
+        return self.estimate - reach, self.estimate + reach
+
+    def p_value(self, bound: float, alternative: Literal["greater", "less"]) -> float | None:
+        """One-sided t-test that the mean is ``bound``; None where there is nothing to test against."""
+        if not self.standard_error or self.degrees_of_freedom is None:
+            return None
+        statistic = (self.estimate - bound) / self.standard_error
+        tail = stats.t.sf if alternative == "greater" else stats.t.cdf
+        return float(tail(statistic, self.degrees_of_freedom))
+
+
+def mcnemar_exact(labels: np.ndarray, first: np.ndarray, second: np.ndarray) -> McNemarResult:
+    """Exact (binomial) McNemar test for accuracy.
+
+    Under the null hypothesis an example that only one classifier gets right is as likely to be either's, so
+    ``b ~ Binomial(b + c, 1/2)``.
+
+    Args:
+        labels: gold classes, shape ``(n,)``.
+        first, second: predicted classes, shape ``(n,)`` each, in the order of ``labels``.
+
+    Raises:
+        ValueError: shapes that differ.
+    """
+    if not np.shape(labels) == np.shape(first) == np.shape(second):
+        shapes = [np.shape(labels), np.shape(first), np.shape(second)]
+        raise ValueError(f"labels and predictions must have the same shape, got {shapes}")
+    only_first = int(np.sum((first == labels) & (second != labels)))
+    only_second = int(np.sum((first != labels) & (second == labels)))
+    discordant = only_first + only_second
+    p_value = float(stats.binomtest(only_first, discordant, 0.5).pvalue) if discordant else 1.0
+    return McNemarResult(only_first, only_second, p_value)
+
+
+def sign_flip_p_value(
+    differences: np.ndarray,
+    rng: np.random.Generator,
+    alternative: Alternative = "two-sided",
+    samples: int = SIGN_FLIP_SAMPLES,
+) -> float:
+    """Permutation test that differences are symmetric about 0, with their mean as statistic.
+
+    All 2^S sign patterns up to S = 16, above that sampled ones (the observed one counted in).
+
+    Args:
+        differences: one per seed, shape ``(S,)``.
+        rng: used above 16 seeds only.
+        alternative: what the differences are suspected to be.
+        samples: sign patterns where not all are enumerated.
+    """
+    values = np.asarray(differences, dtype=np.float64)
+    exact = values.size <= EXACT_SIGN_FLIP_LIMIT
+    result = stats.permutation_test(
+        (values, np.zeros_like(values)),
+        lambda x, y, axis: np.mean(x - y, axis=axis),
+        permutation_type="samples",
+        alternative=alternative,
+        vectorized=True,
+        n_resamples=np.inf if exact else samples,
+        rng=rng,
+    )
+    return float(result.pvalue)
+
+
+def stratified_sign_flip_p_value(
+    strata: Sequence[np.ndarray],
+    rng: np.random.Generator,
+    alternative: Alternative = "two-sided",
+    samples: int = SIGN_FLIP_SAMPLES,
+) -> float:
+    """Sign-flip test over several cells whose differences have unlike scales.
+
+    The statistic is the mean over cells of ``mean(d_c) / sqrt(mean(d_c²))``: a flip leaves the denominator as it is, so
+    the test stays exact, and a cell with large differences does not drown the others. Signs flip independently for
+    every cell and seed.
+
+    Args:
+        strata: per cell, one difference per seed.
+        rng: used above 16 differences only.
+        alternative: what the differences are suspected to be.
+        samples: sign patterns where not all are enumerated.
+
+    Returns:
+        The p-value; 1 where no difference differs from 0.
+    """
+    terms = []
+    for values in strata:
+        scale = math.sqrt(float(np.mean(np.square(values))))
+        terms.append(values / (scale * values.size) if scale > 0 else np.zeros(values.size))
+    return sign_flip_p_value(np.concatenate(terms), rng, alternative, samples)
+
+
+def stratified_mean(strata: Sequence[np.ndarray]) -> StratifiedMean:
+    """The mean over strata of their means; with one stratum, what Student's one-sample t-test is made of.
+
+    Args:
+        strata: per cell, one value per seed.
+    """
+    count = len(strata)
+    estimate = float(np.mean([values.mean() for values in strata]))
+    if any(values.size < 2 for values in strata):
+        return StratifiedMean(estimate, None, None)
+    # Values that are equal but for rounding have no spread to test against.
+    varying = [values for values in strata if np.ptp(values) > 1e-12 * max(1.0, float(np.abs(values).max()))]
+    shares = [float(values.var(ddof=1)) / values.size for values in varying]
+    error = math.sqrt(math.fsum(shares)) / count
+    weights = [share**2 / (values.size - 1) for share, values in zip(shares, varying, strict=True)]
+    freedom = math.fsum(shares) ** 2 / math.fsum(weights) if varying else None
+    return StratifiedMean(estimate, error, freedom)
+
+
+def compare_seeds(differences: np.ndarray, rng: np.random.Generator) -> SeedTests:
+    """Paired tests over seeds, effect size and power.
+
+    Args:
+        differences: first minus second, one per seed in which both were run, shape ``(S,)``.
+        rng: for :func:`sign_flip_p_value`.
+
+    Raises:
+        ValueError: no differences, or one that is not finite.
+    """
+    values = np.asarray(differences, dtype=np.float64)
+    if values.size == 0 or not np.all(np.isfinite(values)):
+        raise ValueError(f"`differences` must be finite and at least one, got {values.tolist()}")
+    mean, wins, count = float(values.mean()), int(np.sum(values > 0)), int(values.size)
+    if count == 1:
+        return SeedTests(1, mean, None, wins)
+    varies = stratified_mean([values]).degrees_of_freedom is not None
+    deviation = float(values.std(ddof=1))
+    t_test = stats.ttest_1samp(values, 0.0) if varies else None
+    smallest = 2.0 ** (1 - count) if count <= EXACT_SIGN_FLIP_LIMIT else 2.0 / (SIGN_FLIP_SAMPLES + 1)
+    return SeedTests(
+        count=count,
+        mean=mean,
+        standard_deviation=deviation,
+        wins=wins,
+        t_statistic=float(t_test.statistic) if t_test else None,
+        t_p_value=float(t_test.pvalue) if t_test else None,
+        sign_flip_p_value=sign_flip_p_value(values, rng),
+        sign_flip_smallest_p_value=smallest,
+        hedges_g=mean / deviation * (1 - 3 / (4 * (count - 1) - 1)) if varies and count > 2 else None,
+        minimum_detectable_difference=minimum_detectable_difference(deviation, count) if varies else None,
+    )
+
+
+def minimum_detectable_difference(deviation: float, seeds: int) -> float:
+    """The true mean difference that a two-sided paired t-test at :data:`LEVEL` finds with probability :data:`POWER`.
+
+    Args:
+        deviation: standard deviation of the differences over seeds.
+        seeds: paired seeds, at least 2.
+    """
+    return deviation * float(TTestPower().solve_power(nobs=seeds, alpha=LEVEL, power=POWER, alternative="two-sided"))
+
+
+def seeds_needed(distance: float, deviation: float, strata: int = 1) -> int | None:
+    """Seeds per cell with which a test at :data:`LEVEL` would tell a mean from a bound with probability :data:`POWER`.
+
+    Args:
+        distance: between the mean and the bound.
+        deviation: of the mean over cells for one seed in each, ``sqrt(Σ s_c²) / C``.
+        strata: C; their seeds add degrees of freedom.
+
+    Returns:
+        The number, or None above :data:`MOST_SEEDS`.
+    """
+    if not distance:
+        return None
+    if not deviation:
+        return 2
+
+    def suffice(seeds: int) -> bool:
+        power = float(TTestPower().power(abs(distance) / deviation, seeds, LEVEL, df=strata * (seeds - 1)))
+        return power >= POWER or math.isnan(power)  # scipy's noncentral t gives up where the power is all but 1
+
+    if not suffice(MOST_SEEDS):
+        return None
+    return 2 + bisect.bisect_left(range(2, MOST_SEEDS), True, key=suffice)
+
+
+def holm_adjust(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p-values in the given order: ``max over j <= i of min(1, (m - j) p_(j))``, j from 0."""
+    if not p_values:
+        return []
+    return [float(p) for p in multipletests(list(p_values), method="holm")[1]]

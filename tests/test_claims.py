@@ -1,0 +1,378 @@
+"""Claims as files, and their verdicts on made-up runs whose truth is known."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import evaluation_records as records
+import numpy as np
+import pytest
+import yaml
+from scipy import stats
+
+from fwlora.experiment.errors import UserError
+from fwlora.experiment.evaluation import verdicts
+from fwlora.experiment.evaluation.cells import group_cells
+from fwlora.experiment.evaluation.claims import Claim, load_claims
+from fwlora.experiment.evaluation.resampling import resample_runs
+from fwlora.experiment.evaluation.runs import read_runs
+from fwlora.experiment.evaluation.statistics import holm_adjust, stratified_sign_flip_p_value
+from fwlora.experiment.records import RunRecord, pack_classes
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+CLAIMS = REPOSITORY / "config" / "claims"
+METHODS = {"lora": "baseline_lora", "adalora": "adalora", "proposed": "proposed_fw_lora", "control": "proposed_fw_lora"}
+EXAMPLES = 4000
+
+
+def make_run(role: str, seed: int, right: int, subset: str = "sst2", budget: float = 0.2, **paths) -> RunRecord:
+    """A run with exactly ``right`` of 4,000 examples correct, the first ones."""
+    record = records.make_record(
+        f"{role}-{subset}-{budget}-{seed}", METHODS[role], seed, subset=subset, budget=budget, count=EXAMPLES
+    )
+    labels = records.make_labels(EXAMPLES)
+    predictions = np.where(np.arange(EXAMPLES) < right, labels, 1 - labels)
+    if role == "control":
+        paths["config__run__fw_lora__importance"] = "none"
+    changed = {
+        "summary__eval_predictions": pack_classes(predictions, 2),
+        "summary__final_eval_accuracy": right / EXAMPLES,
+        **paths,
+    }
+    return records.change(record, **changed)
+
+
+def make_claim(**values) -> Claim:
+    stated = {"order": 1, "statement": "s", "source": "hypothesis", "quote": "q", "measure": "quality", "at_least": 0.0}
+    return Claim.model_validate({**stated, "contrast": {"proposed": 1, "lora": -1}, "scope": "pooled", **values})
+
+
+def judge(given, **claims):
+    runs = read_runs(given)
+    answers = verdicts.judge_claims(claims, group_cells(runs), resample_runs(runs, 0, 500), 0)
+    return answers[0] if len(claims) == 1 else {answer.claim_id: answer for answer in answers}
+
+
+def make_runs(differences, base: int = 3400, role: str = "proposed", **options) -> list[RunRecord]:
+    """LoRA at ``base`` right examples, and another method ahead by that many in each seed."""
+    lora = [make_run("lora", seed, base + 7 * seed, **options) for seed, _ in enumerate(differences)]
+    other = [make_run(role, seed, base + 7 * seed + d, **options) for seed, d in enumerate(differences)]
+    return lora + other
+
+
+def test_a_clear_difference_is_supported_with_its_interval_and_test():
+    differences = [80, 100, 90, 110, 95]
+    answer = judge(make_runs(differences), above=make_claim())
+    (finding,) = answer.findings
+    points = np.array(differences) / EXAMPLES * 100
+    assert (answer.verdict, answer.reason, answer.decided_by) == ("supported", None, None)
+    assert finding.value == pytest.approx(points.mean())
+    assert (finding.test, finding.seeds) == ("paired t", (5,))
+    assert finding.p_value == finding.p_value_holm == pytest.approx(stats.ttest_1samp(points, 0).pvalue)
+    assert 0 < finding.low < finding.value < finding.high
+
+
+def test_a_clear_difference_the_other_way_is_refuted():
+    answer = judge(make_runs([-80, -100, -90, -110, -95]), above=make_claim())
+    assert (answer.verdict, answer.reason, answer.decided_by) == ("refuted", None, None)
+
+
+def test_the_bound_is_what_is_tested():
+    differences = [-4, -2, -6, -3, -5]  # -0.1 points
+    given = make_runs(differences)
+    answer = judge(given, within=make_claim(at_least=-1.0))
+    points = np.array(differences) / EXAMPLES * 100
+    assert answer.verdict == "supported"
+    assert answer.findings[0].p_value == pytest.approx(stats.ttest_1samp(points, -1.0).pvalue)
+    assert judge(given, above=make_claim(at_least=0.0)).verdict == "refuted"
+    assert judge(given, above=make_claim(at_least=None, at_most=0.0)).verdict == "supported"
+
+
+def test_seeds_that_disagree_leave_it_undecided_and_say_how_many_would_do():
+    differences = [300, -280, 290, -250, 200]
+    answer = judge(make_runs(differences), above=make_claim())
+    assert answer.verdict == "undecided" and "interval reaches across the bound" in answer.reason
+    values = np.array(differences) / EXAMPLES
+    needed = verdicts.statistics.seeds_needed(values.mean(), values.std(ddof=1))
+    assert answer.decided_by.startswith(f"about {needed} seeds, if")
+
+
+def test_examples_that_cannot_tell_are_named_instead_of_seeds():
+    # 3 of 4,000 examples in every seed, but 200 examples change sides each way.
+    labels = records.make_labels(EXAMPLES)
+    given = []
+    for seed in range(5):
+        for role, block in (("lora", slice(0, 200)), ("proposed", slice(200, 397 + seed % 2))):
+            wrong = np.zeros(EXAMPLES, dtype=bool)
+            wrong[block] = True
+            predictions = np.where(wrong, 1 - labels, labels)
+            paths = {
+                "summary__eval_predictions": pack_classes(predictions, 2),
+                "summary__final_eval_accuracy": float(np.mean(predictions == labels)),
+            }
+            given.append(make_run(role, seed, 3000, **paths))
+    answer = judge(given, above=make_claim())
+    assert answer.verdict == "undecided", "the seeds agree, but other examples might not"
+    assert answer.findings[0].p_value_holm < 0.05
+    assert "no number of seeds on these 4000 examples" in answer.decided_by
+    # Difference about 0.065 points, its standard error over examples sqrt(400)/4000 = 0.5 points.
+    needed = int(answer.decided_by.split("about ")[1].split(" ")[0].replace(",", ""))
+    assert needed == pytest.approx(4000 * (1.96 * 0.5 / 0.065) ** 2, rel=0.15)
+
+
+def test_one_seed_decides_nothing():
+    answer = judge(make_runs([200]), above=make_claim())
+    assert answer.verdict == "undecided"
+    assert answer.reason == "no seed-level test possible: one paired seed"
+    assert answer.findings[0].interval_over == "examples" and answer.findings[0].test is None
+
+
+def test_pooled_over_cells_uses_stratified_flips():
+    differences = {0.1: [40, 70, 10, 55, 20], 0.2: [100, 60, 75, 90, 85], 0.5: [15, 30, 25, 60, 35]}
+    given = [run for budget, values in differences.items() for run in make_runs(values, budget=budget)]
+    answer = judge(given, above=make_claim())
+    (finding,) = answer.findings
+    strata = [np.array(values) / EXAMPLES for values in differences.values()]
+    flips = [stratified_sign_flip_p_value(strata, np.random.default_rng(0), side) for side in ("greater", "less")]
+    assert (finding.test, finding.seeds, len(finding.cells)) == ("stratified sign flips", (5, 5, 5), 3)
+    assert finding.p_value == pytest.approx(2 * min(flips))
+    assert finding.value == pytest.approx(100 * np.mean([values.mean() for values in strata]))
+    assert answer.verdict == "supported"
+
+
+def test_each_cell_has_to_hold():
+    good, bad = [100, 90, 80, 110, 95], [-100, -90, -80, -110, -95]
+    mixed = make_runs(good, budget=0.1) + make_runs(bad, budget=0.5)
+    answer = judge(mixed, each=make_claim(scope="each_cell"))
+    assert [finding.verdict for finding in answer.findings] == ["supported", "refuted"]
+    assert answer.verdict == "refuted"
+    half_open = make_runs(good, budget=0.1) + make_runs([100, -90, 10, -20, 5], budget=0.5)
+    answer = judge(half_open, each=make_claim(scope="each_cell"))
+    assert answer.verdict == "undecided" and answer.reason.startswith("glue/sst2, roberta-base, 0.5 %: the interval")
+    only = judge(mixed, one=make_claim(scope="each_cell", budgets=[0.1]))
+    assert only.verdict == "supported"
+    none = judge(mixed, none=make_claim(budgets=[0.2]))
+    assert (none.verdict, none.reason) == ("undecided", "no runs at a budget of 0.2 %")
+
+
+def test_holm_runs_over_all_claims():
+    given = make_runs([30, 60, 20, 80, 50])
+    alone = judge(given, a=make_claim()).findings[0]
+    together = judge(given, a=make_claim(), b=make_claim(at_least=-0.5), c=make_claim(at_least=0.2))
+    raw = [together[name].findings[0].p_value for name in "abc"]
+    assert raw[0] == alone.p_value
+    assert [together[name].findings[0].p_value_holm for name in "abc"] == holm_adjust(raw)
+
+
+def with_times(times) -> list[RunRecord]:
+    return [
+        make_run(role, seed, 3400, summary__training_time_s=value)
+        for role, values in times.items()
+        for seed, value in enumerate(values)
+    ]
+
+
+def test_times_are_compared_as_ratios():
+    times = {"lora": [100.0, 102.0, 98.0, 101.0], "proposed": [100.4, 102.7, 98.4, 101.6]}
+    given = with_times(times)
+    claim = make_claim(measure="training_time", at_least=None, at_most=1.01)
+    (finding,) = (answer := judge(given, time=claim)).findings
+    logs = np.log(np.array(times["proposed"]) / np.array(times["lora"]))
+    assert answer.verdict == "supported"
+    assert finding.value == pytest.approx(math.exp(logs.mean()))
+    assert finding.p_value == pytest.approx(stats.ttest_1samp(logs, math.log(1.01)).pvalue)
+    assert (finding.low, finding.high) == pytest.approx(
+        tuple(np.exp(stats.ttest_1samp(logs, 0).confidence_interval(0.95)))
+    )
+    assert judge(given, time=make_claim(measure="training_time", at_least=None, at_most=1.001)).verdict == "refuted"
+
+
+@pytest.mark.parametrize(
+    ("ratio", "verdict"), [(0.87, "supported"), (0.95, "refuted"), (0.80, "refuted"), (0.9, "undecided")]
+)
+def test_a_claim_with_two_bounds(ratio: float, verdict: str):
+    spread = np.array([-0.002, 0.001, 0.003, -0.002])
+    given = with_times({"lora": [100.0] * 4, "proposed": (100 * (ratio + spread)).tolist()})
+    claim = make_claim(measure="training_time", at_least=0.85, at_most=0.90)
+    assert judge(given, time=claim).verdict == verdict
+
+
+def test_times_of_different_machines_decide_nothing():
+    given = with_times({"lora": [100.0, 101.0, 102.0], "proposed": [90.0, 91.0, 92.5]})
+    given[0] = records.change(given[0], config__resolved__environment={"device": "H100", "threads": 2})
+    answer = judge(given, time=make_claim(measure="training_time", at_least=None, at_most=1.01))
+    assert answer.verdict == "undecided" and "different machines (H100, 2 threads; None, None threads)" in answer.reason
+
+
+def test_runs_that_differ_in_more_than_the_method_decide_nothing():
+    given = [
+        run if "lora" in run.run_id else records.change(run, config__run__training__learning_rate=1e-3)
+        for run in make_runs([100, 90, 80, 110, 95])
+    ]
+    answer = judge(given, above=make_claim())
+    assert answer.verdict == "undecided"
+    assert "unequal training settings: training.learning_rate is 0.001 for FW-LoRA, 0.0002 for LoRA" in answer.reason
+
+
+def test_the_control_must_have_the_same_strength():
+    lora_free = [make_run("control", s, 3400 + s) for s in range(4)] + [make_run("proposed", s, 3500) for s in range(4)]
+    claim = make_claim(contrast={"proposed": 1, "control": -1})
+    assert judge(lora_free, control=claim).verdict == "supported"
+    weaker = [
+        records.change(run, config__run__fw_lora__lambda_fw=1e-3) if "control" in run.run_id else run
+        for run in lora_free
+    ]
+    answer = judge(weaker, control=claim)
+    assert answer.verdict == "undecided" and "the control's fw_lora.lambda_fw is not the method's" in answer.reason
+
+
+def test_missing_methods_are_named():
+    answer = judge(make_runs([10, 20]), gain=make_claim(contrast={"proposed": 1, "adalora": -1}))
+    assert answer.verdict == "undecided" and answer.reason.endswith("no runs of AdaLoRA")
+    assert answer.findings[0].value is None
+
+
+def test_a_share_of_a_gain_is_a_contrast_of_three():
+    lora, adalora, proposed = (3400, 3500, 3490)
+    given = [
+        make_run(role, seed, right + 3 * seed + (seed % 2 if role == "proposed" else 0))
+        for role, right in (("lora", lora), ("adalora", adalora), ("proposed", proposed))
+        for seed in range(4)
+    ]
+    contrast = {"proposed": 1, "adalora": -0.8, "lora": -0.2}
+    answers = judge(
+        given,
+        gain=make_claim(contrast={"adalora": 1, "lora": -1}),
+        share=make_claim(contrast=contrast, requires="gain"),
+    )
+    # 90 - 0.8 · 100 examples, and half an example on average.
+    assert answers["share"].findings[0].value == pytest.approx(100 * 10.5 / EXAMPLES)
+
+
+@pytest.mark.parametrize(
+    ("gains", "verdict"), [([-80, -100, -90, -110], "refuted"), ([200, -190, 150, -180], "undecided")]
+)
+def test_a_claim_without_its_premise_is_not_supported(gains, verdict):
+    given = make_runs(gains, role="adalora") + [make_run("proposed", s, 3700 + 7 * s) for s in range(4)]
+    answers = judge(
+        given,
+        premise=make_claim(contrast={"adalora": 1, "lora": -1}),
+        claim=make_claim(contrast={"proposed": 1, "adalora": -0.5, "lora": -0.5}, requires="premise"),
+    )
+    assert answers["premise"].verdict == verdict
+    assert answers["claim"].verdict == verdict
+    assert f"which is {verdict}" in answers["claim"].reason
+
+
+def with_norms(factors) -> list[RunRecord]:
+    """LoRA and FW-LoRA runs of six modules; FW-LoRA's norms are LoRA's times ``factors``, by rank of importance."""
+    names = [f"encoder.layer.{i}.query" for i in range(6)]
+    importances = [0.3, 0.05, 0.2, 0.1, 0.25, 0.1]
+    order = sorted(range(6), key=lambda i: (importances[i], names[i]))
+    given = []
+    for seed in range(4):
+        norms = 1.0 + np.random.default_rng(seed).random(6)
+        scaled = norms * 1.001**seed
+        for place, module in enumerate(order):
+            scaled[module] *= factors[place]
+        for role, values, measured in (("lora", norms, [None] * 6), ("proposed", scaled, importances)):
+            paths = {
+                "summary__module_names": names,
+                "summary__module_delta_norms": values.tolist(),
+                "summary__module_importances": measured,
+            }
+            given.append(make_run(role, seed, 3400, **paths))
+    return given
+
+
+def test_norms_are_compared_within_each_half_of_the_modules():
+    given = with_norms([0.5, 0.6, 0.7, 0.99, 1.0, 1.0])
+    answers = judge(
+        given,
+        low=make_claim(measure="update_norm", modules="least_important", at_least=None, at_most=1.0),
+        high=make_claim(measure="update_norm", modules="most_important", at_least=0.95),
+    )
+    drift = 1.001**1.5
+    assert answers["low"].findings[0].value == pytest.approx((0.5 * 0.6 * 0.7) ** (1 / 3) * drift)
+    assert answers["high"].findings[0].value == pytest.approx(0.99 ** (1 / 3) * drift)
+    assert (answers["low"].verdict, answers["high"].verdict) == ("supported", "supported")
+
+
+def test_norms_that_were_not_recorded_are_named():
+    claim = make_claim(measure="update_norm", modules="least_important", at_least=None, at_most=1.0)
+    answer = judge(make_runs([10, 20]), low=claim)
+    assert "run proposed-sst2-0.2-0 recorded no importances" in answer.reason
+    given = [records.change(run, summary__module_delta_norms=[0.0] * 6) for run in with_norms([1.0] * 6)]
+    assert "no module of seed 0 was updated by all methods" in judge(given, low=claim).reason
+
+
+def test_variants_are_told_apart_and_the_specifications_own_is_chosen():
+    given = make_runs([100, 90, 80, 110])
+    other = [records.change(make_run("proposed", s, 3000), config__run__fw_lora__importance="max") for s in range(4)]
+    renamed = [records.change(run, run_id=f"max{i}") for i, run in enumerate(other)]
+    answer = judge(given + renamed, above=make_claim())
+    assert answer.verdict == "supported" and answer.findings[0].value == pytest.approx(100 * 95 / EXAMPLES)
+    steeper = [
+        records.change(renamed[i], config__run__fw_lora__importance="sum", config__run__fw_lora__lambda_fw=1)
+        for i in range(4)
+    ]
+    answer = judge(given + steeper, above=make_claim())
+    assert answer.verdict == "undecided" and "several variants of FW-LoRA" in answer.reason
+
+
+def test_every_claim_of_the_repository_is_read_and_quotes_the_specification():
+    claims = load_claims(CLAIMS)
+    assert [claim.order for claim in claims.values()] == list(range(1, len(claims) + 1))
+    measures = {claim.measure for claim in claims.values()}
+    assert measures == {"quality", "training_time", "update_norm"}
+    contrasts = [claim.contrast for claim in claims.values()]
+    assert {"proposed": 1, "control": -1} in contrasts and {"proposed": 1, "lora": -1} in contrasts
+    specification = REPOSITORY.parent / "shared" / "spec" / "specification.md"
+    if specification.is_file():
+        text = " ".join(specification.read_text().split())
+        for name, claim in claims.items():
+            assert all(part.strip() in text for part in claim.quote.split("[...]")), name
+
+
+def test_all_mistakes_of_all_claim_files_are_reported_at_once(tmp_path: Path):
+    good = yaml.safe_load((CLAIMS / "above-lora.yaml").read_text())
+    broken = {
+        "bounds": {**good, "at_least": None},
+        "order": {**good, "at_least": 1, "at_most": 1},
+        "weights": {**good, "contrast": {"proposed": 1, "lora": -0.5}},
+        "role": {**good, "contrast": {"proposed": 1, "dora": -1}},
+        "unknown": {**good, "bound": 3},
+        "modules": {**good, "measure": "update_norm"},
+        "ratio": {**good, "measure": "training_time", "at_least": 0},
+        "requires": {**good, "requires": "nothing"},
+        "premise": {**good, "requires": "good"},
+        "chain": {**good, "requires": "premise"},
+    }
+    (tmp_path / "good.yaml").write_text(yaml.safe_dump(good))
+    for name, content in broken.items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    (tmp_path / "list.yaml").write_text("[1, 2]")
+    (tmp_path / "syntax.yaml").write_text("a: [")
+    with pytest.raises(UserError) as raised:
+        load_claims(tmp_path)
+    message = str(raised.value)
+    for expected in (
+        "bounds.yaml: at_least or at_most is needed",
+        "order.yaml: at_least (1.0) must be below at_most (1.0)",
+        "weights.yaml: contrast needs two roles or more whose weights sum to 0",
+        "role.yaml: contrast.dora",
+        "unknown.yaml: bound: Extra inputs are not permitted",
+        "modules.yaml: modules goes with measure: update_norm",
+        "ratio.yaml: a bound of a ratio must be positive",
+        "requires.yaml: requires 'nothing', which is none of",
+        "chain.yaml: requires 'premise', which requires another claim itself",
+        "list.yaml: is not a mapping",
+        "syntax.yaml: ",
+    ):
+        assert expected in message, message
+    assert "good.yaml:" not in message and "premise.yaml:" not in message
+
+
+def test_no_claims_are_no_mistake(tmp_path: Path):
+    assert load_claims(tmp_path) == {}
