@@ -22,6 +22,7 @@ from transformers import AutoModelForSequenceClassification, RobertaConfig, Robe
 from fwlora.adapters import find_adapter_pairs, find_target_matrices
 from fwlora.experiment.batching import Padding, TokenizedSplit, collate, plan_epoch
 from fwlora.experiment.command_line import compose_settings
+from fwlora.experiment.host import name_device
 from fwlora.experiment.pretrained import fetching, resolve_pretrained
 from fwlora.experiment.provenance import describe_environment
 from fwlora.methods import PlainLora, attach_lora
@@ -154,7 +155,11 @@ MODELS = {"minilm": load_minilm, "roberta-base": make_roberta_base}
 
 def write_json(path: Path, device: torch.device, settings: dict[str, Any], results: dict[str, Any]) -> None:
     """Writes settings, results, machine and versions, whole or not at all."""
-    record = {"environment": describe_environment(REPOSITORY, device), "settings": settings, **results}
+    record = {
+        "environment": describe_environment(REPOSITORY, name_device(device), torch.get_num_threads()),
+        "settings": settings,
+        **results,
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(record, indent=2) + "\n")

@@ -21,8 +21,7 @@ from fwlora.budget import BudgetError, adapter_cost
 from fwlora.config import FisherWeighting, RankPlan, plan_ranks
 from fwlora.experiment import metrics
 from fwlora.experiment.errors import UserError
-from fwlora.experiment.pretrained import fetching, resolve_pretrained
-from fwlora.experiment.provenance import fingerprint_weights
+from fwlora.experiment.pretrained import fetching, fingerprint_weights, resolve_pretrained
 from fwlora.experiment.settings import ModelSettings, RunSettings
 from fwlora.methods import AdaLora, FwLora, Method, PlainLora, attach_adalora, attach_lora, plan_adalora
 from fwlora.regularizer import FisherWeightedLora

@@ -14,6 +14,7 @@ from typing import Any
 
 import hydra
 import numpy as np
+import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
@@ -21,10 +22,10 @@ from fwlora.adapters import save_adapter
 from fwlora.config import RankPlan
 from fwlora.experiment import metrics
 from fwlora.experiment.batching import TokenizedSplit
-from fwlora.experiment.command_line import enter_program, settings_of
+from fwlora.experiment.command_line import enter_program, restore_command, settings_of
 from fwlora.experiment.engine import Execution, Task, TrainingResult, train
 from fwlora.experiment.errors import UserError, user_errors_exit
-from fwlora.experiment.host import choose_device, choose_precision, keep_freed_memory
+from fwlora.experiment.host import choose_device, choose_precision, keep_freed_memory, name_device
 from fwlora.experiment.processes import Processes, is_main_process
 from fwlora.experiment.progress import ProgressPrinter
 from fwlora.experiment.provenance import describe_environment
@@ -66,8 +67,12 @@ def announce(line: str) -> None:
         print(line, flush=True)
 
 
-def run_training(settings: ProgramSettings) -> None:
+def run_training(settings: ProgramSettings, command: str | None = None) -> None:
     """One whole run, recorded by the tracker that the settings name.
+
+    Args:
+        settings: of the run and the program.
+        command: that made it, to be recorded.
 
     Raises:
         UserError: input that cannot make a run; before any weight is loaded, wherever that can be known.
@@ -84,7 +89,7 @@ def run_training(settings: ProgramSettings) -> None:
             announce(warning)
     directory = Path(settings.results_dir) / run.run_id
     target = WandbTarget(settings.wandb.entity, settings.wandb.project, settings.wandb.mode, settings.wandb.required)
-    config = {**settings.model_dump(), "resolved": resolved_facts(settings, prepared)}
+    config = {**settings.model_dump(), "resolved": resolved_facts(settings, prepared, command)}
     tracker: Tracker = NullTracker()
     if is_main_process():
         tracker = start_tracker(target, run_id=run.run_id, config=config, directory=directory, announce=announce)
@@ -150,9 +155,9 @@ def describe(settings: ProgramSettings, prepared: Prepared) -> None:
     )
 
 
-def resolved_facts(settings: ProgramSettings, prepared: Prepared) -> dict[str, Any]:
+def resolved_facts(settings: ProgramSettings, prepared: Prepared, command: str | None) -> dict[str, Any]:
     """What the program found out and evaluation needs, beside the settings."""
-    data = prepared.data
+    data, device = prepared.data, name_device(prepared.execution.device)
     return {
         "task": data.task,
         "label_names": list(data.label_names),
@@ -162,7 +167,8 @@ def resolved_facts(settings: ProgramSettings, prepared: Prepared) -> dict[str, A
         "eval_examples": len(data.evaluation.labels),
         "train_fingerprint": data.train.fingerprint,
         "eval_fingerprint": data.evaluation.fingerprint,
-        "environment": describe_environment(REPOSITORY, prepared.execution.device),
+        "command": command,
+        "environment": describe_environment(REPOSITORY, device, torch.get_num_threads()),
     }
 
 
@@ -302,7 +308,8 @@ def save_checkpoint(adapted: AdaptedModel, prepared: Prepared, folder: Path) -> 
 def main(composed: DictConfig) -> None:
     """Hydra's task; user mistakes end in one message and exit code 2."""
     with user_errors_exit():
-        run_training(settings_of(composed, HydraConfig.get().overrides.task, CONFIG_DIR))
+        overrides = list(HydraConfig.get().overrides.task)
+        run_training(settings_of(composed, overrides, CONFIG_DIR), restore_command("src.main", overrides))
 
 
 if __name__ == "__main__":

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
-from fwlora.experiment.command_line import compose_settings, known_run_ids, prepare_arguments
+from fwlora.experiment.command_line import compose_settings, known_run_ids, prepare_arguments, restore_command
 from fwlora.experiment.errors import UserError
 from fwlora.experiment.resolution import TRIAL_BATCHES, check_fisher_warmup
 from fwlora.experiment.settings import TrainingSettings
@@ -20,7 +21,7 @@ LORA = "comparative-1-roberta-base-110M--SST-2-GLUE"
 ADALORA = "comparative-2-roberta-base-110M--SST-2-GLUE"
 DESIGN = [
     f"{method}-roberta-base-110M--{task}-GLUE{budget}"
-    for method in ("comparative-1", "comparative-2", "proposed")
+    for method in ("comparative-1", "comparative-2", "comparative-3", "proposed")
     for task in ("CoLA", "SST-2")
     for budget in ("", "-b0.1", "-b0.5")
 ]
@@ -47,6 +48,32 @@ def test_the_specified_run_files_are_verbatim():
     }
 
 
+@pytest.mark.parametrize("run_id", [run_id for run_id in DESIGN if run_id.startswith("proposed")])
+def test_the_control_differs_in_its_importance_alone(run_id):
+    proposed = resolve(run=run_id).run.model_dump()
+    control = resolve(run=run_id.replace("proposed", "comparative-3", 1)).run.model_dump()
+    assert control["fw_lora"].pop("importance") == "none" and proposed["fw_lora"].pop("importance") == "sum"
+    assert control.pop("run_id") != proposed.pop("run_id")
+    assert control == proposed
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        [f"run={LORA}", "mode=trial"],
+        [f"run={LORA}-s7", "mode=full", "results_dir=a folder/b=c", "run.training.learning_rate=1e-3"],
+        [f"run={LORA}", "run.training.seed=7", "mode=full", "run.dataset.name=../data (1)/glue", "wandb.mode=offline"],
+        ["run.optuna.search_space={learning_rate: {type: uniform, low: 0, high: 1}}", f"run={PROPOSED}", "mode=full"],
+        [f"run={PROPOSED}", "mode=full", "~run.optuna.search_space.lambda_fw"],
+    ],
+)
+def test_the_command_of_a_run_can_be_restored(typed):
+    prepared = prepare_arguments(typed, CONFIG_DIR, {})
+    program, *restored = shlex.split(restore_command("src.main", prepared))[3:]
+    assert program == "src.main" and set(restored) == set(typed)
+    assert set(prepare_arguments(restored, CONFIG_DIR, {})) == set(prepared)
+
+
 def test_the_whole_design_can_be_named():
     assert set(DESIGN) <= set(known_run_ids(CONFIG_DIR))
 
@@ -55,7 +82,8 @@ def test_the_whole_design_can_be_named():
 def test_every_run_file_is_valid_and_says_what_its_name_says(run_id):
     run = resolve(run=run_id).run
     assert run.run_id == run_id
-    prefix = {"baseline_lora": "comparative-1-", "adalora": "comparative-2-", "proposed_fw_lora": "proposed-"}
+    proposed = "comparative-3-" if run.fw_lora and run.fw_lora.importance == "none" else "proposed-"
+    prefix = {"baseline_lora": "comparative-1-", "adalora": "comparative-2-", "proposed_fw_lora": proposed}
     assert run_id.startswith(prefix[run.method])
     if "GLUE" in run_id:
         assert run.dataset.subset == ("cola" if "CoLA" in run_id else "sst2")

@@ -10,6 +10,7 @@ import pytest
 from scipy import stats
 
 from fwlora.experiment.evaluation import statistics
+from fwlora.experiment.evaluation.resampling import CONFUSION_METRICS
 
 
 def test_mcnemar_of_a_hand_computed_case():
@@ -192,3 +193,36 @@ def test_sampled_flips_agree_with_all_of_them():
     exact = statistics.stratified_sign_flip_p_value(strata, rng)
     with_seventeenth = [*strata, np.zeros(3)]
     assert statistics.stratified_sign_flip_p_value(with_seventeenth, rng) == pytest.approx(exact, abs=0.01)
+
+
+def simulate_null_study(rng: np.random.Generator) -> list[np.ndarray]:
+    """Differences of two methods that do not differ: 2 tasks x 3 budgets x 5 seeds, from predictions to metrics.
+
+    Examples differ in difficulty, alike for both methods; seeds in how good the run is, and on CoLA's scale sometimes
+    by much; accuracy for the first task, Matthews correlation for the second.
+    """
+    strata = []
+    for metric, count, right, spread in (("accuracy", 872, 0.93, 0.004), ("matthews_correlation", 1043, 0.8, 0.02)):
+        labels = (rng.random(count) < 0.6).astype(int)
+        difficulty = rng.beta(8 * right, 8 * (1 - right), size=count)
+        for _ in range(3):
+            quality = difficulty + rng.normal(0.0, spread, size=(5, 2, 1))
+            predictions = np.where(rng.random((5, 2, count)) < quality, labels, 1 - labels)
+            cells = 2 * labels + predictions
+            confusions = np.stack([(cells == cell).sum(axis=2) for cell in range(4)], axis=-1).reshape(5, 2, 2, 2)
+            scores = CONFUSION_METRICS[metric](confusions)
+            strata.append(scores[:, 0] - scores[:, 1])
+    return strata
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_headline_test_rejects_one_null_study_in_twenty():
+    rng = np.random.default_rng(20_261_123)
+    p_values = [
+        statistics.stratified_sign_flip_p_value(simulate_null_study(rng), rng, samples=9_999) for _ in range(1000)
+    ]
+    rate = float(np.mean(np.array(p_values) <= 0.05))
+    print(f"false-positive rate of the headline test: {rate:.3f}")
+    assert 0.03 < rate < 0.07
+    assert stats.kstest(p_values, "uniform").pvalue > 0.01

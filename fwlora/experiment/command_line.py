@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -161,6 +162,24 @@ def compose_settings(argv: Sequence[str], config_dir: Path, environment: Mapping
             reason = " ".join(str(error).split())
             raise UserError(f"config/runs/{_file_id(overrides)}.yaml cannot be composed: {reason}") from None
         return settings_of(composed, overrides, config_dir)
+
+
+def restore_command(program: str, overrides: Sequence[str]) -> str:
+    """The command line that :func:`prepare_arguments` made ``overrides`` from, as a user would type it into a shell."""
+    values = dict(item.partition("=")[::2] for item in overrides)
+    file_id, seed = values.get("runs@run", ""), values.get("++run.training.seed")
+    by_seed = f"{file_id}-s{seed}"
+    named_by_seed = values.get("++run.run_id", "").strip("'\"") == by_seed
+    typed = []
+    for name, value in values.items():
+        if name == "runs@run":
+            typed.append(f"run={by_seed if named_by_seed else file_id}")
+        elif not (named_by_seed and name in ("++run.run_id", "++run.training.seed")):
+            key = name.removeprefix("++")
+            bare = value[1:-1] if value[:1] == value[-1:] == "'" else value
+            keeps = name.startswith("++") and _as_override(key, bare, False, []) == f"{name}={value}"
+            typed.append(f"{key}={bare if keeps else value}" if value else name)
+    return shlex.join(["python", "-u", "-m", program, *typed])
 
 
 def _file_id(overrides: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ import psutil
 import torch
 
 from fwlora.experiment.errors import UserError
+from fwlora.experiment.provenance import name_cpu
 
 # Of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -38,6 +39,11 @@ def peak_memory_mib(device: torch.device) -> float:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if psutil.MACOS else 2**10)
+
+
+def name_device(device: torch.device) -> str:
+    """The name of the GPU, or of the processor."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else name_cpu()
 
 
 def choose_device(wanted: str) -> torch.device:

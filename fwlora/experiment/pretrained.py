@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+from torch import nn
 from transformers import logging as transformers_logging
 
 from fwlora.experiment.errors import UserError
@@ -64,3 +67,17 @@ def fetching(pretrained_id: str, setting: str) -> Iterator[None]:
     finally:
         transformers_logging.set_verbosity(verbosity)
         hub_logger.setLevel(hub_level)
+
+
+def fingerprint_weights(model: nn.Module, excluded: Sequence[str] = ()) -> str:
+    """Hash of names and values of all parameters: whether two runs started from the same encoder.
+
+    Args:
+        excluded: modules to leave out, such as a head that starts at random.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if not any(name.startswith(f"{module}.") for module in excluded):
+            digest.update(name.encode())
+            digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]

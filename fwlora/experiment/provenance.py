@@ -2,47 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import nn
 
 RECORDED_PACKAGES = ("fwlora", "torch", "peft", "transformers", "datasets", "optuna", "wandb", "numpy", "scikit-learn")
 
 
-def describe_environment(repository: Path, device: torch.device) -> dict[str, Any]:
-    """Commit, versions and hardware as plain values."""
+def describe_environment(repository: Path, device: str, threads: int | None = None) -> dict[str, Any]:
+    """Commit, versions and hardware as plain values.
+
+    Args:
+        repository: a checkout.
+        device: name of what computed.
+        threads: it computed with.
+    """
     return {
         "commit": _git(repository, "rev-parse", "HEAD"),
         "dirty": bool(_git(repository, "status", "--porcelain")),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in RECORDED_PACKAGES},
         "system": f"{platform.system()} {platform.machine()}",
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
-        "threads": torch.get_num_threads(),
+        "device": device,
+        "threads": threads,
         "cpu_count": os.cpu_count(),
     }
-
-
-def fingerprint_weights(model: nn.Module, excluded: Sequence[str] = ()) -> str:
-    """Hash of names and values of all parameters: whether two runs started from the same encoder.
-
-    Args:
-        excluded: modules to leave out, such as a head that starts at random.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if not any(name.startswith(f"{module}.") for module in excluded):
-            digest.update(name.encode())
-            digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
 
 
 def _version(package: str) -> str | None:
@@ -62,5 +49,11 @@ def _git(repository: Path, *arguments: str) -> str | None:
     return answer.stdout.strip()
 
 
-def _cpu_name() -> str:
-    return str(torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or "unknown CPU")
+def name_cpu() -> str:
+    """The processor's name as its maker gives it, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, "") or platform.processor() or "unknown CPU"

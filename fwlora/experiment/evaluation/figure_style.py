@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from fwlora.experiment.evaluation.cells import Group, Role
@@ -64,11 +65,12 @@ def render(draw: Callable[[Figure], None], width: float, height: float, caption:
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_STYLE)
-        figure = Figure(figsize=(width, height), layout="constrained")
+        figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
         draw(figure)
         for form, metadata in (("pdf", _NO_PDF_METADATA), ("svg", _NO_SVG_METADATA)):
             buffer = io.BytesIO()
-            figure.savefig(buffer, format=form, bbox_inches="tight", metadata=metadata)
+            figure.savefig(buffer, format=form, metadata=metadata)
+            figure.set_layout_engine("none")  # laid out once; the second form keeps it
             contents[form] = buffer.getvalue()
     return Drawing(contents["pdf"], contents["svg"], caption)
 

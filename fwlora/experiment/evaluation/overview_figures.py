@@ -48,7 +48,7 @@ def _draw_pooled(figure: Figure, pooled: Sequence[Mapping[str, Any]]) -> None:
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.4, -0.6)
     over = {entry["interval_over"] for entry in pooled}
-    axes.set_xlabel(f"difference in points of the primary metric, 95 % interval over {' / '.join(sorted(over))}")
+    axes.set_xlabel(f"difference in points of the primary metric,\n95 % interval over {' / '.join(sorted(over))}")
 
 
 def _draw_budgets(figure: Figure, rows: Sequence[Sequence[Cell]]) -> None:
