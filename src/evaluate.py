@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from fwlora.experiment.errors import EXIT_USER_ERROR, UserError
+from fwlora.experiment.errors import user_errors_exit
 from fwlora.experiment.evaluation.claims import load_claims
-from fwlora.experiment.evaluation.evaluate import collect_records, evaluate_records, write_files
+from fwlora.experiment.evaluation.evaluate import available_cores, collect_records, evaluate_records, write_files
 from fwlora.experiment.evaluation.request import USAGE, parse_request
 from fwlora.experiment.wandb_store import load_records
 
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str]) -> int:
     if any(argument in ("-h", "--help") for argument in arguments):
         print(USAGE)
         return 0
-    try:
+    with user_errors_exit():
         request = parse_request(arguments, os.environ, CONFIG_DIR / "config.yaml")
         claims = load_claims(CONFIG_DIR / "claims")
         load = partial(
@@ -33,11 +33,8 @@ def main(arguments: Sequence[str]) -> int:
             project=request.project,
         )
         records = collect_records(load, request.run_ids)
-        evaluation = evaluate_records(records, request.results_dir, claims)
+        evaluation = evaluate_records(records, request.results_dir, claims, workers=available_cores())
         write_files(evaluation.files)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
     print(evaluation.summary)
     for path in evaluation.files:
         print(path)

@@ -115,7 +115,7 @@ def test_examples_that_cannot_tell_are_named_instead_of_seeds():
     answer = judge(given, above=make_claim())
     assert answer.verdict == "undecided", "the seeds agree, but other examples might not"
     assert answer.findings[0].p_value_holm < 0.05
-    assert "no number of seeds on these 4000 examples" in answer.decided_by
+    assert "evaluation examples: seeds alone cannot" in answer.decided_by
     # Difference about 0.065 points, its standard error over examples sqrt(400)/4000 = 0.5 points.
     needed = int(answer.decided_by.split("about ")[1].split(" ")[0].replace(",", ""))
     assert needed == pytest.approx(4000 * (1.96 * 0.5 / 0.065) ** 2, rel=0.15)
@@ -130,15 +130,36 @@ def test_one_seed_decides_nothing():
 
 def test_pooled_over_cells_uses_stratified_flips():
     differences = {0.1: [40, 70, 10, 55, 20], 0.2: [100, 60, 75, 90, 85], 0.5: [15, 30, 25, 60, 35]}
-    given = [run for budget, values in differences.items() for run in make_runs(values, budget=budget)]
+    cells = [(subset, budget, values) for subset in ("rte", "sst2") for budget, values in differences.items()]
+    given = [run for subset, budget, values in cells for run in make_runs(values, budget=budget, subset=subset)]
     answer = judge(given, above=make_claim())
     (finding,) = answer.findings
-    strata = [np.array(values) / EXAMPLES for values in differences.values()]
-    flips = [stratified_sign_flip_p_value(strata, np.random.default_rng(0), side) for side in ("greater", "less")]
-    assert (finding.test, finding.seeds, len(finding.cells)) == ("stratified sign flips", (5, 5, 5), 3)
-    assert finding.p_value == pytest.approx(2 * min(flips))
+    strata = [np.array(values) / EXAMPLES for _, _, values in cells]
+    blocks = [[(subset, seed) for seed in range(5)] for subset, _, _ in cells]
+    flips = [
+        stratified_sign_flip_p_value(strata, np.random.default_rng(0), side, blocks=blocks)
+        for side in ("greater", "less")
+    ]
+    assert (finding.test, finding.seeds, len(finding.cells)) == ("stratified sign flips", (5,) * 6, 6)
+    assert finding.p_value == pytest.approx(2 * min(flips)) == 2 / 2**10
     assert finding.value == pytest.approx(100 * np.mean([values.mean() for values in strata]))
     assert answer.verdict == "supported"
+
+
+def test_budgets_of_one_data_set_are_one_observation_for_each_seed():
+    differences = {0.1: [40, 70, 10, 55, 20], 0.2: [100, 60, 75, 90, 85]}
+    given = [run for budget, values in differences.items() for run in make_runs(values, budget=budget)]
+    (finding,) = judge(given, above=make_claim()).findings
+    means = np.mean(list(differences.values()), axis=0) / EXAMPLES
+    assert (finding.test, finding.seeds) == ("paired t", (5, 5))
+    assert finding.p_value == pytest.approx(stats.ttest_1samp(means, 0).pvalue)
+    assert finding.value == pytest.approx(100 * means.mean())
+    # A second copy of a budget says nothing new; its interval stays as wide.
+    alone = judge(make_runs(differences[0.1], budget=0.1), above=make_claim()).findings[0]
+    copied = [run for budget in (0.1, 0.2) for run in make_runs(differences[0.1], budget=budget)]
+    (twice,) = judge(copied, above=make_claim()).findings
+    assert (twice.value, twice.low, twice.high) == pytest.approx((alone.value, alone.low, alone.high))
+    assert twice.p_value == pytest.approx(alone.p_value)
 
 
 def test_each_cell_has_to_hold():

@@ -287,6 +287,17 @@ def test_constant_predictions_are_counted_not_dropped():
         ({"summary__eval_predictions": pack_classes(np.zeros(399, dtype=int), 2)}, "399 predictions for 400 labels"),
         ({"config__resolved__label_names": None}, "records no label names"),
         ({"config__run": None}, "records no settings"),
+        (
+            {"config__run": {"method": "m", "dataset": "glue", "training": "fast"}},
+            "does not record the setting dataset.name",
+        ),
+        (
+            {"config__run__training__seed": "first"},
+            "records what src.train does not write (ValueError: invalid literal",
+        ),
+        ({"config__run__model": ["roberta"]}, "records what src.train does not write (AttributeError"),
+        ({"config__resolved": "none"}, "records what src.train does not write (AttributeError"),
+        ({"summary__eval_predictions": "AAAA"}, "predictions or labels that cannot be read"),
         ({"config__run__training__seed": None}, "does not record the setting training.seed"),
         ({"history": []}, "has no eval_accuracy in its history"),
     ],
@@ -305,6 +316,8 @@ def test_runs_evaluated_on_different_examples_are_refused():
     with pytest.raises(UserError, match=r"different examples.*a \(fingerprint-sst2-400\), b \(other\)"):
         read_runs([make_record("a"), change(make_record("b", seed=2), summary__eval_fingerprint="other")])
     read_runs([make_record("a"), make_record("b", subset="cola")])
+    with pytest.raises(UserError, match=r"glue/sst2: runs were evaluated on different examples"):
+        read_runs([make_record("a"), change(make_record("b", budget=0.5), summary__eval_fingerprint="other")])
 
 
 def test_a_repeated_seed_is_refused():

@@ -193,7 +193,9 @@ def test_evaluation_end_to_end(results_dir: Path):
 def test_nothing_is_written_where_a_run_is_missing_or_unfinished(results_dir: Path, capsys: pytest.CaptureFixture[str]):
     before = sorted(results_dir.rglob("*"))
     arguments = [f"results_dir={results_dir}", f'run_ids=["{UNFINISHED}", "absent"]', "source=files"]
-    assert load_program().main(arguments) == 2
+    with pytest.raises(SystemExit) as ended:
+        load_program().main(arguments)
+    assert ended.value.code == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     assert "`absent`" in printed.err and f"'{UNFINISHED}' is unfinished" in printed.err
@@ -207,7 +209,9 @@ def test_nothing_is_written_where_a_metric_is_not_a_number(
     broken = records.change(records.make_record("b"), summary__final_eval_accuracy=float("nan"))
     good = records.make_record("p", "proposed_fw_lora")
     monkeypatch.setattr(program, "load_records", lambda run_ids, **_: [good, broken])
-    assert program.main([f"results_dir={tmp_path}", 'run_ids=["p", "b"]']) == 2
+    with pytest.raises(SystemExit) as ended:
+        program.main([f"results_dir={tmp_path}", 'run_ids=["p", "b"]'])
+    assert ended.value.code == 2
     printed = capsys.readouterr()
     assert "run 'b' has final_eval_accuracy = nan" in printed.err and printed.out == ""
     assert list(tmp_path.iterdir()) == []

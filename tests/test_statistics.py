@@ -176,6 +176,21 @@ def test_stratified_flips_of_a_hand_computed_case():
         assert got == pytest.approx(min(1.0, expected), abs=1e-12)
 
 
+def test_differences_of_one_block_flip_together():
+    strata = [np.array([0.2, 0.1, -0.1]), np.array([30.0, 10.0, 5.0])]
+    terms = [values / (3 * math.sqrt(np.mean(values**2))) for values in strata]
+    by_seed = terms[0] + terms[1]
+    sums = [np.dot(signs, by_seed) for signs in itertools.product((1, -1), repeat=3)]
+    rng = np.random.default_rng(0)
+    got = statistics.stratified_sign_flip_p_value(strata, rng, blocks=[(1, 2, 3), (1, 2, 3)])
+    assert got == pytest.approx(np.mean(np.abs(sums) >= abs(sums[0]) - 1e-12))
+    # Copies of one cell tell nothing new, which flips one by one do not know.
+    values = np.array([0.2, 0.3, 0.1, 0.25, -0.02])
+    alone = statistics.stratified_sign_flip_p_value([values], rng)
+    assert statistics.stratified_sign_flip_p_value([values] * 3, rng, blocks=[range(5)] * 3) == pytest.approx(alone)
+    assert statistics.stratified_sign_flip_p_value([values] * 3, rng) < 0.2 * alone
+
+
 def test_stratified_flips_do_not_depend_on_the_scale_of_a_cell():
     strata = [np.array([0.1, -0.2, 0.3]), np.array([5.0, 7.0, -1.0])]
     p_values = [

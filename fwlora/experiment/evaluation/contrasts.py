@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -29,6 +30,7 @@ class Sample:
 
     Attributes:
         cell: the cell's name.
+        data: the cell's data set.
         seeds: ascending, shape ``(S,)``.
         values: shape ``(S,)``.
         resampled: the same values on resamples of the evaluation examples, shape ``(S, R)``; None for what does not
@@ -37,6 +39,7 @@ class Sample:
     """
 
     cell: str
+    data: str
     seeds: tuple[int, ...]
     values: np.ndarray
     resampled: np.ndarray | None
@@ -53,6 +56,8 @@ class Estimate:
         interval_over: what the interval speaks of: ``seeds and examples``, ``examples``, ``seeds`` or ``nothing``.
         examples_error: standard deviation over resamples of the examples alone: no number of seeds lowers it.
         seeds: the means as :class:`StratifiedMean` sees them.
+        deviation: over seeds, of the mean for one seed, ``sqrt(Σ w_k² s_k²)``.
+        strata: how many means of seeds went into it.
     """
 
     mean: float
@@ -61,6 +66,8 @@ class Estimate:
     interval_over: str
     examples_error: float
     seeds: StratifiedMean
+    deviation: float
+    strata: int
 
 
 def sample_quality(cell: Cell, terms: Terms, resampled: ResampledRuns, metric: str | None = None) -> Sample:
@@ -79,7 +86,7 @@ def sample_quality(cell: Cell, terms: Terms, resampled: ResampledRuns, metric: s
         weight * resampled.stack(runs, name) for weight, (_, runs) in zip(_weights(terms), chosen, strict=True)
     )
     runs = chosen[0][1]
-    return Sample(cell.name, _seeds(runs), np.asarray(values), np.asarray(scores), runs[0].labels.size)
+    return Sample(cell.name, cell.data, _seeds(runs), np.asarray(values), np.asarray(scores), runs[0].labels.size)
 
 
 def sample_cost(cell: Cell, terms: Terms, metric: str = metrics.TRAINING_TIME_S) -> Sample:
@@ -133,29 +140,61 @@ def estimate(samples: Sequence[Sample], rng_seed: int, name: str) -> Estimate:
     """Mean and interval of a contrast over its cells.
 
     Over examples: the bootstrap, hierarchical (seeds, then examples) where there are seeds to draw from, cells fixed,
-    their resamples of a shared split the same. Otherwise Student's t over seeds.
+    their resamples of a shared split the same. Otherwise Student's t over seeds. Cells of one data set that were run
+    with the same seeds share head, data order and whatever else a seed decides, so their values are averaged for each
+    seed before anything is said of seeds.
 
     Args:
         samples: one per cell, at least one.
-        rng_seed: of the draws of seeds, together with ``name`` and the cell.
+        rng_seed: of the draws of seeds, together with ``name`` and the data set.
         name: the contrast's.
     """
-    means = stratified_mean([sample.values for sample in samples])
+    merged = _merge_shared_seeds(samples)
+    weights = [float(count) for _, count in merged]
+    means = stratified_mean([sample.values for sample, _ in merged], weights)
     several = all(len(sample.seeds) > 1 for sample in samples)
-    rows = [sample.resampled for sample in samples]
-    if any(row is None for row in rows):
+    shares = np.array(weights) / sum(weights)
+    deviation = math.sqrt(
+        sum(
+            (share * float(sample.values.std(ddof=1))) ** 2 if len(sample.seeds) > 1 else 0.0
+            for share, (sample, _) in zip(shares, merged, strict=True)
+        )
+    )
+    rows = [(share, sample, sample.resampled) for share, (sample, _) in zip(shares, merged, strict=True)]
+    resampled = [(share, sample, row) for share, sample, row in rows if row is not None]
+    if len(resampled) < len(rows):
         interval = means.interval(CONFIDENCE)
         low, high = interval or (None, None)
-        return Estimate(means.estimate, low, high, "seeds" if interval else "nothing", 0.0, means)
-    resampled = [row for row in rows if row is not None]
-    over_examples = np.mean([row.mean(axis=0) for row in resampled], axis=0)
-    drawn = [
-        average_over_seeds(row, np.random.default_rng([rng_seed, zlib.crc32(f"{sample.cell}|{name}".encode())]))
-        for row, sample in zip(resampled, samples, strict=True)
-    ]
-    low, high = percentile_interval(np.mean(drawn, axis=0))
+        over = "seeds" if interval else "nothing"
+        return Estimate(means.estimate, low, high, over, 0.0, means, deviation, len(merged))
+    over_examples = sum(share * row.mean(axis=0) for share, _, row in resampled)
+    drawn = sum(
+        share * average_over_seeds(row, np.random.default_rng([rng_seed, zlib.crc32(f"{sample.data}|{name}".encode())]))
+        for share, sample, row in resampled
+    )
+    low, high = percentile_interval(np.asarray(drawn))
     over = "seeds and examples" if several else "examples"
-    return Estimate(means.estimate, low, high, over, float(over_examples.std(ddof=1)), means)
+    error = float(np.std(over_examples, ddof=1))
+    return Estimate(means.estimate, low, high, over, error, means, deviation, len(merged))
+
+
+def blocks_of(samples: Sequence[Sample]) -> list[list[tuple[str, int]]]:
+    """What every value shares with values of other cells: its data set and seed."""
+    return [[(sample.data, seed) for seed in sample.seeds] for sample in samples]
+
+
+def _merge_shared_seeds(samples: Sequence[Sample]) -> list[tuple[Sample, int]]:
+    """Samples of one data set and the same seeds as their mean, each with the number of cells in it."""
+    alike: dict[tuple[str, tuple[int, ...]], list[Sample]] = {}
+    for sample in samples:
+        alike.setdefault((sample.data, sample.seeds), []).append(sample)
+    merged = []
+    for members in alike.values():
+        values = np.mean([sample.values for sample in members], axis=0)
+        rows = [sample.resampled for sample in members if sample.resampled is not None]
+        resampled = np.mean(rows, axis=0) if len(rows) == len(members) else None
+        merged.append((replace(members[0], values=values, resampled=resampled), len(members)))
+    return merged
 
 
 def _weights(terms: Terms) -> list[float]:
@@ -202,4 +241,4 @@ def _sample_logarithms(
                 raise Unmeasured(f"run {run.run_id} recorded no positive {metric}")
             total[place] += weight * float(np.mean(np.log(np.array(values, dtype=np.float64))))
     runs = chosen[0][1]
-    return Sample(cell.name, _seeds(runs), total, None, runs[0].labels.size)
+    return Sample(cell.name, cell.data, _seeds(runs), total, None, runs[0].labels.size)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +29,7 @@ from fwlora.experiment.evaluation.verdicts import Answer, judge_claims
 from fwlora.experiment.records import RunRecord
 
 RNG_SEED = 20_261_121
+FEWEST_RUNS_TO_SHARE = 8  # below, starting processes takes longer than what they save
 
 
 @dataclass(frozen=True)
@@ -132,13 +137,35 @@ def gather_evidence(
     )
 
 
-def draw_figures(evidence: Evidence) -> Figures:
-    """Every figure, in both forms."""
-    return Figures(
-        overview=overview_figures.draw_overview(evidence.cells, evidence.statistics),
-        cells={cell.condition: cell_figures.draw_cell(cell, evidence.statistics) for cell in evidence.cells},
-        runs={run.run_id: run_figures.draw_run(run) for run in evidence.runs},
-    )
+def draw_figures(evidence: Evidence, workers: int = 1) -> Figures:
+    """Every figure, in both forms; the same bytes whatever the number of processes that draw them.
+
+    Args:
+        evidence: what to draw.
+        workers: processes to share the work with, where there is enough of it.
+    """
+    overview = overview_figures.draw_overview(evidence.cells, evidence.statistics)
+    draw_cell = partial(cell_figures.draw_cell, statistics=evidence.statistics)
+    conditions, run_ids = [cell.condition for cell in evidence.cells], [run.run_id for run in evidence.runs]
+    if workers == 1 or len(evidence.runs) < FEWEST_RUNS_TO_SHARE:
+        cells = [draw_cell(cell) for cell in evidence.cells]
+        runs = [run_figures.draw_run(run) for run in evidence.runs]
+    else:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, context, initializer=_ignore_interrupts) as pool:
+            drawing = pool.map(draw_cell, evidence.cells), pool.map(run_figures.draw_run, evidence.runs)
+            cells, runs = list(drawing[0]), list(drawing[1])
+    return Figures(overview, dict(zip(conditions, cells, strict=True)), dict(zip(run_ids, runs, strict=True)))
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _ignore_interrupts() -> None:
+    """An interrupt is for the process that the user started; it ends the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def evaluate_records(
@@ -147,6 +174,7 @@ def evaluate_records(
     claims: Mapping[str, Claim],
     rng_seed: int = RNG_SEED,
     resamples: int = RESAMPLES,
+    workers: int = 1,
 ) -> Evaluation:
     """Check, compare, judge and draw; equal records give byte-equal files.
 
@@ -156,12 +184,13 @@ def evaluate_records(
         claims: to be answered, by id.
         rng_seed: of all resampling.
         resamples: of the bootstrap.
+        workers: processes that draw.
 
     Raises:
         UserError: runs that cannot be compared, all of them named.
     """
     evidence = gather_evidence(records, claims, rng_seed, resamples)
-    figures = draw_figures(evidence)
+    figures = draw_figures(evidence, workers)
     pictures = figures.files(results_dir)
     files: dict[Path, bytes] = {}
     for run in evidence.runs:

@@ -13,7 +13,15 @@ from fwlora.experiment import metrics
 from fwlora.experiment.evaluation import statistics
 from fwlora.experiment.evaluation.aggregate import improvement_rate
 from fwlora.experiment.evaluation.cells import Cell, Group
-from fwlora.experiment.evaluation.contrasts import Sample, Terms, Unmeasured, estimate, sample_cost, sample_quality
+from fwlora.experiment.evaluation.contrasts import (
+    Sample,
+    Terms,
+    Unmeasured,
+    blocks_of,
+    estimate,
+    sample_cost,
+    sample_quality,
+)
 from fwlora.experiment.evaluation.resampling import CONFIDENCE, ResampledRuns, percentile_interval
 
 NO_SEED_TEST = "no seed-level test possible: one paired seed"
@@ -136,7 +144,11 @@ def _compare_seed(first: Group, second: Group, samples: dict[str, Sample], place
 
 
 def _pool_pairs(cells: Sequence[Cell], resampled: ResampledRuns, rng_seed: int) -> list[dict[str, Any]]:
-    """The headline: each pair of methods over all cells that have both."""
+    """The headline: each pair of methods over all cells that have both.
+
+    ``p_value_shared_seeds`` flips the differences of one data set and seed together: they share head and data order,
+    and where that makes them depend on each other, flipping them one by one would find too much.
+    """
     by_name: dict[tuple[str, str], list[Sample]] = {}
     for cell in cells:
         for first, second in cell.pairs():
@@ -163,6 +175,11 @@ def _pool_pairs(cells: Sequence[Cell], resampled: ResampledRuns, rng_seed: int) 
                 "interval_over": found.interval_over,
                 "test": "stratified sign flips over cells and seeds" if testable else NO_SEED_TEST,
                 "p_value": statistics.stratified_sign_flip_p_value(values, rng) if testable else None,
+                "p_value_shared_seeds": (
+                    statistics.stratified_sign_flip_p_value(values, rng, blocks=blocks_of(samples))
+                    if testable
+                    else None
+                ),
             }
         )
     return pooled

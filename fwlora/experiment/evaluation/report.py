@@ -7,7 +7,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -19,7 +19,13 @@ from fwlora.experiment import metrics
 from fwlora.experiment.evaluation import tables
 from fwlora.experiment.evaluation.cells import ROLE_NAMES, Cell, Group
 from fwlora.experiment.evaluation.figure_style import MARKERS, Drawing, display_metric, style_groups
-from fwlora.experiment.evaluation.report_runs import collect_commands, collect_facts, describe_run_page
+from fwlora.experiment.evaluation.report_runs import (
+    collect_commands,
+    collect_facts,
+    describe_environment_facts,
+    describe_run_page,
+    is_dirty,
+)
 from fwlora.experiment.evaluation.verdicts import Answer, Finding
 
 if TYPE_CHECKING:
@@ -86,7 +92,12 @@ def render_report(evidence: Evidence, figures: Figures, made_by: ReportOrigin) -
         lstrip_blocks=True,
     )
     environment.filters.update(
-        typeset=typeset, points=format_points, number=format_number, p_value=format_p_value, sort_value=sort_value
+        typeset=typeset,
+        split_name=split_name,
+        points=format_points,
+        number=format_number,
+        p_value=format_p_value,
+        sort_value=sort_value,
     )
     environment.globals.update(place=place, mean_and_deviation=mean_and_deviation, metrics=metrics, strip=arrange_strip)
     template = environment.get_template("report.html.jinja")
@@ -95,8 +106,15 @@ def render_report(evidence: Evidence, figures: Figures, made_by: ReportOrigin) -
 
 
 def typeset(text: Any) -> str:
-    """With a true minus before numbers."""
-    return re.sub(r"(?<![\w.])-(?=\d)", "−", str(text))
+    """With a true minus before numbers, a curved apostrophe, and per cent that does not leave its number."""
+    signed = re.sub(r"(?<![\w.-])-(?=\d)", "−", str(text))
+    return re.sub(r"(?<=\d) ?%", "\u00a0%", re.sub(r"(?<=\w)'(?=\w)", "’", signed))
+
+
+def split_name(name: str) -> Markup:
+    """A cell's name that breaks between its parts alone."""
+    parts = [Markup('<span class="part">{}</span>').format(typeset(part)) for part in name.split(", ")]
+    return Markup(", ").join(parts)
 
 
 def format_points(value: float | None, signed: bool = False) -> str:
@@ -109,8 +127,12 @@ def format_number(value: Any, pattern: str = "{:,.0f}") -> str:
     return "–" if value is None else typeset(pattern.format(value))
 
 
-def format_p_value(value: float | None) -> str:
-    return "–" if value is None else tables.format_p_value(value).replace("<", "< ")
+def format_p_value(value: float | None, name: str = "") -> str:
+    """``0.412``, ``< 0.001``; with a name ``p = 0.412``, ``p < 0.001``."""
+    if value is None:
+        return "–"
+    text = tables.format_p_value(value).replace("<", "<\u00a0")
+    return text if not name else f"{name}\u00a0{text}" if text.startswith("<") else f"{name}\u00a0=\u00a0{text}"
 
 
 def sort_value(value: float | None) -> str:
@@ -135,7 +157,7 @@ def place(value: float, low: float, high: float, width: float = STRIP_WIDTH) -> 
 
 
 def arrange_strip(answer: Answer, finding: Finding) -> Strip | None:
-    """None where nothing was measured. Ratios are laid out by their logarithms."""
+    """None where nothing was measured. Ratios are laid out by their logarithms, all findings on one scale."""
     claim = answer.claim
     if finding.value is None:
         return None
@@ -143,7 +165,8 @@ def arrange_strip(answer: Answer, finding: Finding) -> Strip | None:
     neutral = 1.0 if claim.is_ratio else 0.0
     bounds = [bound for bound in (claim.at_least, claim.at_most) if bound is not None]
     ends = [] if finding.low is None or finding.high is None else [finding.low, finding.high]
-    shown = [to_line(value) for value in (*bounds, *ends, finding.value, neutral) if value > 0 or not claim.is_ratio]
+    found = [value for each in answer.findings for value in (each.value, each.low, each.high) if value is not None]
+    shown = [to_line(value) for value in (*bounds, *found, neutral)]
     low, high = min(shown), max(shown)
     if low == high:
         low, high = low - 0.01, high + 0.01
@@ -229,10 +252,12 @@ def _collect(evidence: Evidence, figures: Figures, made_by: ReportOrigin) -> dic
             }
             for cell in cells
         ],
-        "facts": collect_facts(evidence.runs),
+        "facts": collect_facts([run for cell in cells for run in cell.runs]),
+        "dirty": sum(is_dirty(run) for run in evidence.runs),
         "sources": [(run.run_id, run.record.state, run.record.source) for cell in cells for run in cell.runs],
         "commands": collect_commands([run for cell in cells for run in cell.runs]),
         "made_by": made_by,
+        "evaluated_with": describe_environment_facts(made_by.environment),
     }
 
 
@@ -259,7 +284,7 @@ def _summarise(cells: Sequence[Cell]) -> str:
     parts = [
         _count(sum(len(cell.runs) for cell in cells), "run"),
         _count(len(_name_methods(cells)), "method"),
-        f"{seeds} {'seed' if counts[-1] == 1 else 'seeds'} each",
+        f"{seeds} {'seed' if counts[-1] == 1 else 'seeds'}" + (" each" if len(_name_methods(cells)) > 1 else ""),
         _count(len(cells), "cell"),
     ]
     return ", ".join(parts)
@@ -276,7 +301,9 @@ def _describe_answer(answer: Answer, cells: Sequence[Cell]) -> dict[str, Any]:
     names = {name for finding in answer.findings for name in finding.cells}
     evaluated = [cell for cell in cells if cell.name in names]
     weights = [(weight, ROLE_NAMES.get(role, role)) for role, weight in claim.contrast.items()]
-    signs = [("−" if weight < 0 else "+", f"{abs(weight):g} × " if abs(weight) != 1 else "", n) for weight, n in weights]
+    signs = [
+        ("−" if weight < 0 else "+", f"{abs(weight):g} × " if abs(weight) != 1 else "", n) for weight, n in weights
+    ]
     words = " ".join(f"{sign} {size}{name}" for sign, size, name in signs).removeprefix("+ ")
     if claim.is_ratio:
         words = " / ".join(name for _, name in weights) if [w for w, _ in weights] == [1, -1] else f"exp({words})"
@@ -287,12 +314,33 @@ def _describe_answer(answer: Answer, cells: Sequence[Cell]) -> dict[str, Any]:
         "bound": " and ".join(f"{word} {typeset(f'{b:g}')}" for word, b in bounds if b is not None)
         + ("" if claim.is_ratio else " points"),
         "cells": [cell.name for cell in evaluated],
+        "why": split_reasons(answer.reason, cells),
+        "needs": split_reasons(answer.decided_by, cells),
         "elsewhere": [cell.name for cell in evaluated if claim.about and not _is_about(claim.about, cell)],
         "measured": [
-            (finding, typeset(tables.format_finding(answer, finding)).replace("p = ", "p\u00a0=\u00a0"))
+            {
+                "finding": finding,
+                "text": _format_finding(answer, finding),
+                "value": _format_finding(answer, replace(finding, p_value_holm=None)),
+            }
             for finding in answer.findings
         ],
     }
+
+
+def _format_finding(answer: Answer, finding: Finding) -> str:
+    return re.sub(r"p ([=<]) ", "p\u00a0\\1\u00a0", typeset(tables.format_finding(answer, finding)))
+
+
+def split_reasons(text: str | None, cells: Sequence[Cell]) -> list[tuple[str, list[str]]]:
+    """Sentences with the cells that each speaks of, none where it names none; equal ones are said once."""
+    names = "|".join(re.escape(cell.name) for cell in sorted(cells, key=lambda cell: -len(cell.name)))
+    sentences: dict[str, list[str]] = {}
+    for part in re.split(rf"; (?=(?:{names}): )", text) if text else []:
+        found = re.fullmatch(rf"({names}): (.*)", part, re.DOTALL)
+        sentence = found[2] if found else part
+        sentences.setdefault(sentence[:1].upper() + sentence[1:], []).extend([found[1]] if found else [])
+    return list(sentences.items())
 
 
 def _is_about(about: str, cell: Cell) -> bool:
@@ -343,7 +391,7 @@ def _describe_pairs(statistics: Mapping[str, Any]) -> list[dict[str, Any]]:
         key = (pair["cell"], pair["first"], pair["second"])
         seeds = [{**seed, "mcnemar_holm": by_seed[(*key, seed["seed"])]} for seed in pair["per_seed"]]
         test = pair["over_seeds"].get(pair["primary_metric"])
-        time = pair.get("training_time_ratio") or {"ratio": None, "low": None, "high": None}
+        time = {**dict.fromkeys(("ratio", "low", "high", "reason")), **(pair.get("training_time_ratio") or {})}
         described.append({**pair, "test": test, "holm": by_pair.get(key), "time": time, "per_seed": seeds})
     return described
 
@@ -363,6 +411,7 @@ def _describe_figures(figures: Figures, cells: Sequence[Cell]) -> list[tuple[str
 
 
 def _describe_run_figures(figures: Figures, run_id: str) -> list[dict[str, Any]]:
+    """The page shows the confusion matrix as a table, so its figure is named and not embedded."""
     return [
         _describe_figure(drawing, f"../{run_id}/{run_id}_{topic}.pdf", embedded=topic != "confusion_matrix")
         for topic, drawing in figures.runs.get(run_id, {}).items()
@@ -370,7 +419,6 @@ def _describe_run_figures(figures: Figures, run_id: str) -> list[dict[str, Any]]
 
 
 def _describe_figure(drawing: Drawing, path: str, embedded: bool = True) -> dict[str, Any]:
-    """A figure that the page shows as a table of its own is named, not embedded."""
     size = re.search(rb'width="([\d.]+)pt" height="([\d.]+)pt"', drawing.svg[:1000])
     svg = base64.b64encode(compact_svg(drawing.svg).encode()).decode() if embedded else None
     return {

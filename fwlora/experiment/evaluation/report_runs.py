@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from fwlora.experiment import metrics
@@ -21,6 +22,13 @@ _TIMES = {
     metrics.TIME_EVAL_S: "evaluation",
     metrics.TIME_SEARCH_S: "search",
     metrics.STEP_TIME_MEDIAN_S: "median step",
+}
+_ENVIRONMENT_NAMES = {
+    "python": "Python",
+    "system": "system",
+    "device": "device",
+    "threads": "threads",
+    "cpu_count": "CPU cores",
 }
 _PARAMETERS = {
     metrics.PARAMS_ADAPTER: "adapter, at the start",
@@ -101,6 +109,21 @@ def describe_commit(environment: Mapping[str, Any]) -> str:
     return f"{commit}, DIRTY" if environment.get("dirty") else str(commit)
 
 
+def is_dirty(run: EvaluatedRun) -> bool:
+    """Whether the code that trained the run was not what its commit holds."""
+    return bool(_environment(run).get("dirty"))
+
+
+def describe_environment_facts(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Names and values of one environment, the commit first."""
+    packages = environment.get("packages") or {}
+    return [
+        ("commit", describe_commit(environment)),
+        *((shown, _show(environment.get(key))) for key, shown in _ENVIRONMENT_NAMES.items()),
+        *((name, _show(packages[name])) for name in sorted(packages)),
+    ]
+
+
 def _split(runs: Sequence[EvaluatedRun], read: Callable[[EvaluatedRun], str]) -> dict[str, list[EvaluatedRun]]:
     found: dict[str, list[EvaluatedRun]] = {}
     for run in runs:
@@ -116,6 +139,10 @@ def _resolved(run: EvaluatedRun) -> Mapping[str, Any]:
     return run.record.config.get("resolved") or {}
 
 
+def _read_resolved(key: str, run: EvaluatedRun) -> str:
+    return _show(_resolved(run).get(key))
+
+
 def _environment(run: EvaluatedRun) -> Mapping[str, Any]:
     return _resolved(run).get("environment") or {}
 
@@ -125,16 +152,13 @@ def _show(value: Any) -> str:
 
 
 def _environment_facts(runs: Sequence[EvaluatedRun]) -> dict[str, Callable[[EvaluatedRun], str]]:
-    packages = dict.fromkeys(name for run in runs for name in sorted(_environment(run).get("packages") or {}))
-    names = {"python": "Python", "system": "system", "device": "device", "threads": "threads", "cpu_count": "CPU cores"}
-    return {
-        "commit": lambda run: describe_commit(_environment(run)),
-        **{shown: lambda run, key=key: _show(_environment(run).get(key)) for key, shown in names.items()},
-        "precision": lambda run: _show(_resolved(run).get("precision")),
-        **{
-            name: lambda run, name=name: _show((_environment(run).get("packages") or {}).get(name)) for name in packages
-        },
-    }
+    read = {id(run): dict(describe_environment_facts(_environment(run))) for run in runs}
+
+    def read_fact(name: str, run: EvaluatedRun) -> str:
+        return read[id(run)].get(name, NOT_RECORDED)
+
+    names = dict.fromkeys(name for facts in read.values() for name in facts)
+    return {**{name: partial(read_fact, name) for name in names}, "precision": partial(_read_resolved, "precision")}
 
 
 def _data_facts(runs: Sequence[EvaluatedRun]) -> dict[str, Callable[[EvaluatedRun], str]]:
@@ -144,7 +168,7 @@ def _data_facts(runs: Sequence[EvaluatedRun]) -> dict[str, Callable[[EvaluatedRu
         "eval_examples": "evaluation examples",
     }
     return {
-        **{shown: lambda run, key=key: _show(_resolved(run).get(key)) for key, shown in names.items()},
+        **{shown: partial(_read_resolved, key) for key, shown in names.items()},
         "evaluation data fingerprint": lambda run: _show(run.record.summary.get(metrics.EVAL_FINGERPRINT)),
     }
 

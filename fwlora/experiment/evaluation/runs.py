@@ -89,18 +89,22 @@ def read_runs(records: Sequence[RunRecord]) -> list[EvaluatedRun]:
     """Check that every record can be compared, and read what comparison needs.
 
     Raises:
-        UserError: names every run that is unfinished, lacks a value or has one that is not finite; every cell whose
-            runs were evaluated on different examples or compare different metrics; runs that repeat a seed.
+        UserError: names every run that is unfinished, lacks a value or has one that is not finite; every data
+            set whose runs were evaluated on different examples or compare different metrics; runs that repeat a seed.
     """
     runs: list[EvaluatedRun] = []
     problems: list[str] = []
     for record in records:
-        found = _find_problems(record)
+        try:
+            found = _find_problems(record)
+            if not found:
+                runs.append(_read_run(record))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            found = [f"records what src.train does not write ({type(error).__name__}: {error}); leave it out"]
         problems.extend(f"run {record.run_id!r} {problem} (read from {record.source})" for problem in found)
-        if not found:
-            runs.append(_read_run(record))
-    for key in sorted({run.cell_key for run in runs}):
-        problems.extend(_find_cell_problems([run for run in runs if run.cell_key == key]))
+    for data in sorted({run.cell_key[0] for run in runs}):
+        problems.extend(_find_data_problems(data, [run for run in runs if run.cell_key[0] == data]))
+    problems.extend(_find_repetitions(runs))
     if problems:
         raise UserError.collect("cannot evaluate, nothing was written", problems)
     return runs
@@ -124,7 +128,7 @@ def _find_problems(record: RunRecord) -> list[str]:
     if not record.finished or summary.get(metrics.COMPLETED) is not True:
         return [_UNFINISHED[record.state]]
     if not isinstance(run, Mapping):
-        return ["records no settings (config.run): it was not written by src.train"]
+        return ["records no settings (config.run): src.train did not write it; leave it out"]
     found = []
     for path in ("method", "dataset.name", "training.seed"):
         if path not in flatten_settings(run):
@@ -204,8 +208,8 @@ def _comparable_settings(run: Mapping[str, Any]) -> dict[str, str]:
     return {key: value for key, value in sorted(settings.items()) if key not in _IDENTITY and key not in searched}
 
 
-def _find_cell_problems(runs: Sequence[EvaluatedRun]) -> list[str]:
-    name = name_cell(runs[0].cell_key, with_pretrained_id=False)
+def _find_data_problems(data: str, runs: Sequence[EvaluatedRun]) -> list[str]:
+    """What keeps runs of one data set from being compared, or pooled, with each other."""
     found = []
     checks = {
         "were evaluated on different examples (eval_fingerprint)": lambda run: run.record.summary["eval_fingerprint"],
@@ -215,12 +219,20 @@ def _find_cell_problems(runs: Sequence[EvaluatedRun]) -> list[str]:
     }
     for message, read in checks.items():
         if len({read(run) for run in runs}) > 1:
-            found.append(f"{name}: runs {message}: " + ", ".join(f"{run.run_id} ({read(run)})" for run in runs))
-    same: dict[tuple[Any, ...], list[str]] = {}
+            found.append(f"{data}: runs {message}: " + ", ".join(f"{run.run_id} ({read(run)})" for run in runs))
+    return found
+
+
+def _find_repetitions(runs: Sequence[EvaluatedRun]) -> list[str]:
+    same: dict[tuple[Any, ...], list[EvaluatedRun]] = {}
     for run in runs:
-        same.setdefault((tuple(run.settings.items()), run.seed), []).append(run.run_id)
-    for ids in (ids for ids in same.values() if len(ids) > 1):
-        found.append(f"{name}: runs {', '.join(ids)} record the same settings and the same seed; pass one of them")
+        same.setdefault((run.cell_key, tuple(run.settings.items()), run.seed), []).append(run)
+    found = []
+    for (key, _, _), alike in same.items():
+        if len(alike) > 1:
+            names = ", ".join(run.run_id for run in alike)
+            cell = name_cell(key, with_pretrained_id=False)
+            found.append(f"{cell}: runs {names} record the same settings and the same seed; pass one of them")
     return found
 
 

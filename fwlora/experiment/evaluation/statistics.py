@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -74,11 +74,11 @@ class SeedTests:
 
 @dataclass(frozen=True)
 class StratifiedMean:
-    """The mean over strata of their means, with its uncertainty over seeds.
+    """The weighted mean over strata of their means, with its uncertainty over seeds.
 
     Attributes:
-        estimate: every stratum counts alike.
-        standard_error: ``sqrt(Σ s_c² / n_c) / C``; None where a stratum has one value.
+        estimate: ``Σ w_k mean_k``, weights summing to 1.
+        standard_error: ``sqrt(Σ w_k² s_k² / n_k)``; None where a stratum has one value.
         degrees_of_freedom: Satterthwaite's; None likewise, and where nothing varies.
     """
 
@@ -162,46 +162,55 @@ def stratified_sign_flip_p_value(
     rng: np.random.Generator,
     alternative: Alternative = "two-sided",
     samples: int = SIGN_FLIP_SAMPLES,
+    blocks: Sequence[Sequence[Hashable]] | None = None,
 ) -> float:
     """Sign-flip test over several cells whose differences have unlike scales.
 
     The statistic is the mean over cells of ``mean(d_c) / sqrt(mean(d_c²))``: a flip leaves the denominator as it is, so
-    the test stays exact, and a cell with large differences does not drown the others. Signs flip independently for
-    every cell and seed.
+    the test stays exact, and a cell with large differences does not drown the others.
 
     Args:
         strata: per cell, one difference per seed.
-        rng: used above 16 differences only.
+        rng: used above 16 signs only.
         alternative: what the differences are suspected to be.
         samples: sign patterns where not all are enumerated.
+        blocks: as ``strata``; differences of one block flip together, which holds where they may depend on each other.
+            None: every difference flips by itself.
 
     Returns:
         The p-value; 1 where no difference differs from 0.
     """
-    terms = []
-    for values in strata:
+    terms: dict[Hashable, float] = {}
+    for stratum, values in enumerate(strata):
         scale = math.sqrt(float(np.mean(np.square(values))))
-        terms.append(values / (scale * values.size) if scale > 0 else np.zeros(values.size))
-    return sign_flip_p_value(np.concatenate(terms), rng, alternative, samples)
+        for place, value in enumerate(values.tolist()):
+            block = (stratum, place) if blocks is None else blocks[stratum][place]
+            terms[block] = terms.get(block, 0.0) + (value / (scale * values.size) if scale > 0 else 0.0)
+    return sign_flip_p_value(np.array(list(terms.values())), rng, alternative, samples)
 
 
-def stratified_mean(strata: Sequence[np.ndarray]) -> StratifiedMean:
-    """The mean over strata of their means; with one stratum, what Student's one-sample t-test is made of.
+def stratified_mean(strata: Sequence[np.ndarray], weights: Sequence[float] | None = None) -> StratifiedMean:
+    """The weighted mean over strata of their means; with one stratum, what Student's one-sample t-test is made of.
 
     Args:
-        strata: per cell, one value per seed.
+        strata: one value per seed, for each stratum.
+        weights: of the strata; None: all alike.
     """
-    count = len(strata)
-    estimate = float(np.mean([values.mean() for values in strata]))
+    shares = np.ones(len(strata)) if weights is None else np.asarray(weights, dtype=np.float64)
+    shares = shares / shares.sum()
+    estimate = float(np.sum(shares * [values.mean() for values in strata]))
     if any(values.size < 2 for values in strata):
         return StratifiedMean(estimate, None, None)
     # Values that are equal but for rounding have no spread to test against.
-    varying = [values for values in strata if np.ptp(values) > 1e-12 * max(1.0, float(np.abs(values).max()))]
-    shares = [float(values.var(ddof=1)) / values.size for values in varying]
-    error = math.sqrt(math.fsum(shares)) / count
-    weights = [share**2 / (values.size - 1) for share, values in zip(shares, varying, strict=True)]
-    freedom = math.fsum(shares) ** 2 / math.fsum(weights) if varying else None
-    return StratifiedMean(estimate, error, freedom)
+    varying = [(share, values) for share, values in zip(shares, strata, strict=True) if _varies(values)]
+    variances = [float(share**2 * values.var(ddof=1)) / values.size for share, values in varying]
+    spreads = [variance**2 / (values.size - 1) for variance, (_, values) in zip(variances, varying, strict=True)]
+    freedom = math.fsum(variances) ** 2 / math.fsum(spreads) if varying else None
+    return StratifiedMean(estimate, math.sqrt(math.fsum(variances)), freedom)
+
+
+def _varies(values: np.ndarray) -> bool:
+    return bool(np.ptp(values) > 1e-12 * max(1.0, float(np.abs(values).max())))
 
 
 def compare_seeds(differences: np.ndarray, rng: np.random.Generator) -> SeedTests:
@@ -220,7 +229,7 @@ def compare_seeds(differences: np.ndarray, rng: np.random.Generator) -> SeedTest
     mean, wins, count = float(values.mean()), int(np.sum(values > 0)), int(values.size)
     if count == 1:
         return SeedTests(1, mean, None, wins)
-    varies = stratified_mean([values]).degrees_of_freedom is not None
+    varies = _varies(values)
     deviation = float(values.std(ddof=1))
     t_test = stats.ttest_1samp(values, 0.0) if varies else None
     smallest = 2.0 ** (1 - count) if count <= EXACT_SIGN_FLIP_LIMIT else 2.0 / (SIGN_FLIP_SAMPLES + 1)
@@ -253,8 +262,8 @@ def seeds_needed(distance: float, deviation: float, strata: int = 1) -> int | No
 
     Args:
         distance: between the mean and the bound.
-        deviation: of the mean over cells for one seed in each, ``sqrt(Σ s_c²) / C``.
-        strata: C; their seeds add degrees of freedom.
+        deviation: of the mean over strata for one seed in each, ``sqrt(Σ w_k² s_k²)``.
+        strata: how many; their seeds add degrees of freedom.
 
     Returns:
         The number, or None above :data:`MOST_SEEDS`.

@@ -2,9 +2,10 @@
 
 The rule. A claim is decided only where both sources of variance agree: the interval (over seeds and examples, for
 quality) lies wholly on one side of the claim's bound, and a test over seeds rejects the bound in the same direction, at
-5 % after Holm's correction over all claims' tests. In one cell the test is Student's paired t; over several cells,
-stratified sign flips for quality, which has scales that differ between cells, Student's t with Satterthwaite's degrees
-of freedom for ratios. Runs that differ in more than the method decide nothing.
+5 % after Holm's correction over all claims' tests. Runs of one data set and seed count as one observation, whatever
+their budgets. On one data set the test is Student's paired t; over several, stratified sign flips for quality, whose
+scales differ, and Student's t with Satterthwaite's degrees of freedom for ratios. Runs that differ in more than the
+method decide nothing.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from fwlora.experiment.evaluation.contrasts import (
     Sample,
     Terms,
     Unmeasured,
+    blocks_of,
     estimate,
     sample_cost,
     sample_quality,
@@ -209,7 +211,7 @@ def _test(
     """Name and two-sided p-value of the test that the contrast lies on its claim's bound (the harder of two)."""
     if any(len(sample.seeds) < 2 for sample in samples):
         return None, None
-    flips = len(samples) > 1 and not claim.is_ratio
+    flips = found.strata > 1 and not claim.is_ratio
 
     def one_sided(bound: float, alternative: Literal["greater", "less"]) -> float | None:
         if math.isinf(bound):
@@ -217,7 +219,8 @@ def _test(
         if not flips:
             return found.seeds.p_value(bound, alternative)
         rng = np.random.default_rng(rng_seed)
-        return statistics.stratified_sign_flip_p_value([s.values - bound for s in samples], rng, alternative)
+        shifted = [sample.values - bound for sample in samples]
+        return statistics.stratified_sign_flip_p_value(shifted, rng, alternative, blocks=blocks_of(samples))
 
     inside = [one_sided(bounds[0], "greater"), one_sided(bounds[1], "less")]
     outside = [one_sided(bounds[0], "less")] if math.isfinite(bounds[0]) else []
@@ -225,7 +228,7 @@ def _test(
     known = [p for p in (*inside, *outside) if p is not None]
     if len(known) < len(inside) + len(outside):
         return None, None  # differences that do not vary over seeds
-    name = "stratified sign flips" if flips else "paired t" if len(samples) == 1 else "stratified paired t"
+    name = "stratified sign flips" if flips else "paired t" if found.strata == 1 else "stratified paired t"
     supporting, refuting = max(p for p in inside if p is not None), min(p for p in outside if p is not None)
     return name, min(1.0, 2 * min(supporting, refuting))
 
@@ -270,12 +273,10 @@ def _say_needs(unit: _Measured) -> str:
         smallest = min(sample.examples for sample in unit.samples)
         needed = math.ceil(smallest * (limit / distance) ** 2)
         return (
-            f"no number of seeds on these {smallest} examples, whose own variance is larger than the distance to the "
-            f"bound: about {needed:,} examples"
+            f"about {needed:,} evaluation examples: seeds alone cannot, the value is too close to the bound for the "
+            f"variance of {smallest:,} examples"
         )
-    deviations = [float(sample.values.std(ddof=1)) for sample in unit.samples]
-    deviation = math.sqrt(math.fsum(value**2 for value in deviations)) / len(deviations)
-    seeds = statistics.seeds_needed(distance, deviation, len(deviations))
+    seeds = statistics.seeds_needed(distance, found.deviation, found.strata)
     if seeds is None:
         return f"more than {statistics.MOST_SEEDS:,} seeds: the value is too close to the bound"
     each = " in each cell" if len(unit.samples) > 1 else ""
