@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -11,10 +12,13 @@ from pathlib import Path
 from fwlora.experiment.errors import user_errors_exit
 from fwlora.experiment.evaluation.claims import load_claims
 from fwlora.experiment.evaluation.evaluate import available_cores, collect_records, evaluate_records, write_files
+from fwlora.experiment.evaluation.report import ReportOrigin
 from fwlora.experiment.evaluation.request import USAGE, parse_request
+from fwlora.experiment.provenance import describe_environment, name_cpu
 from fwlora.experiment.wandb_store import load_records
 
-CONFIG_DIR = Path(__file__).resolve().parents[1] / "config"
+REPOSITORY = Path(__file__).resolve().parents[1]
+CONFIG_DIR = REPOSITORY / "config"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -33,7 +37,9 @@ def main(arguments: Sequence[str]) -> int:
             project=request.project,
         )
         records = collect_records(load, request.run_ids)
-        evaluation = evaluate_records(records, request.results_dir, claims, workers=available_cores())
+        command = shlex.join(["python", "-m", "src.evaluate", *arguments])
+        made_by = ReportOrigin(command, describe_environment(REPOSITORY, name_cpu()))
+        evaluation = evaluate_records(records, request.results_dir, claims, made_by, workers=available_cores())
         write_files(evaluation.files)
     print(evaluation.summary)
     for path in evaluation.files:

@@ -71,7 +71,7 @@ def test_full_offline_run_then_evaluation(tiny, tmp_path):
         metrics = json.loads((tmp_path / run_id / "metrics.json").read_text())
         recorded = aggregated["metrics"]["eval_matthews_correlation"][run_id]
         assert recorded == metrics["summary"]["final_eval_matthews_correlation"]
-    (cell,) = aggregated["cells"]
+    (cell,) = json.loads((tmp_path / "comparison" / "statistics.json").read_text())["cells"]
     assert [(method["method"], method["seeds"]) for method in cell["methods"]] == [
         ("LoRA", [1, 2]),
         ("FW-LoRA", [1, 2]),

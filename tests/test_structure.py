@@ -95,6 +95,8 @@ def test_wheel_holds_the_library_alone(tmp_path):
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"fwlora"}
     assert {"fwlora/py.typed", "fwlora/budget.py", "fwlora/experiment/engine.py"} <= set(names)
+    parts = ("report.html.jinja", "report.macros.jinja", "report.css", "report.js")
+    assert {f"fwlora/experiment/evaluation/{part}" for part in parts} <= set(names)
 
 
 def test_no_document_or_file_carries_a_download_address_or_this_machine():

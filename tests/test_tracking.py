@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from fwlora.experiment.records import RunRecord
+from fwlora.experiment.records import RunRecord, canonicalise
 from fwlora.experiment.tracking import (
     MemoryTracker,
     NullTracker,
@@ -88,6 +89,20 @@ def test_memory_tracker_gives_the_record_of_the_run() -> None:
         state="finished",
         source="memory",
     )
+
+
+def test_record_spells_equal_values_equally() -> None:
+    tracker = MemoryTracker()
+    tracker.update_config({"run": {"lr": 1.0, "betas": (0.9, 2.0), "space": {}, "a": {"b": {}}}, "none": None})
+    tracker.log({"train_loss": -0.0, "global_step": 1.0, "fisher_warmup": True})
+    tracker.set_summary({"z": 2**60, "a": 1e300, "gone": None, "kept": [None, {}, math.inf]})
+    record = tracker.record("a")
+    assert json.dumps(record.config) == '{"none": null, "run": {"betas": [0.9, 2], "lr": 1}}'
+    assert json.dumps(record.history) == '[{"fisher_warmup": true, "global_step": 1, "train_loss": 0}]'
+    assert json.dumps(record.summary) == '{"a": 1e+300, "kept": [null, {}, Infinity], "z": 1.152921504606847e+18}'
+    whole = {"a": 2**53, "b": -(2.0**53), "c": 2**53 + 2, "d": 0.5, "e": "1.0"}
+    spelled = canonicalise(whole)
+    assert spelled == whole and [type(value) for value in spelled.values()] == [int, int, float, float, str]
 
 
 def test_what_was_logged_does_not_change_with_the_callers_objects() -> None:

@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import base64
 import gzip
+import http
 import json
 import re
+import socket
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal, Self
@@ -25,7 +28,7 @@ from typing import Any, Literal, Self
 API_KEY = "0123456789abcdef0123456789abcdef01234567"
 ENTITY = "team"
 
-Fault = Literal["error", "hang"]
+Fault = Literal["hang"] | int
 
 
 class Refusal(Exception):
@@ -48,6 +51,7 @@ class StoredRun:
     summary: str = "{}"
     state: str = "running"
     lines: dict[int, str] = field(default_factory=dict)  # wandb-history.jsonl by line number
+    steps: dict[int, int] = field(default_factory=dict)  # W&B's own step by line number
     uploads: list[str] = field(default_factory=list)
 
     @property
@@ -61,7 +65,18 @@ class StoredRun:
 
     @property
     def last_step(self) -> int:
-        return self.history[-1]["_step"] if self.lines else -1
+        return max(self.steps.values(), default=-1)
+
+    def store_lines(self, offset: int, lines: Sequence[str]) -> None:
+        """Put lines of wandb-history.jsonl from a line number on, in place of those that are there."""
+        for number, line in enumerate(lines, offset):
+            self.lines[number] = line
+            self.steps[number] = json.loads(line)["_step"]
+
+    def page(self, first_step: int, stop_step: int) -> list[str]:
+        """Lines of a range of W&B's steps, in the order logged."""
+        numbers = [number for number, step in self.steps.items() if first_step <= step < stop_step]
+        return [self.lines[number] for number in sorted(numbers)]
 
 
 class WandbServer:
@@ -70,7 +85,7 @@ class WandbServer:
     Attributes:
         runs: stored runs by ``(entity, project, run id)``.
         operations: names of the requests answered, in order.
-        fault: ``"error"`` answers 500 to everything, ``"hang"`` nothing, ``None`` works; may be set while running.
+        fault: an HTTP status answers everything with it, ``"hang"`` nothing, ``None`` works; may be set while running.
     """
 
     def __init__(self, port: int = 0) -> None:
@@ -78,22 +93,32 @@ class WandbServer:
         self.operations: list[str] = []
         self.fault: Fault | None = None
         self._lock = threading.Lock()
+        self._open(port)
+        self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
+
+    def _open(self, port: int) -> None:
         self._stopping = threading.Event()
         self._http = _HttpServer(("127.0.0.1", port), _Handler, self)
-        self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
 
     def __enter__(self) -> Self:
         threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         return self
 
+    def restart(self) -> None:
+        """Serve again on the same port, after :meth:`stop`, what was stored before."""
+        self._open(self._http.server_address[1])
+        self.__enter__()
+
     def __exit__(self, *exception: object) -> None:
         self.stop()
 
     def stop(self) -> None:
-        """Close the port: later connections are refused, as when a server has died."""
-        self._stopping.set()
-        self._http.shutdown()
-        self._http.server_close()
+        """Close the port and every connection: later ones are refused, as when a server has died."""
+        if not self._stopping.is_set():
+            self._stopping.set()
+            self._http.shutdown()
+            self._http.server_close()
+            self._http.hang_up()
 
     def run(self, run_id: str, project: str = "project", entity: str = ENTITY) -> StoredRun:
         """A stored run; ``KeyError`` when the client never created it."""
@@ -104,7 +129,8 @@ class WandbServer:
         if self.fault is not None:
             while self.fault == "hang" and not self._stopping.wait(0.05):
                 continue
-            raise Refusal(500, "internal server error")
+            status = self.fault if isinstance(self.fault, int) else 500
+            raise Refusal(status, http.HTTPStatus(status).phrase)
         with self._lock:
             if method == "PUT":
                 return self._store_upload(path)
@@ -132,7 +158,7 @@ class WandbServer:
         run = self.runs[entity, project, name]
         files = stream.get("files") or {}
         if history := files.get("wandb-history.jsonl"):
-            run.lines.update({history["offset"] + i: line for i, line in enumerate(history["content"])})
+            run.store_lines(history["offset"], history["content"])
         if summary := files.get("wandb-summary.json"):
             run.summary = summary["content"][-1]
         if stream.get("complete"):
@@ -248,16 +274,29 @@ class WandbServer:
 
     def _operation_HistoryPage(self, variables: Mapping[str, Any]) -> dict[str, Any]:
         run = self._read(variables)
-        first, stop = variables["minStep"], variables["maxStep"]
-        return {
-            "project": {"run": run and {"history": [json.dumps(r) for r in run.history if first <= r["_step"] < stop]}}
-        }
+        rows = run and run.page(variables["minStep"], variables["maxStep"])
+        return {"project": {"run": run and {"history": rows}}}
 
 
 class _HttpServer(ThreadingHTTPServer):
     def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler], wandb: WandbServer) -> None:
         super().__init__(address, handler)
         self.wandb = wandb
+        self._connections: set[socket.socket] = set()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Remember the connection: clients keep it for later requests."""
+        self._connections.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        self._connections.discard(request)
+        super().shutdown_request(request)
+
+    def hang_up(self) -> None:
+        for connection in list(self._connections):
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Clients that hang up in mid-request are part of the tests."""

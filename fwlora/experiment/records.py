@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,9 +12,10 @@ import numpy as np
 
 from fwlora.experiment import metrics
 
-
 # As the tracker saw it: ended with exit code 0; ended with another; not ended; its process is gone without an end.
 RunState = Literal["finished", "failed", "running", "crashed"]
+
+LARGEST_INTEGER = 2**53  # beyond it services keep whole numbers as floats, some of them in other digits
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,46 @@ def unpack_classes(packed: Mapping[str, Any]) -> np.ndarray:
     return values[: packed["count"]].astype(np.int64)
 
 
-def deduplicate_history(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def make_record(
+    run_id: str,
+    config: Mapping[str, Any],
+    summary: Mapping[str, Any],
+    rows: Iterable[Mapping[str, Any]],
+    state: RunState,
+    source: str,
+) -> RunRecord:
+    """A record in its one form, which does not tell by which way its values came: see :func:`canonicalise`.
+
+    Args:
+        run_id: the id it was started under.
+        config: entries by name.
+        summary: entries by name.
+        rows: history rows as logged, those of abandoned passes among them.
+        state: how it ended.
+        source: where it was read, for people.
+    """
+    history = deduplicate_history(canonicalise(row) for row in rows)
+    given = {name: value for name, value in summary.items() if value is not None}
+    return RunRecord(run_id, canonicalise(config), canonicalise(given), history, state, source)
+
+
+def canonicalise(value: Any) -> Any:
+    """A deep copy in which equal values are spelled equally, whatever service kept them and how often.
+
+    Names are in order, tuples are lists, whole numbers are ``int`` (``float`` beyond 2**53), and a name whose mapping
+    is empty is left out: JSON as services keep it tells neither 1 from 1.0 nor nothing from an empty mapping.
+    """
+    if isinstance(value, float):
+        return int(value) if value.is_integer() and abs(value) <= LARGEST_INTEGER else value
+    if isinstance(value, int):
+        return value if abs(value) <= LARGEST_INTEGER else float(value)
+    if isinstance(value, Mapping):
+        spelled = {sys.intern(name): canonicalise(value[name]) for name in sorted(value)}
+        return {name: item for name, item in spelled.items() if item != {}}
+    return [canonicalise(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def deduplicate_history(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rows of one training pass, each step once.
 
     A run that was started again under its id appends to its history. A row whose ``global_step`` does not advance

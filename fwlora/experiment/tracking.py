@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from fwlora.experiment import metrics
-from fwlora.experiment.records import RunRecord, deduplicate_history
+from fwlora.experiment.records import RunRecord, RunState, make_record
 
 
 class Tracker(Protocol):
@@ -153,11 +153,5 @@ class MemoryTracker:
 
     def record(self, run_id: str) -> RunRecord:
         """The run in the form that evaluation reads."""
-        return RunRecord(
-            run_id=run_id,
-            config=self.config,
-            summary=self.summary,
-            history=deduplicate_history(self.rows),
-            state="running" if self.exit_code is None else "failed" if self.exit_code else "finished",
-            source="memory",
-        )
+        state: RunState = "running" if self.exit_code is None else "failed" if self.exit_code else "finished"
+        return make_record(run_id, self.config, self.summary, self.rows, state, source="memory")

@@ -22,6 +22,7 @@ from fwlora.experiment.evaluation.claims import Claim
 from fwlora.experiment.evaluation.comparability import find_warnings
 from fwlora.experiment.evaluation.figure_style import Drawing
 from fwlora.experiment.evaluation.pairs import compare_pairs
+from fwlora.experiment.evaluation.report import ReportOrigin, render_report
 from fwlora.experiment.evaluation.request import COMPARISON_FOLDER
 from fwlora.experiment.evaluation.resampling import RESAMPLES, resample_runs
 from fwlora.experiment.evaluation.runs import EvaluatedRun, read_runs
@@ -172,6 +173,7 @@ def evaluate_records(
     records: Sequence[RunRecord],
     results_dir: Path,
     claims: Mapping[str, Claim],
+    made_by: ReportOrigin,
     rng_seed: int = RNG_SEED,
     resamples: int = RESAMPLES,
     workers: int = 1,
@@ -182,6 +184,7 @@ def evaluate_records(
         records: one per run, in the order in which their files are to be listed.
         results_dir: prefix of all paths; nothing is read from or written to it.
         claims: to be answered, by id.
+        made_by: what the report says of this evaluation itself.
         rng_seed: of all resampling.
         resamples: of the bootstrap.
         workers: processes that draw.
@@ -200,6 +203,7 @@ def evaluate_records(
         files.update({path: content for path, content in pictures.items() if path.parent == folder})
     cells, statistics, warnings = evidence.cells, evidence.statistics, evidence.warnings
     folder = results_dir / COMPARISON_FOLDER
+    files[folder / "report.html"] = render_report(evidence, figures, made_by)
     files[folder / "aggregated_metrics.json"] = documents.to_json(aggregate(cells, warnings))
     files[folder / "statistics.json"] = documents.to_json(statistics)
     files[folder / "claims.json"] = documents.to_json(documents.describe_answers(evidence.answers))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import itertools
 import math
 import re
@@ -10,15 +9,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from fwlora.experiment import metrics
 from fwlora.experiment.evaluation import tables
-from fwlora.experiment.evaluation.cells import ROLE_NAMES, Cell, Group
-from fwlora.experiment.evaluation.figure_style import MARKERS, Drawing, display_metric, style_groups
+from fwlora.experiment.evaluation.cells import ROLE_NAMES, Cell, Group, budget_value
+from fwlora.experiment.evaluation.claims import Claim
+from fwlora.experiment.evaluation.figure_style import MARKERS, display_metric, style_groups
+from fwlora.experiment.evaluation.report_figures import describe_figures, describe_run_figures
 from fwlora.experiment.evaluation.report_runs import (
     collect_commands,
     collect_facts,
@@ -194,22 +194,6 @@ def arrange_strip(answer: Answer, finding: Finding) -> Strip | None:
     )
 
 
-def compact_svg(svg: bytes) -> str:
-    """The same picture in about half the text: paths to a hundredth of a point, no metadata, no indentation."""
-    text = svg.decode()
-    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = re.sub(r' d="([^"]*)"', lambda found: f' d="{_compact_path(found[1])}"', text)
-    text = re.sub(r' style="([^"]*)"', lambda found: found[0].replace("; ", ";").replace(": ", ":"), text)
-    return re.sub(r">\s+<", "><", text)
-
-
-def _compact_path(path: str) -> str:
-    def shorten(found: re.Match[str]) -> str:
-        return f"{float(found[0]):.2f}".rstrip("0").rstrip(".")
-
-    return re.sub(r"\s*([A-Za-z])\s*", r"\1", re.sub(r"-?\d+\.\d+", shorten, " ".join(path.split())))
-
-
 def _collect(evidence: Evidence, figures: Figures, made_by: ReportOrigin) -> dict[str, Any]:
     """Everything that the template names."""
     cells = evidence.cells
@@ -240,12 +224,12 @@ def _collect(evidence: Evidence, figures: Figures, made_by: ReportOrigin) -> dic
         "pair_range": _find_range(_pair_ends(evidence.statistics)),
         "single_seeds": [pair for pair in evidence.statistics["pairs"] if len(pair["seeds"]) == 1],
         "how_to_read": tables.describe_statistics(evidence.statistics),
-        "figures": _describe_figures(figures, cells),
+        "figures": describe_figures(figures, cells),
         "run_pages": [
             {
                 "cell": cell,
                 "runs": [
-                    {**describe_run_page(cell, group, run), "figures": _describe_run_figures(figures, run.run_id)}
+                    {**describe_run_page(cell, group, run), "figures": describe_run_figures(figures, run.run_id)}
                     for group in cell.groups
                     for run in group.runs
                 ],
@@ -314,6 +298,8 @@ def _describe_answer(answer: Answer, cells: Sequence[Cell]) -> dict[str, Any]:
         "bound": " and ".join(f"{word} {typeset(f'{b:g}')}" for word, b in bounds if b is not None)
         + ("" if claim.is_ratio else " points"),
         "cells": [cell.name for cell in evaluated],
+        "left_out": [cell.name for cell in cells if _speaks_of(claim, cell) and cell.name not in names and names],
+        "left_out_why": [why for finding in answer.findings for why in finding.left_out],
         "why": split_reasons(answer.reason, cells),
         "needs": split_reasons(answer.decided_by, cells),
         "elsewhere": [cell.name for cell in evaluated if claim.about and not _is_about(claim.about, cell)],
@@ -326,6 +312,10 @@ def _describe_answer(answer: Answer, cells: Sequence[Cell]) -> dict[str, Any]:
             for finding in answer.findings
         ],
     }
+
+
+def _speaks_of(claim: Claim, cell: Cell) -> bool:
+    return claim.budgets is None or (cell.budget.endswith("%") and budget_value(cell.budget) in claim.budgets)
 
 
 def _format_finding(answer: Answer, finding: Finding) -> str:
@@ -394,38 +384,3 @@ def _describe_pairs(statistics: Mapping[str, Any]) -> list[dict[str, Any]]:
         time = {**dict.fromkeys(("ratio", "low", "high", "reason")), **(pair.get("training_time_ratio") or {})}
         described.append({**pair, "test": test, "holm": by_pair.get(key), "time": time, "per_seed": seeds})
     return described
-
-
-def _describe_figures(figures: Figures, cells: Sequence[Cell]) -> list[tuple[str, list[dict[str, Any]]]]:
-    groups = []
-    if figures.overview:
-        shown = [_describe_figure(drawing, f"comparison_{topic}.pdf") for topic, drawing in figures.overview.items()]
-        groups.append(("Over all cells", shown))
-    for cell in cells:
-        suffix = f"_{cell.condition}" if len(figures.cells) > 1 else ""
-        drawings = figures.cells.get(cell.condition, {})
-        shown = [_describe_figure(each, f"comparison_{topic}{suffix}.pdf") for topic, each in drawings.items()]
-        if shown:
-            groups.append((cell.name, shown))
-    return groups
-
-
-def _describe_run_figures(figures: Figures, run_id: str) -> list[dict[str, Any]]:
-    """The page shows the confusion matrix as a table, so its figure is named and not embedded."""
-    return [
-        _describe_figure(drawing, f"../{run_id}/{run_id}_{topic}.pdf", embedded=topic != "confusion_matrix")
-        for topic, drawing in figures.runs.get(run_id, {}).items()
-    ]
-
-
-def _describe_figure(drawing: Drawing, path: str, embedded: bool = True) -> dict[str, Any]:
-    size = re.search(rb'width="([\d.]+)pt" height="([\d.]+)pt"', drawing.svg[:1000])
-    svg = base64.b64encode(compact_svg(drawing.svg).encode()).decode() if embedded else None
-    return {
-        "caption": drawing.caption,
-        "svg": svg,
-        "width": round(float(size[1]) * 4 / 3) if size else None,
-        "height": round(float(size[2]) * 4 / 3) if size else None,
-        "file": path.rsplit("/", 1)[-1],
-        "address": quote(path),
-    }

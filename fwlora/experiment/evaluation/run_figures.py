@@ -191,7 +191,9 @@ def _draw_confusion(figure: Figure, run: EvaluatedRun) -> None:
     totals = counts.sum(axis=1, keepdims=True)
     percent = 100.0 * np.divide(counts, totals, out=np.zeros(counts.shape), where=totals > 0)
     axes = figure.subplots()
-    draw_grid(figure, axes, percent, matplotlib.colormaps["Blues"], "percent of the gold class", limits=(0, 100))
+    draw_grid(
+        figure, axes, percent, matplotlib.colormaps["Blues"].resampled(64), "percent of the gold class", limits=(0, 100)
+    )
     names = [textwrap.fill(name, 18) for name in run.label_names]
     rotation = 0 if num_classes < 4 else 90
     axes.set_xticks(range(num_classes), names, rotation=rotation)
@@ -202,7 +204,7 @@ def _draw_confusion(figure: Figure, run: EvaluatedRun) -> None:
         for row, column in np.ndindex(num_classes, num_classes):
             colour = "white" if percent[row, column] > 55 else "black"
             text = f"{counts[row, column]}\n{percent[row, column]:.1f} %"
-            axes.text(column, row, text, ha="center", va="center", color=colour)
+            axes.text(column, row, text, ha="center", va="center", color=colour, in_layout=False)
     axes.set_aspect("equal")
     axes.set_title(textwrap.fill(run.run_id, 40) + f"\n{run.labels.size} examples, last epoch")
 
@@ -211,7 +213,7 @@ def _draw_modules(
     figure: Figure, run: EvaluatedRun, grid: np.ndarray, layers: list[str], projections: list[str], kind: _HeatMap
 ) -> None:
     axes = figure.subplots()
-    colours = matplotlib.colormaps["cividis"]
+    colours = matplotlib.colormaps["cividis"].resampled(64)
     draw_grid(figure, axes, np.ma.masked_invalid(grid), colours, kind.label, whole=kind.whole)
     axes.set_xticks(range(len(projections)), projections, rotation=30, ha="right")
     axes.set_yticks(range(len(layers)), layers)
@@ -222,7 +224,7 @@ def _draw_modules(
             value = grid[row, column]
             text = "-" if np.isnan(value) else f"{value:.0f}" if kind.whole else f"{value:.2g}"
             colour = "white" if value < middle else "black"
-            axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=7)
+            axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=7, in_layout=False)
     axes.set_title(
         textwrap.fill(run.run_id, 48) + "\n" + kind.label + (" (grey: not adapted)" if np.isnan(grid).any() else "")
     )

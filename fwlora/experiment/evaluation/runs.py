@@ -14,7 +14,7 @@ import numpy as np
 
 from fwlora.experiment import metrics
 from fwlora.experiment.errors import UserError
-from fwlora.experiment.records import RunRecord, unpack_classes
+from fwlora.experiment.records import RunRecord, canonicalise, unpack_classes
 from fwlora.experiment.settings import SEARCHABLE
 
 _UNFINISHED = {
@@ -81,7 +81,7 @@ def flatten_settings(node: Mapping[str, Any], prefix: str = "") -> dict[str, str
         if isinstance(value, Mapping) and name != "optuna.search_space":
             flat.update(flatten_settings(value, f"{name}."))
         elif value is not None:
-            flat[name] = json.dumps(_with_integral_numbers(value), sort_keys=True, ensure_ascii=False)
+            flat[name] = json.dumps(canonicalise(value), sort_keys=True, ensure_ascii=False)
     return flat
 
 
@@ -108,14 +108,6 @@ def read_runs(records: Sequence[RunRecord]) -> list[EvaluatedRun]:
     if problems:
         raise UserError.collect("cannot evaluate, nothing was written", problems)
     return runs
-
-
-def _with_integral_numbers(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _with_integral_numbers(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_with_integral_numbers(item) for item in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _primary_eval_name(record: RunRecord) -> str | None:

@@ -37,9 +37,11 @@ def render_verdicts(answers: Sequence[Answer]) -> list[str]:
     lines = []
     for answer in answers:
         lines.append(f"{answer.verdict.upper():<9}  {answer.claim.statement}: {describe_findings(answer)}")
-        if answer.reason:
-            needs = f" Decided by: {answer.decided_by}." if answer.decided_by else ""
-            text = f"because {answer.reason}.{needs}"
+        said = [f"because {answer.reason}."] if answer.reason else []
+        said += [f"Decided by: {answer.decided_by}."] if answer.decided_by else []
+        said += [f"Without {cell}." for finding in answer.findings for cell in finding.left_out]
+        if said:
+            text = " ".join(said)
             lines += textwrap.wrap(text, _TERMINAL_WIDTH, initial_indent=" " * 11, subsequent_indent=" " * 11)
     return lines
 
@@ -80,7 +82,12 @@ def render_markdown(
                 answer.claim.statement,
                 answer.verdict,
                 describe_findings(answer),
-                "; ".join(text for text in (answer.reason, answer.decided_by) if text),
+                "; ".join(
+                    [
+                        *(text for text in (answer.reason, answer.decided_by) if text),
+                        *(f"without {cell}" for finding in answer.findings for cell in finding.left_out),
+                    ]
+                ),
             ]
             for answer in answers
         ]

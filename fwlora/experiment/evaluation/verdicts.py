@@ -55,6 +55,7 @@ class Finding:
         p_value_holm: corrected over all claims' tests.
         reason: why it is undecided; None where it is not.
         decided_by: what would decide it; None likewise.
+        left_out: cells that the claim speaks of and that could not be measured, each with the reason.
     """
 
     cells: tuple[str, ...]
@@ -69,6 +70,7 @@ class Finding:
     p_value_holm: float | None = None
     reason: str | None = None
     decided_by: str | None = None
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class _Measured:
     supports: bool
     p_value: float | None
     test: str | None
+    left_out: tuple[str, ...]
 
 
 def judge_claims(
@@ -153,7 +156,7 @@ def _measure(
     low, high = (-math.inf if bounds[0] is None else bounds[0]), (math.inf if bounds[1] is None else bounds[1])
     supports = low < found.mean < high or ((low == found.mean or found.mean == high) and claim.is_ratio)
     test, p_value = _test(claim, samples, found, (low, high), rng_seed)
-    return _Measured(claim, tuple(samples), found, (low, high), supports, p_value, test)
+    return _Measured(claim, tuple(samples), found, (low, high), supports, p_value, test, tuple(reasons))
 
 
 def _sample(claim: Claim, cell: Cell, resampled: ResampledRuns) -> Sample:
@@ -245,6 +248,7 @@ def _conclude(unit: _Measured, p_value_holm: float | None) -> Finding:
         test=unit.test,
         p_value=unit.p_value,
         p_value_holm=p_value_holm,
+        left_out=unit.left_out,
     )
     if unit.test is None:
         single = any(len(sample.seeds) < 2 for sample in unit.samples)
