@@ -9,20 +9,21 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from fwlora.experiment.errors import user_errors_exit
-from fwlora.experiment.evaluation.claims import load_claims
-from fwlora.experiment.evaluation.evaluate import available_cores, collect_records, evaluate_records, write_files
-from fwlora.experiment.evaluation.report import ReportOrigin
-from fwlora.experiment.evaluation.request import USAGE, parse_request
-from fwlora.experiment.provenance import describe_environment, name_cpu
-from fwlora.experiment.wandb_store import load_records
-
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIG_DIR = REPOSITORY / "config"
 
 
 def main(arguments: Sequence[str]) -> int:
     """Parse, load, compare, write; print the results, then every path written."""
+    # Processes that draw figures import this module, too, and should stay small.
+    from fwlora.experiment.errors import user_errors_exit
+    from fwlora.experiment.evaluation.claims import load_claims
+    from fwlora.experiment.evaluation.evaluate import available_cores, collect_records, evaluate_records, write_files
+    from fwlora.experiment.evaluation.report import ReportOrigin
+    from fwlora.experiment.evaluation.request import USAGE, parse_request
+    from fwlora.experiment.provenance import describe_environment, name_cpu
+    from fwlora.experiment.wandb_store import load_records
+
     if any(argument in ("-h", "--help") for argument in arguments):
         print(USAGE)
         return 0

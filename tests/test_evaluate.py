@@ -12,6 +12,7 @@ from pathlib import Path
 import evaluation_records as records
 import pytest
 
+from fwlora.experiment import wandb_store
 from fwlora.experiment.errors import UserError
 from fwlora.experiment.evaluation.evaluate import collect_records, write_files
 from fwlora.experiment.evaluation.request import parse_request
@@ -208,7 +209,7 @@ def test_nothing_is_written_where_a_metric_is_not_a_number(
     program = load_program()
     broken = records.change(records.make_record("b"), summary__final_eval_accuracy=float("nan"))
     good = records.make_record("p", "proposed_fw_lora")
-    monkeypatch.setattr(program, "load_records", lambda run_ids, **_: [good, broken])
+    monkeypatch.setattr(wandb_store, "load_records", lambda run_ids, **_: [good, broken])
     with pytest.raises(SystemExit) as ended:
         program.main([f"results_dir={tmp_path}", 'run_ids=["p", "b"]'])
     assert ended.value.code == 2

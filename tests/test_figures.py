@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 
 from fwlora.experiment import metrics
-from fwlora.experiment.evaluation import cell_figures, figure_style, overview_figures, run_figures
+from fwlora.experiment.evaluation import cell_figures, evaluate, figure_style, overview_figures, run_figures
 from fwlora.experiment.evaluation.cells import group_cells
 from fwlora.experiment.evaluation.evaluate import Figures, draw_figures, gather_evidence
 from fwlora.experiment.evaluation.pairs import compare_pairs
@@ -241,3 +242,20 @@ def test_equal_records_give_equal_figures_in_any_process_and_no_global_ones():
     ]
     assert printed[0] == printed[1] and len(printed[0]) == 7
     assert printed[0][-1] == "pyplot False"
+
+
+def test_characters_beyond_the_small_font_come_from_the_whole_one():
+    drawing = figure_style.render(lambda figure: figure.suptitle("ΔW ‖ − Ж ∮"), 3.0, 1.0, "words")
+    embedded = set(re.findall(rb"/BaseFont /[A-Z]{6}\+(\w+)", drawing.pdf))
+    assert embedded == {b"DejaVuSansfwlora", b"DejaVuSans"}
+    plain = figure_style.render(lambda figure: figure.suptitle("ΔW ‖ −"), 3.0, 1.0, "words")
+    assert set(re.findall(rb"/BaseFont /[A-Z]{6}\+(\w+)", plain.pdf)) == {b"DejaVuSansfwlora"}
+    assert len(plain.pdf) < 12_000
+
+
+def test_several_processes_draw_the_same(monkeypatch: pytest.MonkeyPatch):
+    given = [make_record(f"{m}{s}", m, s) for s in (1, 2) for m in ("baseline_lora", "proposed_fw_lora")]
+    evidence = gather_evidence(given, {}, resamples=50)
+    alone = draw_figures(evidence)
+    monkeypatch.setattr(evaluate, "FEWEST_RUNS_TO_SHARE", 1)
+    assert draw_figures(evidence, workers=2) == alone

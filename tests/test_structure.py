@@ -62,7 +62,8 @@ def test_one_file_knows_wandb_and_one_knows_the_parameter_names_of_peft():
         ("fwlora.experiment.command_line", ["torch", "wandb", "transformers", "optuna"]),
         ("fwlora.experiment.study", ["torch", "wandb", "transformers", "optuna"]),
         ("fwlora.experiment.evaluation.evaluate", ["torch", "wandb", "transformers", "optuna", "hydra"]),
-        ("src.evaluate", ["torch", "wandb", "transformers", "optuna", "hydra"]),
+        ("fwlora.experiment.evaluation.run_figures", ["scipy", "pandas", "sklearn", "statsmodels"]),
+        ("src.evaluate", ["numpy", "matplotlib", "pydantic"]),
         ("src.main", ["torch", "wandb", "transformers", "optuna"]),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -11,10 +12,13 @@ import pytest
 import src.train
 from fwlora.experiment import metrics
 from fwlora.experiment.command_line import compose_settings
+from fwlora.experiment.evaluation import evaluate
+from fwlora.experiment.evaluation.evaluate import Figures
 from fwlora.experiment.records import RunRecord, unpack_classes
 from fwlora.experiment.settings import ProgramSettings
 from fwlora.experiment.tracking import Tracker
 from fwlora.experiment.wandb_store import start_tracker
+from src.evaluate import main
 from src.train import run_training
 from tests.wandb_runs import (
     TARGET,
@@ -112,6 +116,32 @@ def test_study_is_the_same_bytes_from_its_files_and_from_the_server(
     assert {record.source for record in api} == {f"{TARGET.entity}/{TARGET.project}/{run_id}" for run_id in run_ids}
     for record, seed in zip(files, SEEDS * len(METHODS), strict=True):
         assert_complete(record, seed)
+
+
+def test_evaluation_writes_the_same_bytes_from_both(
+    sent_study: tuple[Path, list[str], WandbServer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # Figures take most of the time, and have a test of their own that equal records give equal bytes.
+    monkeypatch.setattr(evaluate, "draw_figures", lambda evidence, workers: Figures({}, {}, {}))
+    results_dir, run_ids, _ = sent_study
+    place = [f"wandb.entity={TARGET.entity}", f"wandb.project={TARGET.project}"]
+    written = []
+    for folder, source in ((results_dir, "files"), (tmp_path, "api")):
+        assert main([f"results_dir={folder}", f"run_ids={json.dumps(run_ids)}", f"source={source}", *place]) == 0
+        paths = [Path(line) for line in capsys.readouterr().out.splitlines() if line.startswith(str(folder))]
+        written.append({path.relative_to(folder): path.read_bytes() for path in paths})
+    pages = [contents.pop(Path("comparison/report.html")).decode() for contents in written]
+    assert written[0] == written[1]
+    assert sum(path.suffix == ".json" for path in written[0]) == 2 * len(run_ids) + 3
+    # The page alone says where a run was read.
+    assert f"{TARGET.entity}/{TARGET.project}/{run_ids[0]}" in pages[1] and str(results_dir) in pages[0]
+    aggregated = json.loads(written[0][Path("comparison/aggregated_metrics.json")])
+    assert aggregated["best_proposed"]["run_id"] in run_ids
+    claims = json.loads(written[0][Path("comparison/claims.json")])
+    assert len(claims) == len(list((CONFIG_DIR / "claims").glob("*.yaml")))
 
 
 @pytest.mark.parametrize("outage", [500, "stopped"])

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Mapping
 
 import numpy as np
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 # History rows, one per optimiser step.
 GLOBAL_STEP = "global_step"  # optimiser steps since the start of the run, from 1
@@ -89,6 +88,8 @@ def compute_task_metrics(labels: np.ndarray, predictions: np.ndarray, num_classe
     Returns:
         ``accuracy``, ``matthews_correlation`` (0 where a constant prediction leaves it undefined) and ``f1``.
     """
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef  # a second and 100 MB to all who know names
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         average = {"average": "binary"} if num_classes == 2 else {"average": "macro", "labels": range(num_classes)}

@@ -6,11 +6,10 @@ import errno
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,28 +144,23 @@ def draw_figures(evidence: Evidence, workers: int = 1) -> Figures:
         evidence: what to draw.
         workers: processes to share the work with, where there is enough of it.
     """
-    overview = overview_figures.draw_overview(evidence.cells, evidence.statistics)
-    draw_cell = partial(cell_figures.draw_cell, statistics=evidence.statistics)
-    conditions, run_ids = [cell.condition for cell in evidence.cells], [run.run_id for run in evidence.runs]
-    if workers == 1 or len(evidence.runs) < FEWEST_RUNS_TO_SHARE:
-        cells = [draw_cell(cell) for cell in evidence.cells]
-        runs = [run_figures.draw_run(run) for run in evidence.runs]
-    else:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, context, initializer=_ignore_interrupts) as pool:
-            drawing = pool.map(draw_cell, evidence.cells), pool.map(run_figures.draw_run, evidence.runs)
-            cells, runs = list(drawing[0]), list(drawing[1])
-    return Figures(overview, dict(zip(conditions, cells, strict=True)), dict(zip(run_ids, runs, strict=True)))
+    with ExitStack() as stack:
+        draw_all: Callable[..., Iterable[Mapping[str, Drawing]]] = map
+        if workers > 1 and len(evidence.runs) >= FEWEST_RUNS_TO_SHARE:
+            context = multiprocessing.get_context("spawn")
+            # An interrupt is for the process that the user started; it ends the others.
+            pool = ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+            draw_all = stack.enter_context(pool).map
+        # Cells are drawn here meanwhile: each holds all of its runs, which would be in memory twice.
+        runs = draw_all(run_figures.draw_run, evidence.runs)
+        cells = {cell.condition: cell_figures.draw_cell(cell, evidence.statistics) for cell in evidence.cells}
+        overview = overview_figures.draw_overview(evidence.cells, evidence.statistics)
+        return Figures(overview, cells, dict(zip((run.run_id for run in evidence.runs), runs, strict=True)))
 
 
 def available_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _ignore_interrupts() -> None:
-    """An interrupt is for the process that the user started; it ends the others."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def evaluate_records(

@@ -16,6 +16,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from fwlora.experiment.evaluation.cells import Group, Role
+from fwlora.experiment.evaluation.figure_font import font_families
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers; yellow is left out, it vanishes in print.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
@@ -29,7 +30,6 @@ _STYLE_ORDER: tuple[Role, ...] = ("lora", "adalora", "proposed", "control", "oth
 _STYLE: Any = {
     "pdf.fonttype": 42,
     "pdf.compression": 6,
-    "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.titlesize": 9,
     "axes.labelsize": 9,
@@ -64,7 +64,7 @@ def render(draw: Callable[[Figure], None], width: float, height: float, caption:
     contents = {}
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_STYLE)
+        matplotlib.rcParams.update(_STYLE | {"font.family": font_families()})
         figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
         draw(figure)
         for form, metadata in (("pdf", _NO_PDF_METADATA), ("svg", _NO_SVG_METADATA)):

@@ -293,7 +293,7 @@ def _say_needs(unit: _Measured) -> str:
 def _answer(name: str, claim: Claim, findings: tuple[Finding, ...]) -> Answer:
     if not findings:
         budgets = ", ".join(f"{budget:g} %" for budget in claim.budgets or ())
-        return Answer(name, claim, "undecided", f"no runs at a budget of {budgets}", "such runs", ())
+        return Answer(name, claim, "undecided", f"no runs at a budget of {budgets}", "runs at that budget", ())
     verdicts = {finding.verdict for finding in findings}
     verdict: Verdict = "refuted" if "refuted" in verdicts else "undecided" if "undecided" in verdicts else "supported"
     open_ones = [finding for finding in findings if finding.verdict == verdict == "undecided"]
