@@ -145,7 +145,10 @@ def test_a_request_to_stop_reaches_the_child(tmp_path, tiny, number, expected):
         "wandb.mode=disabled", "run.optuna.n_trials=0", "run.training.epochs=10000", *tiny,
     ]  # fmt: skip
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    # What ignores interrupts, as pytest's own worker processes do, hands that on to its children.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(command, cwd=REPOSITORY, **output) as started:
+        signal.signal(signal.SIGINT, before)
         for line in started.stdout:
             if line.startswith("step "):
                 break

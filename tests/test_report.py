@@ -396,7 +396,7 @@ def test_reasons_are_told_once(evidence: Evidence):
 
 def test_a_compacted_figure_takes_less_text(drawing: Drawing):
     original, compact = drawing.svg.decode(), compact_svg(drawing.svg)
-    assert len(compact) < 0.65 * len(original)
+    assert len(compact) < 0.75 * len(original)
     assert compact.startswith("<svg ") and "metadata" not in compact
     assert _compact_path("M 1.005 2 \nL 3.14159 2 \nL 3.14159 4.5 \nL 1.005 4.5 \nz\n") == "M1 2H3.14V4.5H1z"
     assert _compact_path("M 0.25 -1.5 \nL 3.999 2 \n") == "M0.25 -1.5L4 2"

@@ -172,7 +172,7 @@ def test_every_record_before_a_cut_or_a_flipped_bit_is_read(tmp_path: Path) -> N
             assert read == whole[: len(read)]
             counts.append(len(read))
         assert max(counts[-3:]) - min(counts[-3:]) <= 1, "no reader gave up before the damage"
-    assert counts[-3:] >= [len(whole) - 2] * 3
+    assert min(counts[-3:]) >= len(whole) - 10, "the last cut leaves all but a few short records"
 
 
 def test_every_form_of_a_history_value_is_read(tmp_path: Path) -> None:

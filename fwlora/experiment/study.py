@@ -139,11 +139,14 @@ def run_study(planned: Sequence[PlannedRun], repository: Path, console: Console)
         if line not in written:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
     figures = sum(line.endswith(".pdf") for line in written)
+    report = next((line for line in written if line.endswith("report.html")), None)
     if done.returncode == 0:
         place = repository / results_dir / "comparison"
         console.print(
             f"{len(written)} files written, {figures} of them figures: {place}", highlight=False, soft_wrap=True
         )
+        if report:
+            console.print(f"report: {repository / report}", highlight=False, soft_wrap=True)
     return done.returncode
 
 
