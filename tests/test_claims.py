@@ -15,9 +15,10 @@ from fwlora.experiment.errors import UserError
 from fwlora.experiment.evaluation import verdicts
 from fwlora.experiment.evaluation.cells import group_cells
 from fwlora.experiment.evaluation.claims import Claim, load_claims
+from fwlora.experiment.evaluation.pairs import compare_pairs
 from fwlora.experiment.evaluation.resampling import resample_runs
 from fwlora.experiment.evaluation.runs import read_runs
-from fwlora.experiment.evaluation.statistics import holm_adjust, stratified_sign_flip_p_value
+from fwlora.experiment.evaluation.statistics import holm_adjust, stratified_mean, stratified_sign_flip_p_value
 from fwlora.experiment.records import RunRecord, pack_classes
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -94,8 +95,15 @@ def test_seeds_that_disagree_leave_it_undecided_and_say_how_many_would_do():
     answer = judge(make_runs(differences), above=make_claim())
     assert answer.verdict == "undecided" and "interval reaches across the bound" in answer.reason
     values = np.array(differences) / EXAMPLES
-    needed = verdicts.statistics.seeds_needed(values.mean(), values.std(ddof=1))
-    assert answer.decided_by.startswith(f"about {needed} seeds, if")
+    allowed = abs(values.mean()) / (stats.norm.ppf(0.975) + stats.norm.ppf(0.8))
+    needed = int(answer.decided_by.split("about ")[1].split(" ")[0])
+    examples = np.arange(EXAMPLES)
+    rights = [(3400 + 7 * seed, 3400 + 7 * seed + difference) for seed, difference in enumerate(differences)]
+    by_example = np.mean([(examples < ours) * 1.0 - (examples < theirs) for theirs, ours in rights], axis=0)
+    expected = values.var(ddof=1) / (allowed**2 - by_example.var() / EXAMPLES)
+    assert expected > verdicts.statistics.seeds_needed(values.mean(), values.std(ddof=1)), "examples ask for more seeds"
+    assert needed == pytest.approx(expected, rel=0.1)
+    assert answer.decided_by.endswith("if the value is what it seems (power 80%, one claim alone)")
 
 
 def test_examples_that_cannot_tell_are_named_instead_of_seeds():
@@ -117,8 +125,8 @@ def test_examples_that_cannot_tell_are_named_instead_of_seeds():
     assert answer.findings[0].p_value_holm < 0.05
     assert "evaluation examples: seeds alone cannot" in answer.decided_by
     # Difference about 0.065 points, its standard error over examples sqrt(400)/4000 = 0.5 points.
-    needed = int(answer.decided_by.split("about ")[1].split(" ")[0].replace(",", ""))
-    assert needed == pytest.approx(4000 * (1.96 * 0.5 / 0.065) ** 2, rel=0.15)
+    needed = int(answer.decided_by.split("more than ")[1].split(" ")[0].replace(",", ""))
+    assert needed == pytest.approx(4000 * (2.8016 * 0.5 / 0.065) ** 2, rel=0.15)
 
 
 def test_one_seed_decides_nothing():
@@ -140,8 +148,10 @@ def test_pooled_over_cells_uses_stratified_flips():
         stratified_sign_flip_p_value(strata, np.random.default_rng(0), side, blocks=blocks)
         for side in ("greater", "less")
     ]
-    assert (finding.test, finding.seeds, len(finding.cells)) == ("stratified sign flips", (5,) * 6, 6)
-    assert finding.p_value == pytest.approx(2 * min(flips)) == 2 / 2**10
+    merged = [np.mean(strata[:3], axis=0), np.mean(strata[3:], axis=0)]
+    assert (finding.test, finding.seeds, len(finding.cells)) == ("stratified sign flips and t", (5,) * 6, 6)
+    assert min(flips) == 1 / 2**10 > stratified_mean(merged).p_value(0.0, "greater")
+    assert finding.p_value == pytest.approx(2 * min(flips))
     assert finding.value == pytest.approx(100 * np.mean([values.mean() for values in strata]))
     assert answer.verdict == "supported"
 
@@ -340,6 +350,194 @@ def test_variants_are_told_apart_and_the_specifications_own_is_chosen():
     ]
     answer = judge(given + steeper, above=make_claim())
     assert answer.verdict == "undecided" and "several variants of FW-LoRA" in answer.reason
+
+
+def test_equal_scores_leave_no_rounding_error_to_test():
+    roles = ("lora", "adalora", "proposed")
+    given = [make_run(r, s, 3400 + 13 * s, subset=task) for task in ("sst2", "rte") for s in range(5) for r in roles]
+    answer = judge(given, share=make_claim(contrast={"proposed": 1, "adalora": -0.8, "lora": -0.2}))
+    assert (answer.verdict, answer.findings[0].value) == ("undecided", 0.0)
+    assert answer.reason == "no test possible: the differences are the same for all seeds"
+
+
+def test_the_test_has_to_point_where_the_mean_does():
+    # Many small losses and one large gain: the mean is positive, the signs say the opposite.
+    noise = [0, 4, -4, 6, -6, 2, -2, 1]
+    given = [run for b in (0.1, 0.2, 0.3, 0.4, 0.5) for run in make_runs([-20 + n for n in noise], budget=b)]
+    given += make_runs([430 + n for n in noise], subset="rte", budget=0.2)
+    answer = judge(given, above=make_claim())
+    (finding,) = answer.findings
+    assert finding.value > 0 and finding.low > 0
+    assert answer.verdict == "undecided" and finding.p_value > 0.5
+
+
+def test_a_control_of_a_searched_strength_needs_the_same_one_for_each_seed():
+    space = {"lambda_fw": {"type": "loguniform", "low": 5e-5, "high": 5e-4}}
+    given = []
+    for role, strength, right in (("control", 5e-4, 3400), ("proposed", 5e-5, 3500)):
+        for seed in range(4):
+            search = {"n_trials": 5, "search_space": space}
+            paths = {"config__run__optuna": search, "config__run__fw_lora__lambda_fw": strength}
+            given.append(records.change(make_run(role, seed, right + 3 * seed), **paths))
+    claim = make_claim(contrast={"proposed": 1, "control": -1})
+    answer = judge(given, control=claim)
+    assert answer.verdict == "undecided" and "the control's fw_lora.lambda_fw is not the method's" in answer.reason
+    with_lora = [*given, *(records.change(make_run("lora", s, 3300), config__run__optuna=search) for s in range(4))]
+    three = make_claim(contrast={"proposed": 1, "control": -0.5, "lora": -0.5})
+    assert "the control's fw_lora.lambda_fw" in judge(with_lora, control=three).reason
+
+
+@pytest.mark.parametrize("key", ["warmup_steps", "allocation"])
+def test_the_control_shrinks_from_the_same_step_within_the_same_ranks(key):
+    given = [make_run("control", s, 3400 + s, **{f"config__run__fw_lora__{key}": "other"}) for s in range(4)]
+    given += [make_run("proposed", s, 3500 + s) for s in range(4)]
+    answer = judge(given, control=make_claim(contrast={"proposed": 1, "control": -1}))
+    assert answer.verdict == "undecided" and f"the control's fw_lora.{key} is not the method's" in answer.reason
+
+
+@pytest.mark.parametrize(
+    ("paths", "told"),
+    [
+        ({"config__engine": {"fast": False}}, "unequal engine (fast)"),
+        ({"config__resolved__precision": "fp32"}, "unequal precision: "),
+        ({"summary__total_steps": 10}, "unequal steps: "),
+        ({"summary__encoder_fingerprint": "x"}, "unequal encoder weights: "),
+        ({"config__resolved__train_fingerprint": "x"}, "unequal data (train_fingerprint): "),
+        ({"summary__final_eval_accuracy": 0.2}, "records accuracy 0.2000, its predictions give"),
+    ],
+)
+def test_runs_that_were_made_in_another_way_decide_nothing(paths, told):
+    given = [run if "lora" in run.run_id else records.change(run, **paths) for run in make_runs([100, 90, 80, 110])]
+    answer = judge(given, above=make_claim())
+    assert answer.verdict == "undecided" and told in answer.reason
+
+
+def test_a_further_seed_in_one_budget_changes_nothing():
+    values = {0.1: [40, 70, 10, 55, 20], 0.2: [100, 60, 75, 90, 85], 0.5: [15, 30, 25, 60, 35]}
+    equal = [run for budget, each in values.items() for run in make_runs(each, budget=budget)]
+    further = [make_run(role, 5, right, budget=0.2) for role, right in (("lora", 3400), ("proposed", 3900))]
+    (alone,) = judge(equal, above=make_claim()).findings
+    (more,) = judge(equal + further, above=make_claim()).findings
+    assert more.left_out == ("glue/sst2, roberta-base, 0.2 %: seeds 5, which its other budgets do not have",)
+    assert (more.value, more.low, more.high, more.p_value) == (alone.value, alone.low, alone.high, alone.p_value)
+
+
+def test_a_cell_with_one_seed_is_left_out_of_the_pool():
+    given = make_runs([100, 90, 80, 110], budget=0.1) + make_runs([-500], subset="rte", budget=0.1)
+    (finding,) = (answer := judge(given, above=make_claim())).findings
+    assert answer.verdict == "supported"
+    assert finding.left_out == ("glue/rte, roberta-base, 0.1 %: one paired seed",)
+    assert finding.cells == ("glue/sst2, roberta-base, 0.1 %",)
+
+
+def test_another_variant_alone_is_not_the_specifications_method():
+    given = [
+        run if "lora" in run.run_id else records.change(run, config__run__fw_lora__importance="max")
+        for run in make_runs([100, 90, 80, 110])
+    ]
+    answer = judge(given, above=make_claim())
+    assert answer.verdict == "undecided" and 'fw_lora.importance = "max"' in answer.reason
+
+
+def test_a_claim_about_two_tasks_is_not_supported_by_one():
+    about = {"model": "roberta-base", "tasks": ["sst2", "rte"]}
+    given = make_runs([100, 90, 80, 110])
+    answer = judge(given, above=make_claim(about=about))
+    assert (answer.verdict, answer.decided_by) == ("undecided", "runs on rte")
+    assert "it speaks of rte as well" in answer.reason and answer.findings[0].verdict == "supported"
+    both = given + make_runs([100, 95, 85, 105], subset="rte")
+    assert judge(both, above=make_claim(about=about, scope="each_cell")).verdict == "supported"
+    # Of another model, a verdict is about the runs alone.
+    elsewhere = {"model": "roberta-large", "tasks": ["sst2", "rte"]}
+    assert judge(given, above=make_claim(about=elsewhere)).verdict == "supported"
+
+
+def test_a_refuted_claim_stays_refuted_while_its_premise_is_open():
+    given = make_runs([200, -190, 150, -180], role="adalora") + [
+        make_run("proposed", s, 3000 + 9 * s) for s in range(4)
+    ]
+    answers = judge(
+        given,
+        premise=make_claim(contrast={"adalora": 1, "lora": -1}),
+        claim=make_claim(contrast={"proposed": 1, "lora": -1}, requires="premise"),
+    )
+    assert (answers["premise"].verdict, answers["claim"].verdict) == ("undecided", "refuted")
+    undecided = judge(
+        given,
+        premise=make_claim(contrast={"adalora": 1, "lora": -1}),
+        claim=make_claim(contrast={"adalora": 1, "lora": -1}, requires="premise"),
+    )
+    assert undecided["claim"].reason.endswith("which is undecided")
+
+
+def test_a_budget_in_ranks_is_no_budget_in_per_cent():
+    given = [records.change(run, config__run__model__budget_mode="rank") for run in make_runs([10, 20])]
+    answer = judge(given, claim=make_claim(budgets=[8]))
+    assert (answer.verdict, answer.findings) == ("undecided", ())
+
+
+def test_every_cell_counts_alike_however_many_its_data_set_has():
+    small, large = [10, 30, 20, 40], [200, 220, 210, 190]
+    given = [run for budget in (0.1, 0.2) for run in make_runs(small, budget=budget)]
+    given += make_runs(large, subset="rte", budget=0.1)
+    (finding,) = judge(given, above=make_claim()).findings
+    assert finding.value == pytest.approx(100 * (2 * np.mean(small) + np.mean(large)) / 3 / EXAMPLES)
+    # s² / n of the two data sets with weights 2/3 and 1/3; Satterthwaite's degrees of freedom.
+    parts = [(2 / 3) ** 2 * np.var(small, ddof=1) / 4, (1 / 3) ** 2 * np.var(large, ddof=1) / 4]
+    freedom = sum(parts) ** 2 / sum(part**2 / 3 for part in parts)
+    t_value = (2 * np.mean(small) + np.mean(large)) / 3 / math.sqrt(sum(parts))
+    flips = 2 / 2**8
+    assert finding.p_value == pytest.approx(max(flips, 2 * stats.t.sf(t_value, freedom)))
+
+
+def test_ratios_over_two_data_sets_have_a_t_test():
+    times = {"sst2": [1.02, 1.05, 1.03, 1.06], "rte": [1.01, 1.00, 1.04, 1.02]}
+    given = [
+        make_run(role, seed, 3400, subset=task, summary__training_time_s=100.0 * (ratio if role == "proposed" else 1))
+        for task, ratios in times.items()
+        for seed, ratio in enumerate(ratios)
+        for role in ("lora", "proposed")
+    ]
+    (finding,) = judge(given, time=make_claim(measure="training_time", at_least=None, at_most=1.1)).findings
+    logs = [np.log(ratios) for ratios in times.values()]
+    variances = [log.var(ddof=1) / 4 / 4 for log in logs]
+    freedom = sum(variances) ** 2 / sum(v**2 / 3 for v in variances)
+    t_value = (np.mean(logs) - math.log(1.1)) / math.sqrt(sum(variances))
+    assert finding.test == "stratified paired t"
+    assert finding.p_value == pytest.approx(2 * stats.t.cdf(t_value, freedom))
+
+
+def test_a_clear_interval_is_not_enough_where_holm_asks_for_more():
+    given = make_runs([30, 60, 20])
+    alone = judge(given, a=make_claim())
+    assert alone.findings[0].low > 0 and alone.findings[0].p_value > 0.05 / 3
+    many = judge(given, **{f"c{i}": make_claim(at_least=-0.001 * i) for i in range(10)})
+    assert {answer.verdict for answer in many.values()} == {"undecided"}
+    assert all(answer.findings[0].low > 0 for answer in many.values())
+    assert many["c0"].reason == "the test does not reject the bound"
+
+
+def test_what_would_decide_a_claim_between_two_bounds_is_counted_from_the_nearer_one():
+    logs = np.array([-0.02, 0.03, -0.01, 0.02, -0.015])
+    logs += math.log(0.89) - logs.mean()
+    given = with_times({"lora": [100.0] * 5, "proposed": (100 * np.exp(logs)).tolist()})
+    answer = judge(given, time=make_claim(measure="training_time", at_least=0.7, at_most=0.90))
+    distance, deviation = math.log(0.90 / 0.89), float(logs.std(ddof=1))
+    allowed = distance / (stats.norm.ppf(0.975) + stats.norm.ppf(0.8))
+    by_interval = math.ceil(deviation**2 / allowed**2)
+    needed = max(verdicts.statistics.seeds_needed(distance, deviation), by_interval)
+    assert answer.decided_by.startswith(f"about {needed} seeds, if")
+
+
+def test_claims_and_statistics_give_one_interval_for_one_contrast():
+    given = [run for budget in (0.1, 0.2) for run in make_runs([40, 70, 10, 55, 20], budget=budget)]
+    runs = read_runs(given)
+    cells, resampled = group_cells(runs), resample_runs(runs, 0, 500)
+    (finding,) = verdicts.judge_claims({"above": make_claim()}, cells, resampled, 0)[0].findings
+    (entry,) = compare_pairs(cells, resampled, 0)["pooled"]
+    assert (finding.value, finding.low, finding.high) == pytest.approx(
+        tuple(100 * entry[key] for key in ("mean", "low", "high"))
+    )
 
 
 def test_every_claim_of_the_repository_is_read_and_quotes_the_specification():

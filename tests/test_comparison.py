@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 
@@ -197,6 +198,55 @@ def test_statistics_pair_by_seed():
     assert len(document["holm"]["mcnemar"]) == 5
 
 
+def test_the_headline_flips_runs_of_one_data_set_and_seed_together():
+    given = [
+        make_record(f"{m}{budget}{seed}", m, seed, budget=budget)
+        for budget in (0.2, 0.5)
+        for seed in (1, 2, 3, 4)
+        for m in ("baseline_lora", "proposed_fw_lora")
+    ]
+    cells = cells_of(*given)
+    document = compare(cells)
+    (entry,) = document["pooled"]
+    strata = []
+    for cell in cells:
+        lora, fw = (group.values("eval_accuracy") for group in cell.groups)
+        values = np.array(fw) - np.array(lora)
+        strata.append(values / (4 * np.sqrt(np.mean(values**2))))
+    for name, terms in (("p_value", strata[0] + strata[1]), ("p_value_independent", np.concatenate(strata))):
+        sums = [abs(np.dot(signs, terms)) for signs in itertools.product((1, -1), repeat=terms.size)]
+        assert entry[name] == pytest.approx(np.mean(np.array(sums) >= sums[0] - 1e-12))
+    assert document["holm"]["headline"] == [
+        {"first": "FW-LoRA", "second": "LoRA", "p_value": entry["p_value"], "p_value_holm": entry["p_value"]}
+    ]
+    assert (entry["pairs"], len(entry["cells"]), entry["left_out"]) == (8, 2, [])
+
+
+def test_intervals_over_examples_belong_to_their_seed():
+    cells = cells_of(*three_seeds())
+    runs = cells[0].runs
+    resampled = resample_runs(runs, 0, 200)
+    pair = compare_pairs(cells, resampled, 0)["pairs"][0]
+    for seed in pair["per_seed"]:
+        scores = [resampled.scores[seed[key], "accuracy"] for key in ("first_run_id", "second_run_id")]
+        expected = np.quantile(scores[0] - scores[1], [0.025, 0.975])
+        assert [seed["bootstrap"]["accuracy"][end] for end in ("low", "high")] == pytest.approx(list(expected))
+
+
+def test_the_improvement_rate_is_of_the_paired_seeds():
+    given = [with_accuracy(make_record(f"b{s}", seed=s), v) for s, v in ((1, 0.8), (2, 0.5))]
+    given += [with_accuracy(make_record(f"p{s}", "proposed_fw_lora", s), v) for s, v in ((1, 0.88), (3, 0.1))]
+    (pair,) = compare(cells_of(*given))["pairs"]
+    assert pair["improvement_rate"] == pytest.approx(0.1)
+
+
+def test_folders_that_end_alike_are_told_apart():
+    given = [change(make_record(run_id), config__run__dataset__name=f"/{run_id}/data") for run_id in ("a", "b")]
+    cells = cells_of(*given)
+    assert [cell.name for cell in cells] == ["/a/data/sst2, roberta-base, 0.2 %", "/b/data/sst2, roberta-base, 0.2 %"]
+    assert [cell.data for cell in cells] == ["/a/data/sst2", "/b/data/sst2"]
+
+
 def test_intervals_do_not_depend_on_other_runs():
     few = [record for record in three_seeds() if not record.run_id.startswith("x")]
     of_few = compare(cells_of(*few))["pairs"][0]
@@ -281,6 +331,7 @@ def test_constant_predictions_are_counted_not_dropped():
         ({"summary__final_eval_accuracy": math.nan}, "has final_eval_accuracy = nan"),
         ({"summary__final_eval_accuracy": "NaN"}, "has final_eval_accuracy = NaN"),
         ({"summary__primary_metric": "loss"}, "has the primary metric 'loss'"),
+        ({"summary__final_eval_matthews_correlation": None}, "has no final_eval_matthews_correlation"),
         ({"summary__training_time_s": None}, "has no training_time_s"),
         ({"summary__eval_predictions": None}, "has no eval_predictions"),
         ({"summary__eval_predictions": {"encoding": "zip", "count": 1, "data": ""}}, "cannot be read"),

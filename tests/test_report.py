@@ -321,7 +321,7 @@ def test_a_verdict_about_another_model_says_so():
     runs = [change(make_run(m, m, 1), config__run__model__name="MiniLM-L6") for m in METHODS]
     found = gather_evidence(runs, {"above-lora": CLAIMS["above-lora"]}, resamples=50)
     text = " ".join(parse(render_report(found, Figures({}, {}, {}), ORIGIN)).text.split())
-    assert "roberta-base on SST-2 and CoLA. Evaluated here: glue/sst2, MiniLM-L6, 0.2" in text
+    assert "roberta-base on sst2 and cola. Evaluated here: glue/sst2, MiniLM-L6, 0.2" in text
     assert "This is another model or data set than the claim names: the verdict is about these runs" in text
     found = gather_evidence([make_run(m, m, 1) for m in METHODS], {"above-lora": CLAIMS["above-lora"]}, resamples=50)
     assert b"another model" not in render_report(found, Figures({}, {}, {}), ORIGIN)

@@ -77,7 +77,8 @@ def test_seeds_add_their_variance_to_that_of_the_examples():
     examples = 0.5 * rng.normal(size=40_000)
     drawn = average_over_seeds(offsets[:, None] + examples, rng)
     assert drawn.shape == (40_000,)
-    assert drawn.var() == pytest.approx(4 / 5 + 0.25, rel=0.03)
+    # Of the mean of five other seeds: s² / 5 with s² = 4 · 5 / 4.
+    assert drawn.var() == pytest.approx(1.0 + 0.25, rel=0.03)
     # Copies of one seed carry no variance of seeds, nor do they average the examples' variance away.
     assert average_over_seeds(np.tile(examples, (5, 1)), rng).var() == pytest.approx(0.25, rel=0.03)
 

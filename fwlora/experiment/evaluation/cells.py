@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -116,17 +117,25 @@ def role_of(run: EvaluatedRun) -> Role:
 def group_cells(runs: Sequence[EvaluatedRun]) -> list[Cell]:
     """Cells in order of data set, model and budget, each with its groups; independent of the order of ``runs``."""
     keys = sorted({run.cell_key for run in runs}, key=lambda key: (*key[:3], budget_value(key[3]), key[3]))
-    plain = [name_cell(key, with_pretrained_id=False) for key in keys]
+    shown = _name_data({key[0] for key in keys})
+    plain = [name_cell((shown[key[0]], *key[1:]), with_pretrained_id=False) for key in keys]
     cells: list[Cell] = []
     for key, name in zip(keys, plain, strict=True):
-        name = name if plain.count(name) == 1 else name_cell(key, with_pretrained_id=True)
-        data, model, budget = name.split(", ")[0], key[1], key[3]
+        data, model, budget = shown[key[0]], key[1], key[3]
+        name = name if plain.count(name) == 1 else name_cell((data, *key[1:]), with_pretrained_id=True)
         members = [run for run in runs if run.cell_key == key]
         condition = re.sub(r"[^A-Za-z0-9.]+", "-", name.replace(" %", "pct")).strip("-.")
         taken = sum(cell.condition == condition for cell in cells)
         condition = f"{condition}-{taken + 1}" if taken else condition
         cells.append(Cell(name, condition, data, model, budget, members[0].primary, _group_runs(members)))
     return cells
+
+
+def _name_data(names: Iterable[str]) -> dict[str, str]:
+    """Data sets as displayed: of a folder's path the last two parts, all of it where that is ambiguous."""
+    short = {name: "/".join(Path(name).parts[-2:]) for name in names}
+    ends = list(short.values())
+    return {name: end if ends.count(end) == 1 else name for name, end in short.items()}
 
 
 def budget_value(budget: str) -> float:

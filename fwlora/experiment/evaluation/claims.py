@@ -12,11 +12,29 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from yaml import YAMLError
 
 from fwlora.experiment.errors import UserError
-from fwlora.experiment.evaluation.cells import Role
+from fwlora.experiment.evaluation.cells import Cell, Role
 from fwlora.experiment.evaluation.contrasts import Half
 
 Measure = Literal["quality", "training_time", "update_norm"]
 Number = Annotated[float, Field(strict=False, allow_inf_nan=False)]
+
+
+class Setting(BaseModel):
+    """What a claim was made for: a model, by a part of its name, and tasks."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    model: str = Field(min_length=1)
+    tasks: list[str] = Field(min_length=1)
+
+    def holds(self, cell: Cell) -> bool:
+        """Whether a cell is part of it."""
+        return self.model in cell.model and self.task_of(cell) is not None
+
+    def task_of(self, cell: Cell) -> str | None:
+        """The cell's task where it is one of these."""
+        task = cell.data.rpartition("/")[2]
+        return task if task in self.tasks else None
 
 
 class Claim(BaseModel):
@@ -35,7 +53,7 @@ class Claim(BaseModel):
         budgets: in per cent, the cells that the claim speaks of; null: all.
         scope: ``each_cell``: it has to hold in every cell; ``pooled``: in the mean over cells.
         requires: another claim's id, without which this one means nothing; that one requires none.
-        about: model and tasks that the claim was made for.
+        about: model and tasks that the claim was made for; it is not supported before all of them were run.
         note: how the bound was chosen, where the source leaves it open.
     """
 
@@ -53,7 +71,7 @@ class Claim(BaseModel):
     budgets: list[Annotated[float, Field(strict=False, gt=0)]] | None = None
     scope: Literal["each_cell", "pooled"]
     requires: str | None = None
-    about: str | None = None
+    about: Setting | None = None
     note: str | None = None
 
     @model_validator(mode="after")

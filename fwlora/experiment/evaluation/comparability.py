@@ -10,20 +10,42 @@ import numpy as np
 
 from fwlora.experiment import metrics
 from fwlora.experiment.evaluation.cells import Cell, Group, shorten_setting
+from fwlora.experiment.evaluation.resampling import CONFUSION_METRICS, confusion_matrix
 from fwlora.experiment.evaluation.runs import EvaluatedRun, as_finite
 
 _METHOD_SETTINGS = ("method", "fw_lora.", "adalora.")
 _SETTING_KINDS = {"optuna": "search", "dataset": "data", "training": "training settings", "model": "model settings"}
 _LEAST_BUDGET_SHARE = 0.95
+_LARGEST_DISAGREEMENT = 1e-4
+_POOLED_SETTINGS = ("fw_lora.lambda_fw", "training.learning_rate", "training.epochs", "training.batch_size")
+# Facts whose difference is not the method's; versions and commits are told, and decide nothing.
+DECIDING_FACTS = ("precision", "steps", "encoder weights", "engine", "data")
 
 
 def find_warnings(cells: Sequence[Cell]) -> list[str]:
     """What makes a comparison unequal or its numbers doubtful, one sentence each."""
     found: list[str] = []
     for cell in cells:
-        problems = find_unequal_settings(cell.groups) + _find_unequal_facts(cell) + _find_unequal_seeds(cell)
+        problems = find_unequal_settings(cell.groups) + find_unequal_facts(cell.runs) + _find_unequal_seeds(cell)
         problems += [problem for run in cell.runs for problem in _find_doubts(run)]
         found.extend(f"{cell.name}: {problem}" for problem in problems)
+    return found + _find_unequal_methods(cells)
+
+
+def _find_unequal_methods(cells: Sequence[Cell]) -> list[str]:
+    """Settings of one method that differ between the cells over which it is pooled."""
+    found = []
+    by_label: dict[str, list[tuple[Cell, Group]]] = {}
+    for cell in cells:
+        for group in cell.groups:
+            by_label.setdefault(group.label, []).append((cell, group))
+    for label, members in by_label.items():
+        keys = {key for _, group in members for key in group.settings if key in _POOLED_SETTINGS}
+        for key in sorted(keys):
+            values = {group.settings.get(key): cell.name for cell, group in reversed(members)}
+            if len(values) > 1:
+                told = "; ".join(f"{shorten_setting(value)} in {name}" for value, name in reversed(values.items()))
+                found.append(f"{label} is pooled over cells with unlike {key}: {told}")
     return found
 
 
@@ -42,12 +64,18 @@ def find_unequal_settings(groups: Sequence[Group]) -> list[str]:
     return found
 
 
-def _find_unequal_facts(cell: Cell) -> list[str]:
-    """Compare what the program found out while running, where settings alone do not decide it."""
-    runs = cell.runs
+def find_unequal_facts(runs: Sequence[EvaluatedRun], kinds: Sequence[str] | None = None) -> list[str]:
+    """What the program found out while running and settings alone do not decide, where runs differ in it.
+
+    Args:
+        runs: of one cell.
+        kinds: first words of the facts to look at; None: all.
+    """
     facts = {run.run_id: _read_facts(run) for run in runs}
     found = []
     for name in dict.fromkeys(name for read in facts.values() for name in read):
+        if kinds is not None and not name.startswith(tuple(kinds)):
+            continue
         by_value: dict[str, list[str]] = {}
         for run_id, read in facts.items():
             by_value.setdefault(str(read.get(name)), []).append(run_id)
@@ -66,7 +94,7 @@ def _read_facts(run: EvaluatedRun) -> dict[str, Any]:
         **{f"data ({key})": value for key, value in sorted(resolved.items()) if "fingerprint" in key},
         "steps": summary.get(metrics.TOTAL_STEPS),
         "encoder weights": summary.get(metrics.ENCODER_FINGERPRINT),
-        "engine (fast)": (config.get("engine") or {}).get("fast"),
+        **{f"engine ({key})": (config.get("engine") or {}).get(key) for key in ("fast", "cuda_graphs")},
         "hardware": environment.get("device"),
         "threads": environment.get("threads"),
         "commit": environment.get("commit"),
@@ -90,11 +118,19 @@ def _find_unequal_seeds(cell: Cell) -> list[str]:
     return found
 
 
+def find_disagreement(run: EvaluatedRun) -> str | None:
+    """How a recorded metric differs from what the run's own predictions give; None where it does not."""
+    confusion = confusion_matrix(run.labels, run.predictions, len(run.label_names))
+    for name in dict.fromkeys(("accuracy", run.primary)):
+        recorded, recomputed = run.values[metrics.eval_name(name)], float(CONFUSION_METRICS[name](confusion))
+        if abs(recomputed - recorded) > _LARGEST_DISAGREEMENT:
+            return f"run {run.run_id} records {name} {recorded:.4f}, its predictions give {recomputed:.4f}"
+    return None
+
+
 def _find_doubts(run: EvaluatedRun) -> list[str]:
-    found = []
-    recorded, recomputed = run.values["eval_accuracy"], float(np.mean(run.labels == run.predictions))
-    if abs(recomputed - recorded) > 1e-4:
-        found.append(f"run {run.run_id} records accuracy {recorded:.4f}, its predictions give {recomputed:.4f}")
+    disagreement = find_disagreement(run)
+    found = [disagreement] if disagreement else []
     if np.ptp(run.predictions) == 0:
         found.append(f"run {run.run_id} predicts one class for every example (counted, not dropped)")
     summary = run.record.summary

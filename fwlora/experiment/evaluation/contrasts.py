@@ -31,6 +31,7 @@ class Sample:
     Attributes:
         cell: the cell's name.
         data: the cell's data set.
+        contrast: its weights and roles, whatever their order.
         seeds: ascending, shape ``(S,)``.
         values: shape ``(S,)``.
         resampled: the same values on resamples of the evaluation examples, shape ``(S, R)``; None for what does not
@@ -40,6 +41,7 @@ class Sample:
 
     cell: str
     data: str
+    contrast: str
     seeds: tuple[int, ...]
     values: np.ndarray
     resampled: np.ndarray | None
@@ -86,7 +88,9 @@ def sample_quality(cell: Cell, terms: Terms, resampled: ResampledRuns, metric: s
         weight * resampled.stack(runs, name) for weight, (_, runs) in zip(_weights(terms), chosen, strict=True)
     )
     runs = chosen[0][1]
-    return Sample(cell.name, cell.data, _seeds(runs), np.asarray(values), np.asarray(scores), runs[0].labels.size)
+    # Weights such as 1, -0.8, -0.2 leave rounding errors where scores are equal; no test should see them.
+    values, scores = np.round(values, 12), np.round(scores, 12)
+    return Sample(cell.name, cell.data, _name(terms), _seeds(runs), values, scores, runs[0].labels.size)
 
 
 def sample_cost(cell: Cell, terms: Terms, metric: str = metrics.TRAINING_TIME_S) -> Sample:
@@ -136,7 +140,32 @@ def sample_update_norm(cell: Cell, terms: Terms, half: Half) -> Sample:
     return _sample_logarithms(cell, terms, read, metrics.MODULE_DELTA_NORMS)
 
 
-def estimate(samples: Sequence[Sample], rng_seed: int, name: str) -> Estimate:
+def share_seeds(samples: Sequence[Sample]) -> tuple[list[Sample], list[str]]:
+    """Samples of which those of one data set have the same seeds, and what was left out for it, in words.
+
+    What is said of seeds takes a data set and seed for one observation, so cells of a data set are restricted to the
+    seeds that all of them have, if those are two at least. Cells of a single seed are left out where others have more:
+    they would forbid every test.
+    """
+    left_out = []
+    if any(len(sample.seeds) > 1 for sample in samples):
+        left_out += [f"{sample.cell}: one paired seed" for sample in samples if len(sample.seeds) == 1]
+        samples = [sample for sample in samples if len(sample.seeds) > 1]
+    kept = []
+    for sample in samples:
+        shared = set.intersection(*(set(other.seeds) for other in samples if other.data == sample.data))
+        places = [place for place, seed in enumerate(sample.seeds) if seed in shared]
+        if 2 <= len(places) < len(sample.seeds):
+            extra = ", ".join(str(seed) for seed in sample.seeds if seed not in shared)
+            left_out.append(f"{sample.cell}: seeds {extra}, which its other budgets do not have")
+            rows = None if sample.resampled is None else sample.resampled[places]
+            seeds = tuple(sample.seeds[place] for place in places)
+            sample = replace(sample, seeds=seeds, values=sample.values[places], resampled=rows)
+        kept.append(sample)
+    return kept, left_out
+
+
+def estimate(samples: Sequence[Sample], rng_seed: int) -> Estimate:
     """Mean and interval of a contrast over its cells.
 
     Over examples: the bootstrap, hierarchical (seeds, then examples) where there are seeds to draw from, cells fixed,
@@ -146,8 +175,7 @@ def estimate(samples: Sequence[Sample], rng_seed: int, name: str) -> Estimate:
 
     Args:
         samples: one per cell, at least one.
-        rng_seed: of the draws of seeds, together with ``name`` and the data set.
-        name: the contrast's.
+        rng_seed: of the draws of seeds, together with the contrast and the data set.
     """
     merged = _merge_shared_seeds(samples)
     weights = [float(count) for _, count in merged]
@@ -167,12 +195,15 @@ def estimate(samples: Sequence[Sample], rng_seed: int, name: str) -> Estimate:
         low, high = interval or (None, None)
         over = "seeds" if interval else "nothing"
         return Estimate(means.estimate, low, high, over, 0.0, means, deviation, len(merged))
-    over_examples = sum(share * row.mean(axis=0) for share, _, row in resampled)
+    over_examples = np.sum([share * row.mean(axis=0) for share, _, row in resampled], axis=0)
     drawn = sum(
-        share * average_over_seeds(row, np.random.default_rng([rng_seed, zlib.crc32(f"{sample.data}|{name}".encode())]))
+        share
+        * average_over_seeds(
+            row, np.random.default_rng([rng_seed, zlib.crc32(f"{sample.data}|{sample.contrast}".encode())])
+        )
         for share, sample, row in resampled
     )
-    low, high = percentile_interval(np.asarray(drawn))
+    low, high = percentile_interval(drawn)
     over = "seeds and examples" if several else "examples"
     error = float(np.std(over_examples, ddof=1))
     return Estimate(means.estimate, low, high, over, error, means, deviation, len(merged))
@@ -199,6 +230,10 @@ def _merge_shared_seeds(samples: Sequence[Sample]) -> list[tuple[Sample, int]]:
 
 def _weights(terms: Terms) -> list[float]:
     return [weight for weight, _ in terms]
+
+
+def _name(terms: Terms) -> str:
+    return " ".join(sorted(f"{weight:+g} {group.role}" for weight, group in terms))
 
 
 def _seeds(runs: Sequence[EvaluatedRun]) -> tuple[int, ...]:
@@ -241,4 +276,4 @@ def _sample_logarithms(
                 raise Unmeasured(f"run {run.run_id} recorded no positive {metric}")
             total[place] += weight * float(np.mean(np.log(np.array(values, dtype=np.float64))))
     runs = chosen[0][1]
-    return Sample(cell.name, cell.data, _seeds(runs), total, None, runs[0].labels.size)
+    return Sample(cell.name, cell.data, _name(terms), _seeds(runs), np.round(total, 12), None, runs[0].labels.size)

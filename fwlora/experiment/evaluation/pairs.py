@@ -21,10 +21,12 @@ from fwlora.experiment.evaluation.contrasts import (
     estimate,
     sample_cost,
     sample_quality,
+    share_seeds,
 )
 from fwlora.experiment.evaluation.resampling import CONFIDENCE, ResampledRuns, percentile_interval
 
 NO_SEED_TEST = "no seed-level test possible: one paired seed"
+HEADLINE_TEST = "stratified sign flips over cells, runs of one data set and seed together"
 NO_PAIR = "no seed-level test possible: no seed was run with both methods"
 
 
@@ -96,30 +98,32 @@ def _compare_pair(cell: Cell, first: Group, second: Group, resampled: ResampledR
         samples = {name: sample_quality(cell, terms, resampled, name) for name in names}
     except Unmeasured:
         return {**described, "seeds": [], "seed_level_test": NO_PAIR, "per_seed": [], "over_seeds": {}}
-    pair_name = f"{first.label}|{second.label}"
     over_seeds = {}
     for name, sample in samples.items():
-        found = estimate([sample], rng_seed, pair_name)
+        found = estimate([sample], rng_seed)
         rng = np.random.default_rng(rng_seed)
         tests = asdict(statistics.compare_seeds(sample.values, rng))
         over_seeds[name] = {**tests, "low": found.low, "high": found.high, "interval_over": found.interval_over}
     seeds = samples[cell.primary].seeds
-    ours, theirs = (float(np.mean(group.values(cell.primary_eval_name))) for group in (first, second))
+    ours, theirs = (
+        float(np.mean([cell.read(run) for seed, run in group.by_seed().items() if seed in seeds]))
+        for group in (first, second)
+    )
     return {
         **described,
         "seeds": list(seeds),
         "seed_level_test": "paired t and exact sign-flip permutation" if len(seeds) > 1 else NO_SEED_TEST,
         "improvement_rate": improvement_rate(ours, theirs),
-        "training_time_ratio": _ratio_of_times(cell, terms, rng_seed, pair_name),
+        "training_time_ratio": _ratio_of_times(cell, terms, rng_seed),
         "per_seed": [_compare_seed(first, second, samples, place) for place in range(len(seeds))],
         "over_seeds": over_seeds,
     }
 
 
-def _ratio_of_times(cell: Cell, terms: Terms, rng_seed: int, name: str) -> dict[str, Any]:
+def _ratio_of_times(cell: Cell, terms: Terms, rng_seed: int) -> dict[str, Any]:
     """Geometric mean over seeds of the ratio of training times, with Student's interval on its logarithm."""
     try:
-        found = estimate([sample_cost(cell, terms)], rng_seed, name)
+        found = estimate([sample_cost(cell, terms)], rng_seed)
     except Unmeasured as reason:
         return {"ratio": None, "low": None, "high": None, "reason": str(reason)}
     ends = [None if end is None else math.exp(end) for end in (found.low, found.high)]
@@ -146,8 +150,8 @@ def _compare_seed(first: Group, second: Group, samples: dict[str, Sample], place
 def _pool_pairs(cells: Sequence[Cell], resampled: ResampledRuns, rng_seed: int) -> list[dict[str, Any]]:
     """The headline: each pair of methods over all cells that have both.
 
-    ``p_value_shared_seeds`` flips the differences of one data set and seed together: they share head and data order,
-    and where that makes them depend on each other, flipping them one by one would find too much.
+    Differences of one data set and seed flip together: they share head and data order, and where that makes them depend
+    on each other, flipping them one by one (``p_value_independent``) finds too much.
     """
     by_name: dict[tuple[str, str], list[Sample]] = {}
     for cell in cells:
@@ -159,7 +163,8 @@ def _pool_pairs(cells: Sequence[Cell], resampled: ResampledRuns, rng_seed: int) 
             by_name.setdefault((first.label, second.label), []).append(sample)
     pooled = []
     for (first_label, second_label), samples in by_name.items():
-        found = estimate(samples, rng_seed, f"{first_label}|{second_label}")
+        samples, left_out = share_seeds(samples)
+        found = estimate(samples, rng_seed)
         testable = all(len(sample.seeds) > 1 for sample in samples)
         values = [sample.values for sample in samples]
         rng = np.random.default_rng(rng_seed)
@@ -173,13 +178,14 @@ def _pool_pairs(cells: Sequence[Cell], resampled: ResampledRuns, rng_seed: int) 
                 "low": found.low,
                 "high": found.high,
                 "interval_over": found.interval_over,
-                "test": "stratified sign flips over cells and seeds" if testable else NO_SEED_TEST,
-                "p_value": statistics.stratified_sign_flip_p_value(values, rng) if testable else None,
-                "p_value_shared_seeds": (
+                "left_out": left_out,
+                "test": HEADLINE_TEST if testable else NO_SEED_TEST,
+                "p_value": (
                     statistics.stratified_sign_flip_p_value(values, rng, blocks=blocks_of(samples))
                     if testable
                     else None
                 ),
+                "p_value_independent": statistics.stratified_sign_flip_p_value(values, rng) if testable else None,
             }
         )
     return pooled

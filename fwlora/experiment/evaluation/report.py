@@ -302,7 +302,7 @@ def _describe_answer(answer: Answer, cells: Sequence[Cell]) -> dict[str, Any]:
         "left_out_why": [why for finding in answer.findings for why in finding.left_out],
         "why": split_reasons(answer.reason, cells),
         "needs": split_reasons(answer.decided_by, cells),
-        "elsewhere": [cell.name for cell in evaluated if claim.about and not _is_about(claim.about, cell)],
+        "elsewhere": [cell.name for cell in evaluated if claim.about and not claim.about.holds(cell)],
         "measured": [
             {
                 "finding": finding,
@@ -331,16 +331,6 @@ def split_reasons(text: str | None, cells: Sequence[Cell]) -> list[tuple[str, li
         sentence = found[2] if found else part
         sentences.setdefault(sentence[:1].upper() + sentence[1:], []).extend([found[1]] if found else [])
     return list(sentences.items())
-
-
-def _is_about(about: str, cell: Cell) -> bool:
-    """Whether a claim's own words name the cell's model and its data set."""
-
-    def plain(text: str) -> str:
-        return re.sub(r"[^a-z0-9]", "", text.lower())
-
-    said = {plain(word) for word in re.split(r"[\s,;]+", about)}
-    return plain(cell.model) in said and plain(cell.data.split("/")[-1]) in said
 
 
 def _group_warnings(warnings: Sequence[str], cells: Sequence[Cell]) -> list[tuple[str, list[str]]]:

@@ -10,6 +10,7 @@ for the K-class correlation.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -149,8 +150,9 @@ def resample_runs(runs: Sequence[EvaluatedRun], rng_seed: int, resamples: int = 
 def average_over_seeds(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """The second level of the bootstrap: in each resample the mean of S seeds drawn with replacement.
 
-    All seeds of a resample are scored on its one set of examples, because they share the test split: examples drawn
-    afresh for every seed would average the examples' variance away.
+    A few seeds drawn from themselves vary less than other seeds would, by (S - 1) / S; their deviations are widened by
+    that. All seeds of a resample are scored on its one set of examples, because they share the test split: examples
+    drawn afresh for every seed would average the examples' variance away.
 
     Args:
         values: one row per seed, shape ``(S, R)``.
@@ -163,7 +165,8 @@ def average_over_seeds(values: np.ndarray, rng: np.random.Generator) -> np.ndarr
     if seeds == 1:
         return values[0]
     drawn = rng.integers(0, seeds, size=(seeds, resamples))
-    return np.take_along_axis(values, drawn, axis=0).mean(axis=0)
+    centre = values.mean(axis=0)
+    return centre + math.sqrt(seeds / (seeds - 1)) * (np.take_along_axis(values, drawn, axis=0).mean(axis=0) - centre)
 
 
 def percentile_interval(values: np.ndarray) -> tuple[float, float]:

@@ -7,7 +7,6 @@ import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -129,7 +128,8 @@ def _find_problems(record: RunRecord) -> list[str]:
     known = [metrics.eval_name(name) for name in metrics.TASK_METRICS]
     if primary not in known:
         return [*found, f"has the primary metric {primary!r}; one of {known} is expected"]
-    needed = [metrics.final_name(name) for name in dict.fromkeys((primary, "eval_accuracy"))]
+    compared = (primary, "eval_accuracy", "eval_matthews_correlation")
+    needed = [metrics.final_name(name) for name in dict.fromkeys(compared)]
     for name in (*needed, metrics.TRAINING_TIME_S):
         value = summary.get(name)
         if as_finite(value) is None:
@@ -229,6 +229,6 @@ def _find_repetitions(runs: Sequence[EvaluatedRun]) -> list[str]:
 
 
 def name_cell(key: tuple[str, str, str, str], with_pretrained_id: bool) -> str:
-    """``glue/cola, roberta-base, 0.2 %``; of a folder's path the last two parts."""
+    """``glue/cola, roberta-base, 0.2 %``."""
     data, model, pretrained, budget = key
-    return ", ".join(("/".join(Path(data).parts[-2:]), pretrained if with_pretrained_id else model, budget))
+    return ", ".join((data, pretrained if with_pretrained_id else model, budget))

@@ -23,6 +23,7 @@ LEVEL = 0.05
 POWER = 0.8
 EXACT_SIGN_FLIP_LIMIT = 16  # 2^16 sign patterns are enumerated; above that they are sampled
 SIGN_FLIP_SAMPLES = 99_999
+ROUNDING = 1e-12  # differences below it are rounding errors
 MOST_SEEDS = 1_000  # beyond this many, the answer to "how many seeds" is that seeds will not do
 Alternative = Literal["two-sided", "greater", "less"]
 
@@ -185,7 +186,7 @@ def stratified_sign_flip_p_value(
         scale = math.sqrt(float(np.mean(np.square(values))))
         for place, value in enumerate(values.tolist()):
             block = (stratum, place) if blocks is None else blocks[stratum][place]
-            terms[block] = terms.get(block, 0.0) + (value / (scale * values.size) if scale > 0 else 0.0)
+            terms[block] = terms.get(block, 0.0) + (value / (scale * values.size) if scale > ROUNDING else 0.0)
     return sign_flip_p_value(np.array(list(terms.values())), rng, alternative, samples)
 
 
@@ -210,7 +211,7 @@ def stratified_mean(strata: Sequence[np.ndarray], weights: Sequence[float] | Non
 
 
 def _varies(values: np.ndarray) -> bool:
-    return bool(np.ptp(values) > 1e-12 * max(1.0, float(np.abs(values).max())))
+    return bool(np.ptp(values) > ROUNDING * max(1.0, float(np.abs(values).max())))
 
 
 def compare_seeds(differences: np.ndarray, rng: np.random.Generator) -> SeedTests:
@@ -245,6 +246,11 @@ def compare_seeds(differences: np.ndarray, rng: np.random.Generator) -> SeedTest
         hedges_g=mean / deviation * (1 - 3 / (4 * (count - 1) - 1)) if varies and count > 2 else None,
         minimum_detectable_difference=minimum_detectable_difference(deviation, count) if varies else None,
     )
+
+
+def normal_quantile(probability: float) -> float:
+    """Of the standard normal distribution."""
+    return float(stats.norm.ppf(probability))
 
 
 def minimum_detectable_difference(deviation: float, seeds: int) -> float:

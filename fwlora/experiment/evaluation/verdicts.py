@@ -3,8 +3,8 @@
 The rule. A claim is decided only where both sources of variance agree: the interval (over seeds and examples, for
 quality) lies wholly on one side of the claim's bound, and a test over seeds rejects the bound in the same direction, at
 5 % after Holm's correction over all claims' tests. Runs of one data set and seed count as one observation, whatever
-their budgets. On one data set the test is Student's paired t; over several, stratified sign flips for quality, whose
-scales differ, and Student's t with Satterthwaite's degrees of freedom for ratios. Runs that differ in more than the
+their budgets. On one data set the test is Student's paired t; over several, Student's t with Satterthwaite's degrees of
+freedom, for quality together with stratified sign flips, whose larger p-value counts. Runs that differ in more than the
 method decide nothing.
 """
 
@@ -18,26 +18,14 @@ from typing import Literal
 import numpy as np
 
 from fwlora.experiment.evaluation import statistics
-from fwlora.experiment.evaluation.cells import ROLE_NAMES, Cell, Group, Role, budget_value
+from fwlora.experiment.evaluation.cells import Cell, budget_value
+from fwlora.experiment.evaluation.claim_samples import sample_claim
 from fwlora.experiment.evaluation.claims import Claim
-from fwlora.experiment.evaluation.comparability import find_unequal_settings
-from fwlora.experiment.evaluation.contrasts import (
-    Estimate,
-    Sample,
-    Terms,
-    Unmeasured,
-    blocks_of,
-    estimate,
-    sample_cost,
-    sample_quality,
-    sample_update_norm,
-)
+from fwlora.experiment.evaluation.contrasts import Estimate, Sample, Unmeasured, blocks_of, estimate, share_seeds
 from fwlora.experiment.evaluation.resampling import ResampledRuns
 from fwlora.experiment.evaluation.statistics import LEVEL
 
 Verdict = Literal["supported", "refuted", "undecided"]
-NORMAL_QUANTILE = 1.959963984540054
-_STRENGTH_SETTINGS = ("fw_lora.lambda_fw", "fw_lora.warmup_steps", "fw_lora.allocation")
 
 
 @dataclass(frozen=True)
@@ -104,7 +92,7 @@ def judge_claims(
 ) -> list[Answer]:
     """Every claim's answer, in the order of ``claims``."""
     measured = {
-        name: [_measure(name, claim, group, resampled, rng_seed) for group in _split_cells(claim, cells)]
+        name: [_measure(claim, group, resampled, rng_seed) for group in _split_cells(claim, cells)]
         for name, claim in claims.items()
     }
     tested = [
@@ -118,9 +106,10 @@ def judge_claims(
     answers: dict[str, Answer] = {}
     for name, claim in claims.items():
         findings = [
-            _conclude(unit, holm.get(id(unit))) if isinstance(unit, _Measured) else unit for unit in measured[name]
+            _conclude(unit, holm.get(id(unit)), len(tested)) if isinstance(unit, _Measured) else unit
+            for unit in measured[name]
         ]
-        answers[name] = _answer(name, claim, tuple(findings))
+        answers[name] = _answer(name, claim, tuple(findings), cells)
     return [_with_requirement(answer, answers) for answer in answers.values()]
 
 
@@ -136,69 +125,31 @@ def _budget_percent(cell: Cell) -> float | None:
     return budget_value(cell.budget) if cell.budget.endswith("%") else None
 
 
-def _measure(
-    name: str, claim: Claim, cells: Sequence[Cell], resampled: ResampledRuns, rng_seed: int
-) -> _Measured | Finding:
-    samples, reasons = [], []
+def _measure(claim: Claim, cells: Sequence[Cell], resampled: ResampledRuns, rng_seed: int) -> _Measured | Finding:
+    samples, left_out = [], []
     for cell in cells:
         try:
-            samples.append(_sample(claim, cell, resampled))
+            samples.append(sample_claim(claim, cell, resampled))
         except Unmeasured as reason:
-            reasons.append(f"{cell.name}: {reason}")
+            left_out.append(f"{cell.name}: {reason}")
     if not samples:
         return Finding(
             cells=tuple(cell.name for cell in cells),
-            reason="; ".join(reasons),
+            reason="; ".join(left_out),
             decided_by="such runs, with equal settings and the same seeds, two at least",
         )
-    found = estimate(samples, rng_seed, name)
-    bounds = tuple(_to_scale(claim, bound) for bound in (claim.at_least, claim.at_most))
-    low, high = (-math.inf if bounds[0] is None else bounds[0]), (math.inf if bounds[1] is None else bounds[1])
-    supports = low < found.mean < high or ((low == found.mean or found.mean == high) and claim.is_ratio)
-    test, p_value = _test(claim, samples, found, (low, high), rng_seed)
-    return _Measured(claim, tuple(samples), found, (low, high), supports, p_value, test, tuple(reasons))
+    samples, without = share_seeds(samples)
+    found = estimate(samples, rng_seed)
+    low, high = _to_scale(claim, claim.at_least, -math.inf), _to_scale(claim, claim.at_most, math.inf)
+    supports = low < found.mean < high
+    test, p_value = _test(claim, samples, found, (low, high), supports, rng_seed)
+    return _Measured(claim, tuple(samples), found, (low, high), supports, p_value, test, (*left_out, *without))
 
 
-def _sample(claim: Claim, cell: Cell, resampled: ResampledRuns) -> Sample:
-    terms: Terms = [(weight, _choose_group(cell, role)) for role, weight in claim.contrast.items()]
-    groups = [group for _, group in terms]
-    unequal = find_unequal_settings(groups)
-    if unequal:
-        raise Unmeasured(f"its runs differ in more than the method ({'; '.join(unequal)})")
-    if "control" in claim.contrast:
-        for key in _STRENGTH_SETTINGS:
-            if len({group.settings.get(key) for group in groups}) > 1:
-                values = ", ".join(f"{group.settings.get(key)} for {group.label}" for group in groups)
-                raise Unmeasured(f"the control's {key} is not the method's ({values})")
-    if claim.measure == "quality":
-        return sample_quality(cell, terms, resampled)
-    if claim.measure == "training_time":
-        return sample_cost(cell, terms)
-    assert claim.modules is not None, "checked when the claim was read"
-    return sample_update_norm(cell, terms, claim.modules)
-
-
-def _choose_group(cell: Cell, role: Role) -> Group:
-    groups = [group for group in cell.groups if group.role == role]
-    if role == "proposed" and len(groups) > 1:
-        # The claims speak of the specification's own variant.
-        groups = [
-            group
-            for group in groups
-            if group.settings.get("fw_lora.importance", '"sum"') == '"sum"'
-            and group.settings.get("fw_lora.allocation", '"shrink"') == '"shrink"'
-        ]
-    if not groups:
-        raise Unmeasured(f"no runs of {ROLE_NAMES.get(role, role)}")
-    if len(groups) > 1:
-        raise Unmeasured(f"several variants of {ROLE_NAMES.get(role, role)}; evaluate one of them at a time")
-    return groups[0]
-
-
-def _to_scale(claim: Claim, bound: float | None) -> float | None:
+def _to_scale(claim: Claim, bound: float | None, without: float) -> float:
     """Points to fractions, ratios to logarithms."""
     if bound is None:
-        return None
+        return without
     return math.log(bound) if claim.is_ratio else bound / 100
 
 
@@ -209,34 +160,44 @@ def _from_scale(claim: Claim, value: float | None) -> float | None:
 
 
 def _test(
-    claim: Claim, samples: Sequence[Sample], found: Estimate, bounds: tuple[float, float], rng_seed: int
+    claim: Claim,
+    samples: Sequence[Sample],
+    found: Estimate,
+    bounds: tuple[float, float],
+    supports: bool,
+    rng_seed: int,
 ) -> tuple[str | None, float | None]:
-    """Name and two-sided p-value of the test that the contrast lies on its claim's bound (the harder of two)."""
-    if any(len(sample.seeds) < 2 for sample in samples):
+    """Name and two-sided p-value of the test that the contrast lies on its claim's bound, against where it is seen.
+
+    Sign flips over several data sets would also reject a mean on the bound where one task lies above and another below;
+    Student's t for the mean does not, and hears nothing of unlike scales. The larger of the two p-values counts.
+    """
+    if any(len(sample.seeds) < 2 for sample in samples) or found.seeds.degrees_of_freedom is None:
         return None, None
     flips = found.strata > 1 and not claim.is_ratio
 
-    def one_sided(bound: float, alternative: Literal["greater", "less"]) -> float | None:
-        if math.isinf(bound):
-            return 0.0
+    def one_sided(bound: float, alternative: Literal["greater", "less"]) -> float:
+        by_mean = found.seeds.p_value(bound, alternative)
+        assert by_mean is not None, "what varies can be tested"
         if not flips:
-            return found.seeds.p_value(bound, alternative)
+            return by_mean
         rng = np.random.default_rng(rng_seed)
-        shifted = [sample.values - bound for sample in samples]
-        return statistics.stratified_sign_flip_p_value(shifted, rng, alternative, blocks=blocks_of(samples))
+        shifted = [np.round(sample.values - bound, 12) for sample in samples]
+        blocks = blocks_of(samples)
+        return max(by_mean, statistics.stratified_sign_flip_p_value(shifted, rng, alternative, blocks=blocks))
 
-    inside = [one_sided(bounds[0], "greater"), one_sided(bounds[1], "less")]
-    outside = [one_sided(bounds[0], "less")] if math.isfinite(bounds[0]) else []
-    outside += [one_sided(bounds[1], "greater")] if math.isfinite(bounds[1]) else []
-    known = [p for p in (*inside, *outside) if p is not None]
-    if len(known) < len(inside) + len(outside):
-        return None, None  # differences that do not vary over seeds
-    name = "stratified sign flips" if flips else "paired t" if found.strata == 1 else "stratified paired t"
-    supporting, refuting = max(p for p in inside if p is not None), min(p for p in outside if p is not None)
-    return name, min(1.0, 2 * min(supporting, refuting))
+    low, high = bounds
+    finite = [math.isfinite(bound) for bound in bounds]
+    if supports:
+        inside = [one_sided(low, "greater")] * finite[0] + [one_sided(high, "less")] * finite[1]
+        p_value = max(inside)
+    else:
+        p_value = one_sided(low, "less") if finite[0] and found.mean <= low else one_sided(high, "greater")
+    name = "stratified sign flips and t" if flips else "paired t" if found.strata == 1 else "stratified paired t"
+    return name, min(1.0, 2 * p_value)
 
 
-def _conclude(unit: _Measured, p_value_holm: float | None) -> Finding:
+def _conclude(unit: _Measured, p_value_holm: float | None, tests: int) -> Finding:
     claim, found = unit.claim, unit.estimate
     finding = Finding(
         cells=tuple(sample.cell for sample in unit.samples),
@@ -250,10 +211,12 @@ def _conclude(unit: _Measured, p_value_holm: float | None) -> Finding:
         p_value_holm=p_value_holm,
         left_out=unit.left_out,
     )
+    if any(len(sample.seeds) < 2 for sample in unit.samples):
+        reason = "no seed-level test possible: one paired seed"
+        return replace(finding, reason=reason, decided_by="two seeds at least")
     if unit.test is None:
-        single = any(len(sample.seeds) < 2 for sample in unit.samples)
-        reason = "no seed-level test possible: one paired seed" if single else "the seeds do not differ at all"
-        return replace(finding, reason=reason, decided_by=_say_needs(unit) if not single else "two seeds at least")
+        reason = "no test possible: the differences are the same for all seeds"
+        return replace(finding, reason=reason, decided_by="seeds that differ, if there are any")
     assert found.low is not None and found.high is not None, "seeds that can be tested give an interval"
     low, high = unit.bounds
     within, beyond = low <= found.low and found.high <= high, found.high < low or high < found.low
@@ -263,34 +226,39 @@ def _conclude(unit: _Measured, p_value_holm: float | None) -> Finding:
     if significant and not unit.supports and beyond:
         return replace(finding, verdict="refuted")
     reason = "the interval reaches across the bound" if not (within or beyond) else "the test does not reject the bound"
-    return replace(finding, reason=reason, decided_by=_say_needs(unit))
+    return replace(finding, reason=reason, decided_by=_say_needs(unit, tests))
 
 
-def _say_needs(unit: _Measured) -> str:
-    """How many seeds would decide, were the contrast what it seems; or how many examples, where seeds cannot."""
+def _say_needs(unit: _Measured, tests: int) -> str:
+    """How many seeds would decide, were the contrast what it seems; or how many examples, where seeds cannot.
+
+    For a mean at distance d from the bound, its variance over examples, which no seed lowers, and its variance over
+    seeds have to fit together: ``examples_error² + deviation² / n <= (d / (z_0.975 + z_0.8))²``.
+    """
     found = unit.estimate
     distance = min(abs(found.mean - bound) for bound in unit.bounds if math.isfinite(bound))
-    limit = NORMAL_QUANTILE * found.examples_error
-    if distance == 0:
+    if distance <= statistics.ROUNDING:
         return "nothing, if the value lies on the bound itself"
-    if limit >= distance:
+    allowed = distance / (statistics.normal_quantile(1 - LEVEL / 2) + statistics.normal_quantile(statistics.POWER))
+    if found.examples_error >= allowed:
         smallest = min(sample.examples for sample in unit.samples)
-        needed = math.ceil(smallest * (limit / distance) ** 2)
+        needed = math.ceil(smallest * (found.examples_error / allowed) ** 2)
         return (
-            f"about {needed:,} evaluation examples: seeds alone cannot, the value is too close to the bound for the "
-            f"variance of {smallest:,} examples"
+            f"more than {needed:,} evaluation examples: seeds alone cannot, the value is too close to the bound for "
+            f"the variance of {smallest:,} examples"
         )
-    seeds = statistics.seeds_needed(distance, found.deviation, found.strata)
-    if seeds is None:
+    by_test = statistics.seeds_needed(distance, found.deviation, found.strata)
+    by_interval = math.ceil(found.deviation**2 / (allowed**2 - found.examples_error**2))
+    if by_test is None or by_interval > statistics.MOST_SEEDS:
         return f"more than {statistics.MOST_SEEDS:,} seeds: the value is too close to the bound"
+    seeds, now = max(by_test, by_interval), max(len(sample.seeds) for sample in unit.samples)
     each = " in each cell" if len(unit.samples) > 1 else ""
-    now = max(len(sample.seeds) for sample in unit.samples)
     if seeds <= now:
-        return f"more seeds than {now}{each}: these would do without the correction for several claims"
+        return f"more seeds than {now}{each}: the correction over {tests} tests asks for more than one claim alone"
     return f"about {seeds} seeds{each}, if the value is what it seems (power {statistics.POWER:.0%}, one claim alone)"
 
 
-def _answer(name: str, claim: Claim, findings: tuple[Finding, ...]) -> Answer:
+def _answer(name: str, claim: Claim, findings: tuple[Finding, ...], cells: Sequence[Cell]) -> Answer:
     if not findings:
         budgets = ", ".join(f"{budget:g} %" for budget in claim.budgets or ())
         return Answer(name, claim, "undecided", f"no runs at a budget of {budgets}", "runs at that budget", ())
@@ -302,8 +270,20 @@ def _answer(name: str, claim: Claim, findings: tuple[Finding, ...]) -> Answer:
         several = len(findings) > 1
         return "; ".join(f"{f.cells[0]}: {text}" if several else str(text) for f, text in texts if text) or None
 
+    if verdict == "supported" and (missing := _find_missing_tasks(claim, findings, cells)):
+        said = f"it speaks of {' and '.join(missing)} as well, of which there are no such runs"
+        return Answer(name, claim, "undecided", said, f"runs on {' and '.join(missing)}", findings)
     reason = join([(finding, finding.reason) for finding in open_ones])
     return Answer(name, claim, verdict, reason, join([(f, f.decided_by) for f in open_ones]), findings)
+
+
+def _find_missing_tasks(claim: Claim, findings: Sequence[Finding], cells: Sequence[Cell]) -> list[str]:
+    """Tasks of the claim's own setting that nothing was measured on, where something of it was."""
+    if claim.about is None:
+        return []
+    measured = {name for finding in findings for name in finding.cells}
+    found = {claim.about.task_of(cell) for cell in cells if cell.name in measured and claim.about.holds(cell)}
+    return [task for task in claim.about.tasks if task not in found] if found else []
 
 
 def _with_requirement(answer: Answer, answers: Mapping[str, Answer]) -> Answer:
@@ -316,4 +296,6 @@ def _with_requirement(answer: Answer, answers: Mapping[str, Answer]) -> Answer:
         return replace(answer, verdict="refuted", reason=said, decided_by=None)
     if premise.verdict == "undecided" and answer.verdict == "supported":
         return replace(answer, verdict="undecided", reason=said, decided_by=premise.decided_by)
+    if premise.verdict == "undecided" and answer.verdict == "undecided":
+        return replace(answer, reason=f"{answer.reason}; and {said}")
     return answer
