@@ -18,7 +18,8 @@ def main(arguments: Sequence[str]) -> int:
     # Processes that draw figures import this module, too, and should stay small.
     from fwlora.experiment.errors import user_errors_exit
     from fwlora.experiment.evaluation.claims import load_claims
-    from fwlora.experiment.evaluation.evaluate import available_cores, collect_records, evaluate_records, write_files
+    from fwlora.experiment.evaluation.drawing import available_cores
+    from fwlora.experiment.evaluation.evaluate import collect_records, evaluate_records, write_files
     from fwlora.experiment.evaluation.report import ReportOrigin
     from fwlora.experiment.evaluation.request import USAGE, parse_request
     from fwlora.experiment.provenance import describe_environment, name_cpu

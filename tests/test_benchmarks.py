@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import time
 
@@ -13,7 +14,7 @@ from scipy import stats
 from test_families import make_base
 
 from benchmarks import overhead, sketch_quality, stepping, training, training_profile, training_quality
-from benchmarks.common import MODELS, median_interval, mixture_interval
+from benchmarks.common import MODELS, REPOSITORY, median_interval, mixture_interval
 from fwlora import FisherWeighting
 
 
@@ -38,6 +39,16 @@ def test_a_whole_run_is_the_schedules_mixture_of_steps():
     assert found[f"sketch, warm-up step (1 of {every} measured)"].estimate == pytest.approx(warm)
     expected = (500 * warm + 5815 * 1.005) / 6315
     assert found["sketch, whole run (500 of 6,315 steps)"].estimate == pytest.approx(expected)
+
+
+def test_evaluation_is_measured_on_runs_that_can_be_evaluated(tmp_path):
+    arguments = ["--runs", "4", "--rows", "30", "--repeats", "1", "--json", str(tmp_path / "e.json")]
+    command = [sys.executable, "-m", "benchmarks.evaluation", *arguments]
+    # A process of its own, as W&B's session is one for a process.
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "src.evaluate, 4 runs" in done.stdout, done.stderr
+    processes = json.loads((tmp_path / "e.json").read_text())["processes"]
+    assert all(each["seconds"] > 0 and each["peak_mib"] > 20 for each in processes.values()) and len(processes) == 4
 
 
 def test_overhead_runs_and_writes_its_table(monkeypatch, tmp_path, capsys):

@@ -16,9 +16,10 @@ from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 
 from fwlora.experiment import metrics
-from fwlora.experiment.evaluation import cell_figures, evaluate, figure_style, overview_figures, run_figures
+from fwlora.experiment.evaluation import cell_figures, drawing, figure_style, overview_figures, run_figures
 from fwlora.experiment.evaluation.cells import group_cells
-from fwlora.experiment.evaluation.evaluate import Figures, draw_figures, gather_evidence
+from fwlora.experiment.evaluation.drawing import Figures, draw_figures
+from fwlora.experiment.evaluation.evidence import gather_evidence
 from fwlora.experiment.evaluation.pairs import compare_pairs
 from fwlora.experiment.evaluation.resampling import resample_runs
 from fwlora.experiment.evaluation.runs import read_runs
@@ -64,14 +65,14 @@ def test_a_run_has_its_figures_and_heat_maps_only_where_recorded():
     topics = ["learning_curve", "confusion_matrix", "module_delta_norm", "module_importance"]
     drawn = run_figures.draw_run(run)
     assert sorted(drawn) == sorted(topics)
-    for drawing in drawn.values():
-        assert drawing.pdf.startswith(b"%PDF")
-        assert b"FontFile2" in drawing.pdf and b"/Type3" not in drawing.pdf
-        assert b"CreationDate" not in drawing.pdf and b"Matplotlib" not in drawing.pdf
-        svg = ElementTree.fromstring(drawing.svg)
+    for each in drawn.values():
+        assert each.pdf.startswith(b"%PDF")
+        assert b"FontFile2" in each.pdf and b"/Type3" not in each.pdf
+        assert b"CreationDate" not in each.pdf and b"Matplotlib" not in each.pdf
+        svg = ElementTree.fromstring(each.svg)
         assert svg.tag == "{http://www.w3.org/2000/svg}svg"
         assert not svg.findall(".//{http://www.w3.org/2000/svg}image"), "a picture of a picture is no vector figure"
-        assert b"<dc:date>" not in drawing.svg and b"Matplotlib" not in drawing.svg
+        assert b"<dc:date>" not in each.svg and b"Matplotlib" not in each.svg
     (plain,) = read_runs([make_record("l", modules=True)])
     plain.record.summary[metrics.MODULE_IMPORTANCES] = [None] * len(plain.record.summary[metrics.MODULE_NAMES])
     assert set(run_figures.draw_run(plain)) == {"learning_curve", "confusion_matrix", "module_delta_norm"}
@@ -216,7 +217,8 @@ def test_a_thinned_curve_keeps_its_extremes_and_its_order():
 
 PROCESS = """
 import hashlib, importlib.util, sys
-from fwlora.experiment.evaluation.evaluate import draw_figures, gather_evidence
+from fwlora.experiment.evaluation.drawing import draw_figures
+from fwlora.experiment.evaluation.evidence import gather_evidence
 spec = importlib.util.spec_from_file_location("evaluation_records", sys.argv[1])
 records = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(records)
@@ -257,5 +259,5 @@ def test_several_processes_draw_the_same(monkeypatch: pytest.MonkeyPatch):
     given = [make_record(f"{m}{s}", m, s) for s in (1, 2) for m in ("baseline_lora", "proposed_fw_lora")]
     evidence = gather_evidence(given, {}, resamples=50)
     alone = draw_figures(evidence)
-    monkeypatch.setattr(evaluate, "FEWEST_RUNS_TO_SHARE", 1)
+    monkeypatch.setattr(drawing, "FEWEST_RUNS_TO_SHARE", 1)
     assert draw_figures(evidence, workers=2) == alone

@@ -22,7 +22,8 @@ from PIL import Image
 
 from fwlora.experiment.evaluation import figure_style, report
 from fwlora.experiment.evaluation.claims import load_claims
-from fwlora.experiment.evaluation.evaluate import Evidence, Figures, gather_evidence
+from fwlora.experiment.evaluation.drawing import Figures
+from fwlora.experiment.evaluation.evidence import Evidence, gather_evidence
 from fwlora.experiment.evaluation.figure_style import Drawing
 from fwlora.experiment.evaluation.report import ReportOrigin, arrange_strip, render_report
 from fwlora.experiment.evaluation.report_figures import _compact_path, compact_svg

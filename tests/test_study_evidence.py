@@ -13,7 +13,7 @@ import src.train
 from fwlora.experiment import metrics
 from fwlora.experiment.command_line import compose_settings
 from fwlora.experiment.evaluation import evaluate
-from fwlora.experiment.evaluation.evaluate import Figures
+from fwlora.experiment.evaluation.drawing import Figures
 from fwlora.experiment.records import RunRecord, unpack_classes
 from fwlora.experiment.settings import ProgramSettings
 from fwlora.experiment.tracking import Tracker

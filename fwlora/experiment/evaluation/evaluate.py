@@ -3,75 +3,23 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import os
-import signal
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fwlora.experiment.errors import UserError
-from fwlora.experiment.evaluation import cell_figures, documents, overview_figures, run_figures, tables
+from fwlora.experiment.evaluation import documents, tables
 from fwlora.experiment.evaluation.aggregate import aggregate
-from fwlora.experiment.evaluation.cells import Cell, group_cells
 from fwlora.experiment.evaluation.claims import Claim
-from fwlora.experiment.evaluation.comparability import find_warnings
-from fwlora.experiment.evaluation.figure_style import Drawing
-from fwlora.experiment.evaluation.pairs import compare_pairs
+from fwlora.experiment.evaluation.drawing import draw_figures
+from fwlora.experiment.evaluation.evidence import RNG_SEED, gather_evidence
 from fwlora.experiment.evaluation.report import ReportOrigin, render_report
 from fwlora.experiment.evaluation.request import COMPARISON_FOLDER
-from fwlora.experiment.evaluation.resampling import RESAMPLES, resample_runs
-from fwlora.experiment.evaluation.runs import EvaluatedRun, read_runs
-from fwlora.experiment.evaluation.verdicts import Answer, judge_claims
+from fwlora.experiment.evaluation.resampling import RESAMPLES
+from fwlora.experiment.evaluation.runs import read_runs
 from fwlora.experiment.records import RunRecord
-
-RNG_SEED = 20_261_121
-FEWEST_RUNS_TO_SHARE = 8  # below, starting processes takes longer than what they save
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What the runs show: numbers alone, before anything is drawn or written.
-
-    Attributes:
-        runs: checked, in the order of their records.
-        cells: what is compared in what.
-        statistics: see :func:`fwlora.experiment.evaluation.pairs.compare_pairs`.
-        answers: to every claim.
-        warnings: what makes the comparison unequal or its numbers doubtful.
-    """
-
-    runs: Sequence[EvaluatedRun]
-    cells: Sequence[Cell]
-    statistics: Mapping[str, Any]
-    answers: Sequence[Answer]
-    warnings: Sequence[str]
-
-
-@dataclass(frozen=True)
-class Figures:
-    """Every figure by topic: over several cells, of each cell (by condition), of each run (by run id)."""
-
-    overview: Mapping[str, Drawing]
-    cells: Mapping[str, Mapping[str, Drawing]]
-    runs: Mapping[str, Mapping[str, Drawing]]
-
-    def files(self, results_dir: Path) -> dict[Path, bytes]:
-        """The PDFs, whose names are unique over all runs and cells."""
-        found = {
-            results_dir / run_id / f"{run_id}_{topic}.pdf": drawing.pdf
-            for run_id, drawings in self.runs.items()
-            for topic, drawing in drawings.items()
-        }
-        folder = results_dir / COMPARISON_FOLDER
-        found.update({folder / f"comparison_{topic}.pdf": drawing.pdf for topic, drawing in self.overview.items()})
-        for condition, drawings in self.cells.items():
-            suffix = f"_{condition}" if len(self.cells) > 1 else ""
-            found.update({folder / f"comparison_{topic}{suffix}.pdf": each.pdf for topic, each in drawings.items()})
-        return found
 
 
 @dataclass(frozen=True)
@@ -109,58 +57,6 @@ def collect_records(load: Callable[[Sequence[str]], list[RunRecord]], run_ids: S
         except UserError as other:
             message += f"\n{other}"
         raise UserError(message) from None
-
-
-def gather_evidence(
-    records: Sequence[RunRecord], claims: Mapping[str, Claim], rng_seed: int = RNG_SEED, resamples: int = RESAMPLES
-) -> Evidence:
-    """Check, compare and judge.
-
-    Args:
-        records: one per run.
-        claims: to be answered, by id.
-        rng_seed: of all resampling.
-        resamples: of the bootstrap.
-
-    Raises:
-        UserError: runs that cannot be compared, all of them named.
-    """
-    runs = read_runs(records)
-    cells = group_cells(runs)
-    resampled = resample_runs(runs, rng_seed, resamples)
-    return Evidence(
-        runs=runs,
-        cells=cells,
-        statistics=compare_pairs(cells, resampled, rng_seed),
-        answers=judge_claims(claims, cells, resampled, rng_seed),
-        warnings=find_warnings(cells),
-    )
-
-
-def draw_figures(evidence: Evidence, workers: int = 1) -> Figures:
-    """Every figure, in both forms; the same bytes whatever the number of processes that draw them.
-
-    Args:
-        evidence: what to draw.
-        workers: processes to share the work with, where there is enough of it.
-    """
-    with ExitStack() as stack:
-        draw_all: Callable[..., Iterable[Mapping[str, Drawing]]] = map
-        if workers > 1 and len(evidence.runs) >= FEWEST_RUNS_TO_SHARE:
-            context = multiprocessing.get_context("spawn")
-            # An interrupt is for the process that the user started; it ends the others.
-            pool = ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
-            draw_all = stack.enter_context(pool).map
-        # Cells are drawn here meanwhile: each holds all of its runs, which would be in memory twice.
-        runs = draw_all(run_figures.draw_run, evidence.runs)
-        cells = {cell.condition: cell_figures.draw_cell(cell, evidence.statistics) for cell in evidence.cells}
-        overview = overview_figures.draw_overview(evidence.cells, evidence.statistics)
-        return Figures(overview, cells, dict(zip((run.run_id for run in evidence.runs), runs, strict=True)))
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def evaluate_records(

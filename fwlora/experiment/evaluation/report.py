@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -17,6 +17,8 @@ from fwlora.experiment import metrics
 from fwlora.experiment.evaluation import tables
 from fwlora.experiment.evaluation.cells import ROLE_NAMES, Cell, Group, budget_value
 from fwlora.experiment.evaluation.claims import Claim
+from fwlora.experiment.evaluation.drawing import Figures
+from fwlora.experiment.evaluation.evidence import Evidence
 from fwlora.experiment.evaluation.figure_style import MARKERS, display_metric, style_groups
 from fwlora.experiment.evaluation.report_figures import describe_figures, describe_run_figures
 from fwlora.experiment.evaluation.report_runs import (
@@ -27,9 +29,6 @@ from fwlora.experiment.evaluation.report_runs import (
     is_dirty,
 )
 from fwlora.experiment.evaluation.verdicts import Answer, Finding
-
-if TYPE_CHECKING:
-    from fwlora.experiment.evaluation.evaluate import Evidence, Figures
 
 STRIP_WIDTH = 280.0
 _STRIP_PADDING = 0.1

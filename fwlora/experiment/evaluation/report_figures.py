@@ -5,26 +5,23 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
 from fwlora.experiment.evaluation.cells import Cell
+from fwlora.experiment.evaluation.drawing import Figures
 from fwlora.experiment.evaluation.figure_style import Drawing
-
-if TYPE_CHECKING:
-    from fwlora.experiment.evaluation.evaluate import Figures
 
 
 def describe_figures(figures: Figures, cells: Sequence[Cell]) -> list[tuple[str, list[dict[str, Any]]]]:
     """Titles with their figures: over all cells, then cell by cell."""
     groups = []
     if figures.overview:
-        shown = [_describe_figure(drawing, f"comparison_{topic}.pdf") for topic, drawing in figures.overview.items()]
+        shown = [_describe_figure(drawing, figures.name(topic)) for topic, drawing in figures.overview.items()]
         groups.append(("Over all cells", shown))
     for cell in cells:
-        suffix = f"_{cell.condition}" if len(figures.cells) > 1 else ""
         drawings = figures.cells.get(cell.condition, {})
-        shown = [_describe_figure(each, f"comparison_{topic}{suffix}.pdf") for topic, each in drawings.items()]
+        shown = [_describe_figure(each, figures.name(topic, cell.condition)) for topic, each in drawings.items()]
         if shown:
             groups.append((cell.name, shown))
     return groups
@@ -33,7 +30,9 @@ def describe_figures(figures: Figures, cells: Sequence[Cell]) -> list[tuple[str,
 def describe_run_figures(figures: Figures, run_id: str) -> list[dict[str, Any]]:
     """The page shows the confusion matrix as a table, so its figure is named and not embedded."""
     return [
-        _describe_figure(drawing, f"../{run_id}/{run_id}_{topic}.pdf", embedded=topic != "confusion_matrix")
+        _describe_figure(
+            drawing, f"../{run_id}/{figures.name_of_run(run_id, topic)}", embedded=topic != "confusion_matrix"
+        )
         for topic, drawing in figures.runs.get(run_id, {}).items()
     ]
 
