@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shlex
 import sys
@@ -9,26 +10,32 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from fwlora.experiment.errors import user_errors_exit
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIG_DIR = REPOSITORY / "config"
 
 
 def main(arguments: Sequence[str]) -> int:
     """Parse, load, compare, write; print the results, then every path written."""
-    # Processes that draw figures import this module, too, and should stay small.
-    from fwlora.experiment.errors import user_errors_exit
-    from fwlora.experiment.evaluation.claims import load_claims
-    from fwlora.experiment.evaluation.drawing import available_cores
-    from fwlora.experiment.evaluation.evaluate import collect_records, evaluate_records, write_files
-    from fwlora.experiment.evaluation.report import ReportOrigin
-    from fwlora.experiment.evaluation.request import USAGE, parse_request
-    from fwlora.experiment.provenance import describe_environment, name_cpu
-    from fwlora.experiment.wandb_store import load_records
-
-    if any(argument in ("-h", "--help") for argument in arguments):
-        print(USAGE)
-        return 0
     with user_errors_exit():
+        # Processes that draw figures import this module, too, and should stay small.
+        from fwlora.experiment.evaluation.claims import load_claims
+        from fwlora.experiment.evaluation.drawing import available_cores
+        from fwlora.experiment.evaluation.evaluate import (
+            collect_records,
+            evaluate_records,
+            remove_stale_figures,
+            write_files,
+        )
+        from fwlora.experiment.evaluation.report import ReportOrigin
+        from fwlora.experiment.evaluation.request import USAGE, parse_request
+        from fwlora.experiment.provenance import describe_environment, name_cpu
+        from fwlora.experiment.wandb_store import load_records
+
+        if any(argument in ("-h", "--help") for argument in arguments):
+            print(USAGE)
+            return 0
         request = parse_request(arguments, os.environ, CONFIG_DIR / "config.yaml")
         claims = load_claims(CONFIG_DIR / "claims")
         load = partial(
@@ -43,10 +50,19 @@ def main(arguments: Sequence[str]) -> int:
         made_by = ReportOrigin(command, describe_environment(REPOSITORY, name_cpu()))
         evaluation = evaluate_records(records, request.results_dir, claims, made_by, workers=available_cores())
         write_files(evaluation.files)
-    print(evaluation.summary)
-    for path in evaluation.files:
-        print(path)
+        remove_stale_figures(evaluation.files)
+        print_lines([evaluation.summary, *map(str, evaluation.files)])
     return 0
+
+
+def print_lines(lines: Sequence[str]) -> None:
+    """Print all of them, or as many as the reader of a pipe takes, in whatever characters the terminal has."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        print("\n".join(lines), flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -36,6 +36,9 @@ def test_all_mistakes_of_all_claim_files_are_reported_at_once(tmp_path: Path):
         "weights": {**good, "contrast": {"proposed": 1, "lora": -0.5}},
         "role": {**good, "contrast": {"proposed": 1, "dora": -1}},
         "unknown": {**good, "bound": 3},
+        "budgets": {**good, "budgets": []},
+        "number": {**good, "order": "one"},
+        "zero": {**good, "contrast": {"adalora": 0, "lora": 0}},
         "modules": {**good, "measure": "update_norm"},
         "ratio": {**good, "measure": "training_time", "at_least": 0},
         "requires": {**good, "requires": "nothing"},
@@ -45,6 +48,7 @@ def test_all_mistakes_of_all_claim_files_are_reported_at_once(tmp_path: Path):
     (tmp_path / "good.yaml").write_text(yaml.safe_dump(good))
     for name, content in broken.items():
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    (tmp_path / "old.yml").write_text(yaml.safe_dump(good))
     (tmp_path / "list.yaml").write_text("[1, 2]")
     (tmp_path / "syntax.yaml").write_text("a: [")
     with pytest.raises(UserError) as raised:
@@ -53,15 +57,19 @@ def test_all_mistakes_of_all_claim_files_are_reported_at_once(tmp_path: Path):
     for expected in (
         "bounds.yaml: at_least or at_most is needed",
         "order.yaml: at_least (1.0) must be below at_most (1.0)",
-        "weights.yaml: contrast needs two roles or more whose weights sum to 0",
+        "weights.yaml: contrast needs two roles or more whose weights are not 0 and sum to 0",
         "role.yaml: contrast.dora",
-        "unknown.yaml: bound: Extra inputs are not permitted",
+        "unknown.yaml: bound: unknown key; known: order, statement",
         "modules.yaml: modules goes with measure: update_norm",
         "ratio.yaml: a bound of a ratio must be positive",
         "requires.yaml: requires 'nothing', which is none of",
         "chain.yaml: requires 'premise', which requires another claim itself",
         "list.yaml: is not a mapping",
-        "syntax.yaml: ",
+        "syntax.yaml: line 1, column 5: ",
+        "budgets.yaml: budgets: List should have at least 1 item",
+        "number.yaml: order: Input should be a valid integer, got 'one'",
+        "zero.yaml: contrast needs two roles or more whose weights are not 0",
+        "old.yml: claims end in .yaml; rename it",
     ):
         assert expected in message, message
     assert "good.yaml:" not in message and "premise.yaml:" not in message

@@ -52,7 +52,7 @@ def test_missing_methods_are_named():
 def test_variants_are_told_apart_and_the_specifications_own_is_chosen():
     given = make_runs([100, 90, 80, 110])
     other = [records.change(make_run("proposed", s, 3000), config__run__fw_lora__importance="max") for s in range(4)]
-    renamed = [records.change(run, run_id=f"max{i}") for i, run in enumerate(other)]
+    renamed = [records.change(run, run_id=f"max{i}", config__run__run_id=f"max{i}") for i, run in enumerate(other)]
     answer = judge(given + renamed, above=make_claim())
     assert answer.verdict == "supported" and answer.findings[0].value == pytest.approx(100 * 95 / EXAMPLES)
     steeper = [

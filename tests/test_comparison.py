@@ -324,7 +324,7 @@ def test_constant_predictions_are_counted_not_dropped():
     ("paths", "expected"),
     [
         ({"state": "crashed"}, "is unfinished: it crashed or was killed"),
-        ({"state": "failed"}, "is unfinished: it failed"),
+        ({"state": "failed"}, "is unfinished: it failed or was killed"),
         ({"state": "running"}, "is unfinished: it still runs"),
         ({"summary__completed": None}, "is unfinished"),
         ({"summary__final_eval_accuracy": None}, "has no final_eval_accuracy"),
@@ -345,6 +345,12 @@ def test_constant_predictions_are_counted_not_dropped():
         (
             {"config__run__training__seed": "first"},
             "records what src.train does not write (ValueError: invalid literal",
+        ),
+        ({"config__run__training__seed": 1.5}, "training.seed is 1.5, which is no whole number"),
+        ({"summary__training_time_s": -1.0}, "has training_time_s = -1.0, which is no duration"),
+        (
+            {"config__run__run_id": "other"},
+            "is the record of another run, 'other'",
         ),
         ({"config__run__model": ["roberta"]}, "records what src.train does not write (AttributeError"),
         ({"config__resolved": "none"}, "records what src.train does not write (AttributeError"),
@@ -390,6 +396,12 @@ def test_tables_hold_every_method_and_pair():
     assert row in markdown
     assert f"{document['pairs'][0]['over_seeds']['accuracy']['mean']:+.4f}" in markdown
     assert "- something | unequal" in markdown
+    latex = tables.render_latex(cells, document)
+    assert r"glue/sst2, roberta-base, 0.2 \% & FW-LoRA & 3 & accuracy &" in latex
+    assert latex.count(r"\toprule") == 2 and r"\begin{tabular}{llrlrrrrr}" in latex
+    assert tables._escape_latex("a_b 1 -> 2 <0.001 -0.5 x-ray {%}") == (
+        r"a\_b 1 $\rightarrow$ 2 $<$0.001 $-$0.5 x-ray \{\%\}"
+    )
     header, *lines = tables.render_csv(cells).splitlines()
     assert header.startswith("cell,method,primary_metric,n,seeds,eval_accuracy_mean,eval_accuracy_sd")
     assert lines[2].split('"')[2].startswith(f",FW-LoRA,eval_accuracy,3,1 2 3,{group.mean('eval_accuracy')},")

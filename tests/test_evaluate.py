@@ -5,16 +5,19 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import evaluation_records as records
+import psutil
 import pytest
 
 from fwlora.experiment import wandb_store
 from fwlora.experiment.errors import UserError
-from fwlora.experiment.evaluation.evaluate import collect_records, write_files
+from fwlora.experiment.evaluation.evaluate import collect_records, remove_stale_figures, write_files
 from fwlora.experiment.evaluation.request import parse_request
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -223,6 +226,61 @@ def test_a_results_dir_that_cannot_be_written_is_an_error(tmp_path: Path):
     blocked.write_text("")
     with pytest.raises(UserError, match=r"results_dir: cannot write .*give a writable results_dir"):
         write_files({blocked / "run" / "metrics.json": b"{}"})
+
+
+def test_figures_of_an_earlier_evaluation_are_removed(tmp_path: Path):
+    kept, stale, other = (tmp_path / "comparison" / f"{name}.pdf" for name in ("comparison_a", "comparison_b", "mine"))
+    write_files({path: b"x" for path in (kept, stale, other)})
+    remove_stale_figures({kept: b"x"})
+    assert sorted(kept.parent.iterdir()) == [kept, other]
+
+
+def test_a_reader_that_stops_reading_and_a_terminal_without_quotes_are_no_errors(results_dir: Path):
+    arguments = [f"results_dir={results_dir}", f'run_ids=["{BASELINE}"]', "source=files"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "src.evaluate", *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"},
+    ) as started:  # fmt: skip
+        started.stdout.close()
+        assert started.stderr.read() == b"" and started.wait() == 0
+    done = evaluate(*arguments, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and "it rests on ?AdaLoRA" in " ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+def test_drawing_processes_end_with_the_one_that_started_them(tmp_path: Path, number: int, expected: int):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys\n"
+        "from evaluation_records import make_record\n"
+        "from fwlora.experiment.errors import user_errors_exit\n"
+        "from fwlora.experiment.evaluation.drawing import draw_figures\n"
+        "from fwlora.experiment.evaluation.evidence import gather_evidence\n"
+        "if __name__ == '__main__':\n"
+        "    given = [make_record(f'{m}{s}', m, s) for s in range(40) for m in ('baseline_lora', 'adalora')]\n"
+        "    evidence = gather_evidence(given, {}, resamples=20)\n"
+        "    print('drawing', flush=True)\n"
+        "    with user_errors_exit():\n"
+        "        draw_figures(evidence, workers=2)\n"
+    )
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with subprocess.Popen(
+        [sys.executable, str(program)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+    ) as started:  # fmt: skip
+        signal.signal(signal.SIGINT, before)
+        assert started.stdout.readline() == "drawing\n"
+        process, deadline = psutil.Process(started.pid), time.monotonic() + 60
+        while len(children := process.children()) < 3 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(2.0)
+        started.send_signal(number)
+        asked = time.monotonic()
+        errors = started.stderr.read()
+        assert started.wait(timeout=30) == expected and time.monotonic() - asked < 15
+    assert len(children) >= 3 and psutil.wait_procs(children, timeout=10)[1] == []
+    assert "Traceback" not in errors
 
 
 def test_writing_leaves_no_temporary_files(tmp_path: Path):

@@ -81,7 +81,7 @@ def test_seeds_that_disagree_leave_it_undecided_and_say_how_many_would_do():
     expected = values.var(ddof=1) / (allowed**2 - by_example.var() / EXAMPLES)
     assert expected > statistics.seeds_needed(values.mean(), values.std(ddof=1)), "examples ask for more seeds"
     assert needed == pytest.approx(expected, rel=0.1)
-    assert answer.decided_by.endswith("if the value is what it seems (power 80%, one claim alone)")
+    assert answer.decided_by.endswith("if the value is what it seems (power 80 %, one claim alone)")
 
 
 def test_examples_that_cannot_tell_are_named_instead_of_seeds():
@@ -250,7 +250,7 @@ def test_equal_scores_leave_no_rounding_error_to_test():
     given = [make_run(r, s, 3400 + 13 * s, subset=task) for task in ("sst2", "rte") for s in range(5) for r in roles]
     answer = judge(given, share=make_claim(contrast={"proposed": 1, "adalora": -0.8, "lora": -0.2}))
     assert (answer.verdict, answer.findings[0].value) == ("undecided", 0.0)
-    assert answer.reason == "no test possible: the differences are the same for all seeds"
+    assert answer.reason == "no test is possible: the differences are the same for all seeds"
 
 
 def test_the_test_has_to_point_where_the_mean_does():

@@ -25,6 +25,14 @@ class UserError(ValueError):
         return cls("\n".join([f"{heading} ({len(lines)} problems):", *(f"  - {line}" for line in lines)]))
 
 
+def describe_yaml_error(error: Exception) -> str:
+    """One line: where a YAML file is wrong, and what is; of other errors the first line."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    if mark is None or not problem:
+        return str(error).splitlines()[0]
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}"
+
+
 @contextmanager
 def user_errors_exit() -> Iterator[None]:
     """Ends the process with the message and :data:`EXIT_USER_ERROR` where the block raises a :class:`UserError`.

@@ -137,7 +137,7 @@ def deduplicate_history(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any
     merged: list[dict[str, Any]] = []
     for row in rows:
         step = row.get(metrics.GLOBAL_STEP)
-        if step is None:
+        if not isinstance(step, int | float):
             continue
         values = {name: value for name, value in row.items() if not name.startswith("_")}
         continues_row = merged and merged[-1][metrics.GLOBAL_STEP] == step and metrics.TRAIN_LOSS not in values

@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from yaml import YAMLError
 
-from fwlora.experiment.errors import UserError
+from fwlora.experiment.errors import UserError, describe_yaml_error
 from fwlora.experiment.evaluation.cells import Cell, Role
 from fwlora.experiment.evaluation.contrasts import Half
 
@@ -68,7 +68,7 @@ class Claim(BaseModel):
     at_least: Number | None = None
     at_most: Number | None = None
     modules: Half | None = None
-    budgets: list[Annotated[float, Field(strict=False, gt=0)]] | None = None
+    budgets: Annotated[list[Annotated[float, Field(strict=False, gt=0)]], Field(min_length=1)] | None = None
     scope: Literal["each_cell", "pooled"]
     requires: str | None = None
     about: Setting | None = None
@@ -80,8 +80,10 @@ class Claim(BaseModel):
             raise ValueError("at_least or at_most is needed: without a bound nothing can be shown")
         if self.at_least is not None and self.at_most is not None and self.at_least >= self.at_most:
             raise ValueError(f"at_least ({self.at_least}) must be below at_most ({self.at_most})")
-        if len(self.contrast) < 2 or abs(sum(self.contrast.values())) > 1e-9:
-            raise ValueError(f"contrast needs two roles or more whose weights sum to 0, got {self.contrast}")
+        if len(self.contrast) < 2 or 0 in self.contrast.values() or abs(sum(self.contrast.values())) > 1e-9:
+            raise ValueError(
+                f"contrast needs two roles or more whose weights are not 0 and sum to 0, got {self.contrast}"
+            )
         if (self.measure == "update_norm") != (self.modules is not None):
             raise ValueError(f"modules goes with measure: update_norm, one of {', '.join(get_args(Half))}")
         if self.measure != "quality" and any(b is not None and b <= 0 for b in (self.at_least, self.at_most)):
@@ -109,12 +111,10 @@ def load_claims(folder: Path) -> dict[str, Claim]:
                 raise ValueError("is not a mapping of keys")
             claims[path.stem] = Claim.model_validate(dict(node))
         except ValidationError as error:
-            for item in error.errors():
-                where = ".".join(map(str, item["loc"]))
-                said = item["msg"].removeprefix("Value error, ")
-                problems.append(": ".join(filter(None, (path.name, where, said))))
+            problems += [f"{path.name}: {_describe_mistake(item)}" for item in error.errors()]
         except (OmegaConfBaseException, YAMLError, OSError, ValueError) as error:
-            problems.append(f"{path.name}: {str(error).splitlines()[0]}")
+            problems.append(f"{path.name}: {describe_yaml_error(error)}")
+    problems += [f"{path.name}: claims end in .yaml; rename it" for path in sorted(folder.glob("*.yml"))]
     names = {path.stem for path in paths}
     problems += [
         f"{name}.yaml: requires {claim.requires!r}, which is none of {', '.join(sorted(names - {name}))}"
@@ -129,3 +129,14 @@ def load_claims(folder: Path) -> dict[str, Claim]:
     if problems:
         raise UserError.collect(str(folder), problems)
     return dict(sorted(claims.items(), key=lambda item: (item[1].order, item[0])))
+
+
+def _describe_mistake(item: Any) -> str:
+    """One mistake that pydantic found, in words of ours."""
+    where = ".".join(str(part) for part in item["loc"] if part != "[key]")
+    if item["type"] == "extra_forbidden":
+        return f"{where}: unknown key; known: {', '.join(Claim.model_fields)}"
+    if item["type"] == "missing":
+        return f"{where} is missing"
+    said = item["msg"].removeprefix("Value error, ")
+    return f"{where}: {said}, got {item['input']!r}" if where else said

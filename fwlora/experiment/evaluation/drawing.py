@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from fwlora.experiment.evaluation import cell_figures, overview_figures, run_figures
+from fwlora.experiment.evaluation.drawing_worker import prepare_worker
 from fwlora.experiment.evaluation.evidence import Evidence
 from fwlora.experiment.evaluation.figure_style import Drawing
 from fwlora.experiment.evaluation.request import COMPARISON_FOLDER
@@ -58,18 +57,27 @@ def draw_figures(evidence: Evidence, workers: int = 1) -> Figures:
         evidence: what to draw.
         workers: processes to share the work with, where there is enough of it.
     """
-    with ExitStack() as stack:
-        draw_all: Callable[..., Iterable[Mapping[str, Drawing]]] = map
-        if workers > 1 and len(evidence.runs) >= FEWEST_RUNS_TO_SHARE:
-            context = multiprocessing.get_context("spawn")
-            # An interrupt is for the process that the user started; it ends the others.
-            pool = ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
-            draw_all = stack.enter_context(pool).map
-        # Cells are drawn here meanwhile: each holds all of its runs, which would be in memory twice.
-        runs = draw_all(run_figures.draw_run, evidence.runs)
-        cells = {cell.condition: cell_figures.draw_cell(cell, evidence.statistics) for cell in evidence.cells}
-        overview = overview_figures.draw_overview(evidence.cells, evidence.statistics)
-        return Figures(overview, cells, dict(zip((run.run_id for run in evidence.runs), runs, strict=True)))
+    if workers == 1 or len(evidence.runs) < FEWEST_RUNS_TO_SHARE:
+        return _draw(evidence, map)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), prepare_worker)
+    try:
+        figures = _draw(evidence, pool.map)
+    except BaseException:
+        # What was interrupted should not wait for figures that nobody will see.
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
+    pool.shutdown()
+    return figures
+
+
+def _draw(evidence: Evidence, draw_all: Callable[..., Iterable[Mapping[str, Drawing]]]) -> Figures:
+    runs = draw_all(run_figures.draw_run, evidence.runs)
+    # Cells are drawn here meanwhile: each holds all of its runs, which would be in memory twice.
+    cells = {cell.condition: cell_figures.draw_cell(cell, evidence.statistics) for cell in evidence.cells}
+    overview = overview_figures.draw_overview(evidence.cells, evidence.statistics)
+    return Figures(overview, cells, dict(zip((run.run_id for run in evidence.runs), runs, strict=True)))
 
 
 def available_cores() -> int:

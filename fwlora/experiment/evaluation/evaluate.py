@@ -130,3 +130,16 @@ def write_files(files: Mapping[Path, bytes]) -> None:
         for temporary in temporaries.values():
             with suppress(OSError):
                 temporary.unlink()
+
+
+def remove_stale_figures(files: Mapping[Path, bytes]) -> None:
+    """Remove what an earlier evaluation drew into the same folders and this one did not: it shows other runs.
+
+    Args:
+        files: all that was written; a folder's figures are called ``<run id>_*.pdf`` or ``comparison_*.pdf``.
+    """
+    for folder in {path.parent for path in files}:
+        for path in folder.glob("*.pdf"):
+            if path.name.startswith(f"{folder.name}_") and path not in files:
+                with suppress(OSError):
+                    path.unlink()

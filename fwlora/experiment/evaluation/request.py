@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from fwlora.experiment.errors import UserError
+from fwlora.experiment.errors import UserError, describe_yaml_error
 from fwlora.experiment.settings import FORBIDDEN_IN_RUN_IDS
 
 COMPARISON_FOLDER = "comparison"
@@ -113,7 +113,7 @@ def _complete(
             config = OmegaConf.load(config_path)
             values.update({key: OmegaConf.select(config, key) for key in missing})
         except (OSError, YAMLError, OmegaConfBaseException) as error:
-            problems.append(f"{config_path}: cannot read {' and '.join(missing)}: {str(error).splitlines()[0]}")
+            problems.append(f"{config_path}: cannot read {' and '.join(missing)}: {describe_yaml_error(error)}")
             return {}
     for key in missing:
         if not values[key]:

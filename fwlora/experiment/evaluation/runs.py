@@ -18,7 +18,7 @@ from fwlora.experiment.settings import SEARCHABLE
 
 _UNFINISHED = {
     "running": "is unfinished: it still runs, or its server lost sight of it; wait for it, or run it again",
-    "failed": "is unfinished: it failed, as the end of its log says; run it again",
+    "failed": "is unfinished: it failed or was killed, as the end of its log may say; run it again",
     "crashed": "is unfinished: it crashed or was killed before its last epoch ended; run it again",
     "finished": "is unfinished: it ended before its last epoch was evaluated; run it again",
 }
@@ -116,10 +116,14 @@ def _primary_eval_name(record: RunRecord) -> str | None:
 
 def _find_problems(record: RunRecord) -> list[str]:
     run, summary = record.config.get("run"), record.summary
+    if record.config and not isinstance(run, Mapping):
+        return ["records no settings (config.run): src.train did not write it; leave it out"]
     if not record.finished or summary.get(metrics.COMPLETED) is not True:
         return [_UNFINISHED[record.state]]
     if not isinstance(run, Mapping):
         return ["records no settings (config.run): src.train did not write it; leave it out"]
+    if run.get("run_id") not in (None, record.run_id):
+        return [f"is the record of another run, {run.get('run_id')!r}; its folder or its W&B id was changed"]
     found = []
     for path in ("method", "dataset.name", "training.seed"):
         if path not in flatten_settings(run):
@@ -131,9 +135,11 @@ def _find_problems(record: RunRecord) -> list[str]:
     compared = (primary, "eval_accuracy", "eval_matthews_correlation")
     needed = [metrics.final_name(name) for name in dict.fromkeys(compared)]
     for name in (*needed, metrics.TRAINING_TIME_S):
-        value = summary.get(name)
-        if as_finite(value) is None:
+        value, number = summary.get(name), as_finite(summary.get(name))
+        if number is None:
             found.append(f"has no {name}" if value is None else f"has {name} = {value}, which is no finite number")
+        elif name == metrics.TRAINING_TIME_S and number < 0:
+            found.append(f"has {name} = {value}, which is no duration")
     for name in (primary, metrics.TRAIN_LOSS):
         if not any(as_finite(row.get(name)) is not None for row in record.history):
             found.append(f"has no {name} in its history")
@@ -177,7 +183,7 @@ def _read_run(record: RunRecord) -> EvaluatedRun:
     values = {name: as_finite(summary.get(source)) for name, source in recorded.items()}
     return EvaluatedRun(
         record=record,
-        seed=int(run["training"]["seed"]),
+        seed=_whole(run["training"]["seed"]),
         method=str(run["method"]),
         settings=_comparable_settings(run),
         cell_key=(data, str(model.get("name") or pretrained), pretrained, budget),
@@ -187,6 +193,12 @@ def _read_run(record: RunRecord) -> EvaluatedRun:
         predictions=unpack_classes(summary[metrics.EVAL_PREDICTIONS]),
         label_names=tuple(str(name) for name in record.config["resolved"]["label_names"]),
     )
+
+
+def _whole(seed: Any) -> int:
+    if int(seed) != seed:
+        raise ValueError(f"training.seed is {seed!r}, which is no whole number")
+    return int(seed)
 
 
 def _comparable_settings(run: Mapping[str, Any]) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +17,17 @@ from fwlora.experiment.evaluation.verdicts import Answer, Finding
 
 _NOTHING = "-"
 _TERMINAL_WIDTH = 110
+_TEXT_COLUMNS = ("cell", "method", "first", "second", "metric")
+_LATEX = {
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": "$<$",
+    ">": "$>$",
+    "|": "$|$",
+    "→": r"$\rightarrow$",
+}
 
 
 def render_text_table(cells: Sequence[Cell]) -> str:
@@ -37,13 +49,16 @@ def render_verdicts(answers: Sequence[Answer]) -> list[str]:
     lines = []
     for answer in answers:
         lines.append(f"{answer.verdict.upper():<9}  {answer.claim.statement}: {describe_findings(answer)}")
-        said = [f"because {answer.reason}."] if answer.reason else []
-        said += [f"Decided by: {answer.decided_by}."] if answer.decided_by else []
-        said += [f"Without {cell}." for finding in answer.findings for cell in finding.left_out]
-        if said:
-            text = " ".join(said)
-            lines += textwrap.wrap(text, _TERMINAL_WIDTH, initial_indent=" " * 11, subsequent_indent=" " * 11)
+        text = " ".join(_explain(answer))
+        lines += textwrap.wrap(text, _TERMINAL_WIDTH, initial_indent=" " * 11, subsequent_indent=" " * 11)
     return lines
+
+
+def _explain(answer: Answer) -> list[str]:
+    """Why it is undecided, what would decide it, and what it leaves out, a sentence each."""
+    said = [f"because {answer.reason}."] if answer.reason else []
+    said += [f"Decided by: {answer.decided_by}."] if answer.decided_by else []
+    return said + [f"Without {cell}." for finding in answer.findings for cell in finding.left_out]
 
 
 def describe_findings(answer: Answer) -> str:
@@ -82,12 +97,7 @@ def render_markdown(
                 answer.claim.statement,
                 answer.verdict,
                 describe_findings(answer),
-                "; ".join(
-                    [
-                        *(text for text in (answer.reason, answer.decided_by) if text),
-                        *(f"without {cell}" for finding in answer.findings for cell in finding.left_out),
-                    ]
-                ),
+                " ".join(_explain(answer)),
             ]
             for answer in answers
         ]
@@ -115,9 +125,17 @@ def render_latex(cells: Sequence[Cell], statistics: Mapping[str, Any]) -> str:
     parts = ["% needs \\usepackage{booktabs}"]
     for header, rows in (method_rows(cells), pair_rows(statistics)):
         if rows:
-            frame = pandas.DataFrame(rows, columns=header)
-            parts.append(frame.to_latex(index=False, escape=True, column_format="l" * 3 + "r" * (len(header) - 3)))
+            escaped = [[_escape_latex(text) for text in row] for row in rows]
+            frame = pandas.DataFrame(escaped, columns=[_escape_latex(name) for name in header])
+            alignment = "".join("l" if name in _TEXT_COLUMNS else "r" for name in header)
+            parts.append(frame.to_latex(index=False, escape=False, column_format=alignment))
     return "\n".join(parts)
+
+
+def _escape_latex(text: str) -> str:
+    """Text as LaTeX prints it; a hyphen before a number is a minus."""
+    escaped = "".join(_LATEX.get(character, character) for character in text.replace("->", "→"))
+    return re.sub(r"(?<![\w.])-(?=\d)", r"$-$", escaped)
 
 
 def render_csv(cells: Sequence[Cell]) -> str:

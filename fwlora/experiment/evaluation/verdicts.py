@@ -215,8 +215,8 @@ def _conclude(unit: _Measured, p_value_holm: float | None, tests: int) -> Findin
         reason = "no seed-level test possible: one paired seed"
         return replace(finding, reason=reason, decided_by="two seeds at least")
     if unit.test is None:
-        reason = "no test possible: the differences are the same for all seeds"
-        return replace(finding, reason=reason, decided_by="seeds that differ, if there are any")
+        reason = "no test is possible: the differences are the same for all seeds"
+        return replace(finding, reason=reason, decided_by="runs whose scores differ between seeds")
     assert found.low is not None and found.high is not None, "seeds that can be tested give an interval"
     low, high = unit.bounds
     within, beyond = low <= found.low and found.high <= high, found.high < low or high < found.low
@@ -255,7 +255,8 @@ def _say_needs(unit: _Measured, tests: int) -> str:
     each = " in each cell" if len(unit.samples) > 1 else ""
     if seeds <= now:
         return f"more seeds than {now}{each}: the correction over {tests} tests asks for more than one claim alone"
-    return f"about {seeds} seeds{each}, if the value is what it seems (power {statistics.POWER:.0%}, one claim alone)"
+    power = f"power {100 * statistics.POWER:.0f} %, one claim alone"
+    return f"about {seeds} seeds{each}, if the value is what it seems ({power})"
 
 
 def _answer(name: str, claim: Claim, findings: tuple[Finding, ...], cells: Sequence[Cell]) -> Answer:

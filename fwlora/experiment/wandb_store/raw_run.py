@@ -49,7 +49,8 @@ def _order_attempts(rows: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
     What a dead server missed of the first attempt is sent after the second one. The clock says which came first; it is
     not asked where steps ascend anyway, as it may be set back while a run is under way.
     """
-    steps = [row.get(metrics.GLOBAL_STEP) or 0 for row in rows]
+    given = (row.get(metrics.GLOBAL_STEP) for row in rows)
+    steps = [step if isinstance(step, int | float) else 0 for step in given]
     if all(earlier <= later for earlier, later in pairwise(steps)):
         return rows
     return sorted(rows, key=lambda row: row.get("_timestamp") or 0.0)

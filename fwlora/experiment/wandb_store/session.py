@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import threading
 from contextlib import suppress
@@ -47,8 +48,11 @@ def explain(error: Exception, place: str, timeout_s: float) -> str:
     """One line on why W&B could not be used."""
     import wandb
 
-    server = wandb.setup(settings=wandb.Settings(silent=True)).settings.base_url
     text = one_line(error)
+    try:
+        server = wandb.setup(settings=wandb.Settings(silent=True)).settings.base_url
+    except ValueError:
+        return f"WANDB_BASE_URL={os.environ.get('WANDB_BASE_URL')!r} is no address of a server; unset it, or give a URL"
     if "deadline exceeded" in text or "did not respond in time" in text or isinstance(error, TimeoutError):
         detail = re.search(r'while retrying: (?:Post "[^"]*": )?(.*)', text)
         return f"no usable answer from {server} within {timeout_s:g} s" + (f" ({detail[1]})" if detail else "")
