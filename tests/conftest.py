@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from tests.wandb_server import WandbServer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIG_DIR = REPOSITORY / "config"
@@ -100,3 +105,21 @@ def tiny_glue(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Caches such as `.cache/` land in the test's own folder."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
+    """W&B's client without this machine's login and settings."""
+    from tests.wandb_runs import isolated_client
+
+    with isolated_client(tmp_path / "home") as patch:
+        yield patch
+
+
+@pytest.fixture
+def server(client: pytest.MonkeyPatch) -> Iterator[WandbServer]:
+    """A W&B server on loopback that the client finds."""
+    from tests.wandb_runs import serving
+
+    with serving(client) as running:
+        yield running

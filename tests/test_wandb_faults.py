@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,30 +20,18 @@ from tests.wandb_runs import (
     content,
     expected,
     follow_advice,
-    isolated_client,
     kill_half_way,
     load,
     repair_server,
     rows,
     run_folders,
-    serving,
     start,
     sync,
     write,
 )
 from tests.wandb_server import WandbServer
 
-
-@pytest.fixture(autouse=True)
-def client(tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
-    with isolated_client(tmp_path / "home") as patch:
-        yield patch
-
-
-@pytest.fixture
-def server(client: pytest.MonkeyPatch) -> Iterator[WandbServer]:
-    with serving(client) as running:
-        yield running
+pytestmark = pytest.mark.usefixtures("client")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ import subprocess
 import threading
 import time
 import zlib
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,11 +31,9 @@ from tests.wandb_runs import (
     as_json,
     content,
     expected,
-    isolated_client,
     load,
     rows,
     run_folders,
-    serving,
     start,
     sync,
     write,
@@ -62,16 +59,7 @@ NESTED = {
 }
 
 
-@pytest.fixture(autouse=True)
-def client(tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
-    with isolated_client(tmp_path / "home") as patch:
-        yield patch
-
-
-@pytest.fixture
-def server(client: pytest.MonkeyPatch) -> Iterator[WandbServer]:
-    with serving(client) as running:
-        yield running
+pytestmark = pytest.mark.usefixtures("client")
 
 
 @pytest.mark.parametrize("mode", ["online", "offline"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,27 +22,15 @@ from tests.wandb_runs import (
     content,
     expected,
     follow_advice,
-    isolated_client,
     load,
     rows,
     run_folders,
-    serving,
     start,
     write,
 )
 from tests.wandb_server import API_KEY, StoredRun, WandbServer
 
-
-@pytest.fixture(autouse=True)
-def client(tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
-    with isolated_client(tmp_path / "home") as patch:
-        yield patch
-
-
-@pytest.fixture
-def server(client: pytest.MonkeyPatch) -> Iterator[WandbServer]:
-    with serving(client) as running:
-        yield running
+pytestmark = pytest.mark.usefixtures("client")
 
 
 def test_online_run_reaches_the_server_whole_and_reads_back_the_same_from_both_sources(

@@ -88,7 +88,11 @@ def compute_task_metrics(labels: np.ndarray, predictions: np.ndarray, num_classe
     Returns:
         ``accuracy``, ``matthews_correlation`` (0 where a constant prediction leaves it undefined) and ``f1``.
     """
-    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef  # a second and 100 MB to all who know names
+    from sklearn.metrics import (  # slow and large to import, and most import this for names
+        accuracy_score,
+        f1_score,
+        matthews_corrcoef,
+    )
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

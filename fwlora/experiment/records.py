@@ -43,6 +43,16 @@ class RunRecord:
     def finished(self) -> bool:
         return self.state == "finished"
 
+    @property
+    def resolved(self) -> Mapping[str, Any]:
+        """What the program found out; empty where nothing was recorded."""
+        return self.config.get("resolved") or {}
+
+    @property
+    def environment(self) -> Mapping[str, Any]:
+        """Commit, versions and hardware it ran with; see :func:`fwlora.experiment.provenance.describe_environment`."""
+        return self.resolved.get("environment") or {}
+
 
 def pack_classes(classes: np.ndarray, num_classes: int) -> dict[str, Any]:
     """Classes of a split in data-set order, as small as a summary should be.

@@ -7,17 +7,13 @@ from typing import Any
 
 from fwlora.experiment import metrics
 from fwlora.experiment.evaluation.cells import Cell
+from fwlora.experiment.evaluation.runs import COST_NAMES
 
 _BEST_KEYS = ("best_proposed", "best_baseline", "gap", "improvement_rate")
 _METRIC_ORDER = (
     *(metrics.eval_name(name) for name in metrics.TASK_METRICS),
     metrics.EVAL_LOSS,
-    metrics.TRAINING_TIME_S,
-    metrics.STEP_TIME_MEDIAN_S,
-    metrics.TIME_SEARCH_S,
-    metrics.PEAK_MEMORY_MIB,
-    metrics.PARAMS_ADAPTER,
-    metrics.PARAMS_ADAPTER_FINAL,
+    *COST_NAMES,
 )
 
 

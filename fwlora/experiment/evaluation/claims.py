@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from yaml import YAMLError
 
 from fwlora.experiment.errors import UserError, describe_yaml_error
-from fwlora.experiment.evaluation.cells import Cell, Role
+from fwlora.experiment.evaluation.cells import Cell, Role, budget_value
 from fwlora.experiment.evaluation.contrasts import Half
 
 Measure = Literal["quality", "training_time", "update_norm"]
@@ -89,6 +89,11 @@ class Claim(BaseModel):
         if self.measure != "quality" and any(b is not None and b <= 0 for b in (self.at_least, self.at_most)):
             raise ValueError("a bound of a ratio must be positive")
         return self
+
+    def speaks_of(self, cell: Cell) -> bool:
+        """Whether the cell has one of its budgets."""
+        percent = budget_value(cell.budget) if cell.budget.endswith("%") else None
+        return self.budgets is None or percent in self.budgets
 
     @property
     def is_ratio(self) -> bool:

@@ -69,7 +69,7 @@ def find_unequal_facts(runs: Sequence[EvaluatedRun], kinds: Sequence[str] | None
 
     Args:
         runs: of one cell.
-        kinds: first words of the facts to look at; None: all.
+        kinds: what the names of the facts to look at begin with; None: all.
     """
     facts = {run.run_id: _read_facts(run) for run in runs}
     found = []
@@ -87,8 +87,7 @@ def find_unequal_facts(runs: Sequence[EvaluatedRun], kinds: Sequence[str] | None
 
 def _read_facts(run: EvaluatedRun) -> dict[str, Any]:
     config, summary = run.record.config, run.record.summary
-    resolved = config.get("resolved") or {}
-    environment = resolved.get("environment") or {}
+    resolved, environment = run.record.resolved, run.record.environment
     return {
         "precision": resolved.get("precision"),
         **{f"data ({key})": value for key, value in sorted(resolved.items()) if "fingerprint" in key},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -53,23 +52,21 @@ class Estimate:
     """A contrast's mean over seeds, and over cells where there are several.
 
     Attributes:
-        mean: every cell counts alike.
+        seeds: the mean, every cell counting alike, with its uncertainty over seeds.
         low, high: the interval at :data:`~.resampling.CONFIDENCE`; None where nothing says how the value varies.
         interval_over: what the interval speaks of: ``seeds and examples``, ``examples``, ``seeds`` or ``nothing``.
         examples_error: standard deviation over resamples of the examples alone: no number of seeds lowers it.
-        seeds: the means as :class:`StratifiedMean` sees them.
-        deviation: over seeds, of the mean for one seed, ``sqrt(Σ w_k² s_k²)``.
-        strata: how many means of seeds went into it.
     """
 
-    mean: float
+    seeds: StratifiedMean
     low: float | None
     high: float | None
     interval_over: str
     examples_error: float
-    seeds: StratifiedMean
-    deviation: float
-    strata: int
+
+    @property
+    def mean(self) -> float:
+        return self.seeds.estimate
 
 
 def sample_quality(cell: Cell, terms: Terms, resampled: ResampledRuns, metric: str | None = None) -> Sample:
@@ -79,18 +76,10 @@ def sample_quality(cell: Cell, terms: Terms, resampled: ResampledRuns, metric: s
         Unmeasured: no seed was run with all methods.
     """
     name = metric or cell.primary
-    chosen = _pair_runs(cell, terms)
-    values = sum(
-        weight * np.array([run.values[metrics.eval_name(name)] for run in runs])
-        for weight, (_, runs) in zip(_weights(terms), chosen, strict=True)
-    )
-    scores = sum(
-        weight * resampled.stack(runs, name) for weight, (_, runs) in zip(_weights(terms), chosen, strict=True)
-    )
-    runs = chosen[0][1]
-    # Weights such as 1, -0.8, -0.2 leave rounding errors where scores are equal; no test should see them.
-    values, scores = np.round(values, 12), np.round(scores, 12)
-    return Sample(cell.name, cell.data, _name(terms), _seeds(runs), values, scores, runs[0].labels.size)
+    chosen = _pair_runs(terms)
+    values = sum(weight * np.array([run.values[metrics.eval_name(name)] for run in runs]) for weight, runs in chosen)
+    scores = sum(weight * resampled.stack(runs, name) for weight, runs in chosen)
+    return _make_sample(cell, terms, chosen[0][1], np.asarray(values), np.asarray(scores))
 
 
 def sample_cost(cell: Cell, terms: Terms, metric: str = metrics.TRAINING_TIME_S) -> Sample:
@@ -99,11 +88,10 @@ def sample_cost(cell: Cell, terms: Terms, metric: str = metrics.TRAINING_TIME_S)
     Raises:
         Unmeasured: no seed was run with all methods, a cost was not recorded, or the runs' hardware differs.
     """
-    chosen = _pair_runs(cell, terms)
-    runs = [run for _, members in chosen for run in members]
+    runs = [run for _, members in _pair_runs(terms) for run in members]
     if len(machines := sorted({_machine(run) for run in runs})) > 1:
         raise Unmeasured(f"its times come from different machines ({'; '.join(machines)})")
-    return _sample_logarithms(cell, terms, lambda run, _: [run.values.get(metric)], metric)
+    return _sample_logarithms(cell, terms, lambda run: [run.values.get(metric)], metric)
 
 
 def sample_update_norm(cell: Cell, terms: Terms, half: Half) -> Sample:
@@ -119,9 +107,9 @@ def sample_update_norm(cell: Cell, terms: Terms, half: Half) -> Sample:
     if proposed is None:
         raise Unmeasured("importances are the proposed method's, which is not part of the contrast")
     by_seed = proposed.by_seed()
-    chosen = _pair_runs(cell, terms)
+    chosen = _pair_runs(terms)
     kept: dict[int, list[str]] = {}
-    for seed in _seeds(chosen[0][1]):
+    for seed in (run.seed for run in chosen[0][1]):
         importances = _modules(by_seed[seed], metrics.MODULE_IMPORTANCES)
         if not importances:
             raise Unmeasured(f"run {by_seed[seed].run_id} recorded no importances")
@@ -133,9 +121,9 @@ def sample_update_norm(cell: Cell, terms: Terms, half: Half) -> Sample:
         if not kept[seed]:
             raise Unmeasured(f"no module of seed {seed} was updated by all methods")
 
-    def read(run: EvaluatedRun, seed: int) -> list[float | None]:
+    def read(run: EvaluatedRun) -> list[float | None]:
         norms = _modules(run, metrics.MODULE_DELTA_NORMS)
-        return [norms[name] for name in kept[seed]]
+        return [norms[name] for name in kept[run.seed]]
 
     return _sample_logarithms(cell, terms, read, metrics.MODULE_DELTA_NORMS)
 
@@ -178,35 +166,22 @@ def estimate(samples: Sequence[Sample], rng_seed: int) -> Estimate:
         rng_seed: of the draws of seeds, together with the contrast and the data set.
     """
     merged = _merge_shared_seeds(samples)
-    weights = [float(count) for _, count in merged]
+    weights = [count for _, count in merged]
     means = stratified_mean([sample.values for sample, _ in merged], weights)
-    several = all(len(sample.seeds) > 1 for sample in samples)
-    shares = np.array(weights) / sum(weights)
-    deviation = math.sqrt(
-        sum(
-            (share * float(sample.values.std(ddof=1))) ** 2 if len(sample.seeds) > 1 else 0.0
-            for share, (sample, _) in zip(shares, merged, strict=True)
-        )
-    )
-    rows = [(share, sample, sample.resampled) for share, (sample, _) in zip(shares, merged, strict=True)]
-    resampled = [(share, sample, row) for share, sample, row in rows if row is not None]
-    if len(resampled) < len(rows):
-        interval = means.interval(CONFIDENCE)
-        low, high = interval or (None, None)
-        over = "seeds" if interval else "nothing"
-        return Estimate(means.estimate, low, high, over, 0.0, means, deviation, len(merged))
+    resampled = [
+        (count / sum(weights), sample, row) for sample, count in merged if (row := sample.resampled) is not None
+    ]
+    if len(resampled) < len(merged):
+        low, high = means.interval(CONFIDENCE) or (None, None)
+        return Estimate(means, low, high, "nothing" if low is None else "seeds", 0.0)
     over_examples = np.sum([share * row.mean(axis=0) for share, _, row in resampled], axis=0)
-    drawn = sum(
-        share
-        * average_over_seeds(
-            row, np.random.default_rng([rng_seed, zlib.crc32(f"{sample.data}|{sample.contrast}".encode())])
-        )
-        for share, sample, row in resampled
-    )
-    low, high = percentile_interval(drawn)
+    drawn = np.zeros_like(over_examples)
+    for share, sample, row in resampled:
+        rng = np.random.default_rng([rng_seed, zlib.crc32(f"{sample.data}|{sample.contrast}".encode())])
+        drawn += share * average_over_seeds(row, rng)
+    several = all(len(sample.seeds) > 1 for sample in samples)
     over = "seeds and examples" if several else "examples"
-    error = float(np.std(over_examples, ddof=1))
-    return Estimate(means.estimate, low, high, over, error, means, deviation, len(merged))
+    return Estimate(means, *percentile_interval(drawn), over, float(np.std(over_examples, ddof=1)))
 
 
 def blocks_of(samples: Sequence[Sample]) -> list[list[tuple[str, int]]]:
@@ -228,30 +203,32 @@ def _merge_shared_seeds(samples: Sequence[Sample]) -> list[tuple[Sample, int]]:
     return merged
 
 
-def _weights(terms: Terms) -> list[float]:
-    return [weight for weight, _ in terms]
-
-
-def _name(terms: Terms) -> str:
-    return " ".join(sorted(f"{weight:+g} {group.role}" for weight, group in terms))
-
-
-def _seeds(runs: Sequence[EvaluatedRun]) -> tuple[int, ...]:
-    return tuple(run.seed for run in runs)
-
-
-def _pair_runs(cell: Cell, terms: Terms) -> list[tuple[Group, list[EvaluatedRun]]]:
-    """The runs of each term in the seeds that all have, ascending."""
-    by_seed = [(group, group.by_seed()) for _, group in terms]
+def _pair_runs(terms: Terms) -> list[tuple[float, list[EvaluatedRun]]]:
+    """Each weight with its group's runs in the seeds that all groups have, ascending."""
+    by_seed = [(weight, group.by_seed()) for weight, group in terms]
     shared = sorted(set.intersection(*(set(runs) for _, runs in by_seed)))
     if not shared:
         raise Unmeasured("no seed was run with all its methods")
-    return [(group, [runs[seed] for seed in shared]) for group, runs in by_seed]
+    return [(weight, [runs[seed] for seed in shared]) for weight, runs in by_seed]
+
+
+def _make_sample(
+    cell: Cell, terms: Terms, runs: Sequence[EvaluatedRun], values: np.ndarray, resampled: np.ndarray | None
+) -> Sample:
+    return Sample(
+        cell=cell.name,
+        data=cell.data,
+        contrast=" ".join(sorted(f"{weight:+g} {group.role}" for weight, group in terms)),
+        seeds=tuple(run.seed for run in runs),
+        # Weights such as 1, -0.8, -0.2 leave rounding errors where values are equal; no test should see them.
+        values=np.round(values, 12),
+        resampled=None if resampled is None else np.round(resampled, 12),
+        examples=runs[0].labels.size,
+    )
 
 
 def _machine(run: EvaluatedRun) -> str:
-    environment = (run.record.config.get("resolved") or {}).get("environment") or {}
-    return f"{environment.get('device')}, {environment.get('threads')} threads"
+    return f"{run.record.environment.get('device')}, {run.record.environment.get('threads')} threads"
 
 
 def _modules(run: EvaluatedRun, metric: str) -> dict[str, float]:
@@ -265,15 +242,14 @@ def _modules(run: EvaluatedRun, metric: str) -> dict[str, float]:
 
 
 def _sample_logarithms(
-    cell: Cell, terms: Terms, read: Callable[[EvaluatedRun, int], Sequence[float | None]], metric: str
+    cell: Cell, terms: Terms, read: Callable[[EvaluatedRun], Sequence[float | None]], metric: str
 ) -> Sample:
-    chosen = _pair_runs(cell, terms)
+    chosen = _pair_runs(terms)
     total = np.zeros(len(chosen[0][1]))
-    for weight, (_, runs) in zip(_weights(terms), chosen, strict=True):
+    for weight, runs in chosen:
         for place, run in enumerate(runs):
-            values = read(run, run.seed)
+            values = read(run)
             if any(value is None or value <= 0 for value in values):
                 raise Unmeasured(f"run {run.run_id} recorded no positive {metric}")
             total[place] += weight * float(np.mean(np.log(np.array(values, dtype=np.float64))))
-    runs = chosen[0][1]
-    return Sample(cell.name, cell.data, _name(terms), _seeds(runs), np.round(total, 12), None, runs[0].labels.size)
+    return _make_sample(cell, terms, chosen[0][1], total, None)

@@ -33,16 +33,15 @@ def to_json(document: Mapping[str, Any]) -> bytes:
 
 
 def describe_run(run: EvaluatedRun) -> dict[str, Any]:
-    """The content of a run's ``metrics.json``: settings, summary, per-epoch values, confusion matrix, source."""
+    """The content of a run's ``metrics.json``: settings, summary, per-epoch values, confusion matrix, modules."""
     config, summary = run.record.config, run.record.summary
-    resolved = config.get("resolved") or {}
     kept = {key: value for key, value in sorted(summary.items()) if key not in (*_PACKED, *_MODULE_LISTS)}
     return {
         "run_id": run.run_id,
         "primary_metric": metrics.eval_name(run.primary),
         "primary_value": run.values[metrics.eval_name(run.primary)],
         "settings": config["run"],
-        "resolved": resolved,
+        "resolved": run.record.resolved,
         "summary": {key: value for key, value in kept.items() if not key.startswith("_")},
         "epochs": epoch_rows(run),
         "confusion_matrix": {

@@ -15,8 +15,7 @@ from markupsafe import Markup
 
 from fwlora.experiment import metrics
 from fwlora.experiment.evaluation import tables
-from fwlora.experiment.evaluation.cells import ROLE_NAMES, Cell, Group, budget_value
-from fwlora.experiment.evaluation.claims import Claim
+from fwlora.experiment.evaluation.cells import ROLE_NAMES, Cell, Group
 from fwlora.experiment.evaluation.drawing import Figures
 from fwlora.experiment.evaluation.evidence import Evidence
 from fwlora.experiment.evaluation.figure_style import MARKERS, display_metric, style_groups
@@ -297,7 +296,7 @@ def _describe_answer(answer: Answer, cells: Sequence[Cell]) -> dict[str, Any]:
         "bound": " and ".join(f"{word} {typeset(f'{b:g}')}" for word, b in bounds if b is not None)
         + ("" if claim.is_ratio else " points"),
         "cells": [cell.name for cell in evaluated],
-        "left_out": [cell.name for cell in cells if _speaks_of(claim, cell) and cell.name not in names and names],
+        "left_out": [cell.name for cell in cells if claim.speaks_of(cell) and cell.name not in names and names],
         "left_out_why": [why for finding in answer.findings for why in finding.left_out],
         "why": split_reasons(answer.reason, cells),
         "needs": split_reasons(answer.decided_by, cells),
@@ -311,10 +310,6 @@ def _describe_answer(answer: Answer, cells: Sequence[Cell]) -> dict[str, Any]:
             for finding in answer.findings
         ],
     }
-
-
-def _speaks_of(claim: Claim, cell: Cell) -> bool:
-    return claim.budgets is None or (cell.budget.endswith("%") and budget_value(cell.budget) in claim.budgets)
 
 
 def _format_finding(answer: Answer, finding: Finding) -> str:

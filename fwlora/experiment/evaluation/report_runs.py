@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -63,19 +62,13 @@ def describe_run_page(cell: Cell, group: Group, run: EvaluatedRun) -> dict[str, 
         ],
         "settings": flatten_settings({key: value for key, value in config.items() if key != "resolved"}),
         "facts": [(name, read(run)) for name, read in _facts([run]).items()],
-        "command": read_command(run),
+        "command": run.record.resolved.get("command"),
     }
-
-
-def read_command(run: EvaluatedRun) -> str | None:
-    """The command that trained the run; None where it was not recorded."""
-    command = (run.record.config.get("resolved") or {}).get("command")
-    return shlex.join(map(str, command)) if isinstance(command, list) else command
 
 
 def collect_commands(runs: Sequence[EvaluatedRun]) -> dict[str, Any]:
     """Commands in the order of the runs, each once, and how many runs recorded none."""
-    commands = [read_command(run) for run in runs]
+    commands = [run.record.resolved.get("command") for run in runs]
     return {
         "lines": list(dict.fromkeys(command for command in commands if command)),
         "missing": sum(command is None for command in commands),
@@ -111,7 +104,7 @@ def describe_commit(environment: Mapping[str, Any]) -> str:
 
 def is_dirty(run: EvaluatedRun) -> bool:
     """Whether the code that trained the run was not what its commit holds."""
-    return bool(_environment(run).get("dirty"))
+    return bool(run.record.environment.get("dirty"))
 
 
 def describe_environment_facts(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -135,16 +128,8 @@ def _facts(runs: Sequence[EvaluatedRun]) -> dict[str, Callable[[EvaluatedRun], s
     return {**_environment_facts(runs), **_data_facts(runs), **_model_facts(runs)}
 
 
-def _resolved(run: EvaluatedRun) -> Mapping[str, Any]:
-    return run.record.config.get("resolved") or {}
-
-
 def _read_resolved(key: str, run: EvaluatedRun) -> str:
-    return _show(_resolved(run).get(key))
-
-
-def _environment(run: EvaluatedRun) -> Mapping[str, Any]:
-    return _resolved(run).get("environment") or {}
+    return _show(run.record.resolved.get(key))
 
 
 def _show(value: Any) -> str:
@@ -152,7 +137,7 @@ def _show(value: Any) -> str:
 
 
 def _environment_facts(runs: Sequence[EvaluatedRun]) -> dict[str, Callable[[EvaluatedRun], str]]:
-    read = {id(run): dict(describe_environment_facts(_environment(run))) for run in runs}
+    read = {id(run): dict(describe_environment_facts(run.record.environment)) for run in runs}
 
     def read_fact(name: str, run: EvaluatedRun) -> str:
         return read[id(run)].get(name, NOT_RECORDED)

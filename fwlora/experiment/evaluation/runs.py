@@ -23,7 +23,7 @@ _UNFINISHED = {
     "finished": "is unfinished: it ended before its last epoch was evaluated; run it again",
 }
 _IDENTITY = ("run_id", "training.seed")
-_COST_NAMES = (
+COST_NAMES = (
     metrics.TRAINING_TIME_S,
     metrics.STEP_TIME_MEDIAN_S,
     metrics.TIME_SEARCH_S,
@@ -42,7 +42,7 @@ class EvaluatedRun:
         seed: ``training.seed``.
         method: as in the settings.
         settings: the run node flattened to dotted keys, without run id, seed and what a search replaced.
-        cell_key: data set, backbone and budget, as displayed (data set, model name, pretrained id, budget).
+        cell_key: data set, model name, pretrained id and budget, as recorded.
         primary: the task metric that is compared, such as ``matthews_correlation``.
         values: final metrics by eval name (``eval_accuracy``), and costs; all finite.
         labels, predictions: classes of the eval split, shape ``(n,)``.
@@ -110,8 +110,7 @@ def read_runs(records: Sequence[RunRecord]) -> list[EvaluatedRun]:
 
 
 def _primary_eval_name(record: RunRecord) -> str | None:
-    resolved = record.config.get("resolved") or {}
-    return record.summary.get(metrics.PRIMARY_METRIC) or resolved.get(metrics.PRIMARY_METRIC)
+    return record.summary.get(metrics.PRIMARY_METRIC) or record.resolved.get(metrics.PRIMARY_METRIC)
 
 
 def _find_problems(record: RunRecord) -> list[str]:
@@ -150,7 +149,7 @@ def _find_prediction_problems(record: RunRecord) -> list[str]:
     summary = record.summary
     names = (metrics.EVAL_FINGERPRINT, metrics.EVAL_LABELS, metrics.EVAL_PREDICTIONS)
     missing = [f"has no {name}" for name in names if not summary.get(name)]
-    num_classes = len((record.config.get("resolved") or {}).get("label_names") or ())
+    num_classes = len(record.resolved.get("label_names") or ())
     if num_classes < 2:
         missing.append("records no label names (config.resolved.label_names)")
     if missing:
@@ -179,7 +178,7 @@ def _read_run(record: RunRecord) -> EvaluatedRun:
     task_values = {
         metrics.eval_name(name): metrics.final_name(metrics.eval_name(name)) for name in metrics.TASK_METRICS
     }
-    recorded = {**task_values, **{name: name for name in _COST_NAMES}, "eval_loss": metrics.final_name("eval_loss")}
+    recorded = {**task_values, **{name: name for name in COST_NAMES}, "eval_loss": metrics.final_name("eval_loss")}
     values = {name: as_finite(summary.get(source)) for name, source in recorded.items()}
     return EvaluatedRun(
         record=record,
@@ -191,7 +190,7 @@ def _read_run(record: RunRecord) -> EvaluatedRun:
         values={name: value for name, value in values.items() if value is not None},
         labels=unpack_classes(summary[metrics.EVAL_LABELS]),
         predictions=unpack_classes(summary[metrics.EVAL_PREDICTIONS]),
-        label_names=tuple(str(name) for name in record.config["resolved"]["label_names"]),
+        label_names=tuple(str(name) for name in record.resolved["label_names"]),
     )
 
 

@@ -78,12 +78,16 @@ class StratifiedMean:
     """The weighted mean over strata of their means, with its uncertainty over seeds.
 
     Attributes:
+        strata: how many there are.
         estimate: ``Σ w_k mean_k``, weights summing to 1.
-        standard_error: ``sqrt(Σ w_k² s_k² / n_k)``; None where a stratum has one value.
+        deviation: of the mean for one seed in each stratum, ``sqrt(Σ w_k² s_k²)``; None where one has one value.
+        standard_error: ``sqrt(Σ w_k² s_k² / n_k)``; None likewise.
         degrees_of_freedom: Satterthwaite's; None likewise, and where nothing varies.
     """
 
+    strata: int
     estimate: float
+    deviation: float | None
     standard_error: float | None
     degrees_of_freedom: float | None
 
@@ -201,13 +205,15 @@ def stratified_mean(strata: Sequence[np.ndarray], weights: Sequence[float] | Non
     shares = shares / shares.sum()
     estimate = float(np.sum(shares * [values.mean() for values in strata]))
     if any(values.size < 2 for values in strata):
-        return StratifiedMean(estimate, None, None)
+        return StratifiedMean(len(strata), estimate, None, None, None)
     # Values that are equal but for rounding have no spread to test against.
     varying = [(share, values) for share, values in zip(shares, strata, strict=True) if _varies(values)]
-    variances = [float(share**2 * values.var(ddof=1)) / values.size for share, values in varying]
+    of_one_seed = [float(share**2 * values.var(ddof=1)) for share, values in varying]
+    variances = [variance / values.size for variance, (_, values) in zip(of_one_seed, varying, strict=True)]
     spreads = [variance**2 / (values.size - 1) for variance, (_, values) in zip(variances, varying, strict=True)]
     freedom = math.fsum(variances) ** 2 / math.fsum(spreads) if varying else None
-    return StratifiedMean(estimate, math.sqrt(math.fsum(variances)), freedom)
+    deviation, error = (math.sqrt(math.fsum(each)) for each in (of_one_seed, variances))
+    return StratifiedMean(len(strata), estimate, deviation, error, freedom)
 
 
 def _varies(values: np.ndarray) -> bool:

@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 
 from fwlora.experiment.evaluation import statistics
-from fwlora.experiment.evaluation.cells import Cell, budget_value
+from fwlora.experiment.evaluation.cells import Cell
 from fwlora.experiment.evaluation.claim_samples import sample_claim
 from fwlora.experiment.evaluation.claims import Claim
 from fwlora.experiment.evaluation.contrasts import Estimate, Sample, Unmeasured, blocks_of, estimate, share_seeds
@@ -43,7 +43,7 @@ class Finding:
         p_value_holm: corrected over all claims' tests.
         reason: why it is undecided; None where it is not.
         decided_by: what would decide it; None likewise.
-        left_out: cells that the claim speaks of and that could not be measured, each with the reason.
+        left_out: cells, or seeds of them, that the claim speaks of and that do not count, each with the reason.
     """
 
     cells: tuple[str, ...]
@@ -115,14 +115,10 @@ def judge_claims(
 
 def _split_cells(claim: Claim, cells: Sequence[Cell]) -> list[list[Cell]]:
     """The cells that the claim speaks of: one by one, or all together."""
-    wanted = [cell for cell in cells if claim.budgets is None or _budget_percent(cell) in claim.budgets]
+    wanted = [cell for cell in cells if claim.speaks_of(cell)]
     if claim.scope == "each_cell":
         return [[cell] for cell in wanted]
     return [wanted] if wanted else []
-
-
-def _budget_percent(cell: Cell) -> float | None:
-    return budget_value(cell.budget) if cell.budget.endswith("%") else None
 
 
 def _measure(claim: Claim, cells: Sequence[Cell], resampled: ResampledRuns, rng_seed: int) -> _Measured | Finding:
@@ -174,7 +170,7 @@ def _test(
     """
     if any(len(sample.seeds) < 2 for sample in samples) or found.seeds.degrees_of_freedom is None:
         return None, None
-    flips = found.strata > 1 and not claim.is_ratio
+    flips = found.seeds.strata > 1 and not claim.is_ratio
 
     def one_sided(bound: float, alternative: Literal["greater", "less"]) -> float:
         by_mean = found.seeds.p_value(bound, alternative)
@@ -193,7 +189,7 @@ def _test(
         p_value = max(inside)
     else:
         p_value = one_sided(low, "less") if finite[0] and found.mean <= low else one_sided(high, "greater")
-    name = "stratified sign flips and t" if flips else "paired t" if found.strata == 1 else "stratified paired t"
+    name = "stratified sign flips and t" if flips else "paired t" if found.seeds.strata == 1 else "stratified paired t"
     return name, min(1.0, 2 * p_value)
 
 
@@ -235,7 +231,8 @@ def _say_needs(unit: _Measured, tests: int) -> str:
     For a mean at distance d from the bound, its variance over examples, which no seed lowers, and its variance over
     seeds have to fit together: ``examples_error² + deviation² / n <= (d / (z_0.975 + z_0.8))²``.
     """
-    found = unit.estimate
+    found, deviation = unit.estimate, unit.estimate.seeds.deviation
+    assert deviation is not None, "what was tested has two seeds or more"
     distance = min(abs(found.mean - bound) for bound in unit.bounds if math.isfinite(bound))
     if distance <= statistics.ROUNDING:
         return "nothing, if the value lies on the bound itself"
@@ -247,8 +244,8 @@ def _say_needs(unit: _Measured, tests: int) -> str:
             f"more than {needed:,} evaluation examples: seeds alone cannot, the value is too close to the bound for "
             f"the variance of {smallest:,} examples"
         )
-    by_test = statistics.seeds_needed(distance, found.deviation, found.strata)
-    by_interval = math.ceil(found.deviation**2 / (allowed**2 - found.examples_error**2))
+    by_test = statistics.seeds_needed(distance, deviation, found.seeds.strata)
+    by_interval = math.ceil(deviation**2 / (allowed**2 - found.examples_error**2))
     if by_test is None or by_interval > statistics.MOST_SEEDS:
         return f"more than {statistics.MOST_SEEDS:,} seeds: the value is too close to the bound"
     seeds, now = max(by_test, by_interval), max(len(sample.seeds) for sample in unit.samples)

@@ -8,7 +8,7 @@ blocks of 32 KiB (the first one counts the header) that hold chunks of
 A record is one FULL chunk, or FIRST, any number of MIDDLE and LAST; less than a chunk's head at the end of a block is
 padding. Records are ``Record`` messages of W&B's protocol buffers.
 
-``wandb leet inspect --json`` gives the same in three times the time; a test compares the two.
+``wandb leet inspect --json`` gives the same; a test compares the two, ``benchmarks/evaluation.py`` their times.
 """
 
 from __future__ import annotations
