@@ -45,9 +45,9 @@ def describe_cells(cells: Sequence[Cell]) -> list[dict[str, Any]]:
 def compare_pairs(cells: Sequence[Cell], resampled: ResampledRuns, rng_seed: int) -> dict[str, Any]:
     """Every paired test and interval, as plain data (the content of ``statistics.json``).
 
-    Generators are seeded by ``rng_seed`` and the pair's name, so a pair's interval does not depend on which other runs
-    are evaluated. Holm's correction runs over each family: one test, on the primary metric, over all pairs of all cells
-    (McNemar, on accuracy: over all pairs and seeds; headline: over all pairs of methods).
+    Generators are seeded by ``rng_seed``, the data set and the roles of the pair, so a pair's interval does not depend
+    on which other runs are evaluated. Holm's correction runs over each family: one test, on the primary metric, over
+    all pairs of all cells (McNemar, on accuracy: over all pairs and seeds; headline: over all pairs of methods).
     """
     pairs = [_compare_pair(cell, *pair, resampled, rng_seed) for cell in cells for pair in cell.pairs()]
     pooled = _pool_pairs(cells, resampled, rng_seed)
