@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
 from fwlora.adapters import find_adapter_pairs, find_target_matrices
-from fwlora.experiment.batching import Padding, TokenizedSplit, collate, plan_epoch
-from fwlora.experiment.command_line import compose_settings
-from fwlora.experiment.host import name_device
-from fwlora.experiment.pretrained import fetching, resolve_pretrained
-from fwlora.experiment.provenance import describe_environment
+from fwlora.experiment.data.batching import Padding, TokenizedSplit, collate, plan_epoch
+from fwlora.experiment.engine.device import name_device
+from fwlora.experiment.modeling.pretrained import fetching, resolve_pretrained
+from fwlora.experiment.settings.hydra_arguments import compose_settings
+from fwlora.experiment.tracking.environment import describe_environment
 from fwlora.methods import PlainLora, attach_lora
 from src.model import load_tokenizer
 from src.preprocess import load_task, tokenize

@@ -27,11 +27,11 @@ import psutil
 import torch
 
 from benchmarks.common import REPOSITORY, print_table, write_json
-from fwlora.experiment import metrics
-from fwlora.experiment.command_line import compose_settings
-from fwlora.experiment.metrics import best_name, compute_task_metrics, eval_name, final_name
-from fwlora.experiment.records import pack_classes
-from fwlora.experiment.wandb_store import WandbTarget, end_session, start_tracker
+from fwlora.experiment.settings.hydra_arguments import compose_settings
+from fwlora.experiment.tracking import metrics
+from fwlora.experiment.tracking.metrics import best_name, compute_task_metrics, eval_name, final_name
+from fwlora.experiment.tracking.records import pack_classes
+from fwlora.experiment.tracking.wandb import WandbTarget, end_session, start_tracker
 
 VARIANTS = {
     "lora": ("comparative-1-roberta-base-110M--SST-2-GLUE", 0.060, {}),
@@ -52,7 +52,7 @@ EPOCHS = 3
 TARGET_SECONDS, TARGET_MIB = 60.0, 1024.0
 PLACE = {"entity": "benchmark", "project": "benchmark"}
 READ = (
-    "import json, sys; from pathlib import Path; from fwlora.experiment.wandb_store import load_records;"
+    "import json, sys; from pathlib import Path; from fwlora.experiment.tracking.wandb import load_records;"
     "results_dir, run_ids = Path(sys.argv[1]), json.loads(sys.argv[2]);"
     "records = load_records(run_ids, results_dir=results_dir, source='files', entity='', project='');"
     "assert all(record.finished for record in records);"

@@ -23,7 +23,7 @@ from torch import nn
 from benchmarks.common import load_minilm, load_sentences, make_lora, print_table, write_json
 from fwlora import FisherWeighting
 from fwlora.adapters import find_adapter_pairs
-from fwlora.fisher import AdapterRecorder, ExactRecorder, FisherAccumulator, GradientRecorder, SketchRecorder
+from fwlora.estimators import AdapterRecorder, ExactRecorder, FisherAccumulator, GradientRecorder, SketchRecorder
 from fwlora.importance import normalise_importance
 
 DEFAULT = FisherWeighting()

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from fwlora.experiment.batching import TokenizedSplit
-from fwlora.experiment.settings import TrainingSettings
+from fwlora.experiment.data.batching import TokenizedSplit
+from fwlora.experiment.settings.schema import TrainingSettings
 
 
 class Examples(Dataset):

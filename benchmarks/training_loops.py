@@ -16,11 +16,11 @@ from benchmarks.stepping import Gate
 from benchmarks.trainers import make_trainer
 from fwlora import AdaLoraCallback, FisherWeightedLora, FisherWeighting
 from fwlora.adapters import find_target_matrices
-from fwlora.experiment.batching import Padding, TokenizedSplit, plan_epoch, stage
-from fwlora.experiment.classifier import PlainClassifier
-from fwlora.experiment.engine import Execution, Task, train
-from fwlora.experiment.host import keep_freed_memory
-from fwlora.experiment.settings import TrainingSettings
+from fwlora.experiment.data.batching import Padding, TokenizedSplit, plan_epoch, stage
+from fwlora.experiment.engine.device import keep_freed_memory
+from fwlora.experiment.engine.loop import Execution, Task, train
+from fwlora.experiment.fused.forward import PlainClassifier
+from fwlora.experiment.settings.schema import TrainingSettings
 from fwlora.methods import AdaLora, FwLora, Method, attach_adalora, plan_adalora
 
 NEVER = 10**9

@@ -11,8 +11,8 @@ import torch
 
 from benchmarks.common import make_lora_method, task_splits
 from benchmarks.training_quality import training_settings
-from fwlora.experiment.engine import Execution, Task, train
-from fwlora.experiment.host import peak_memory_mib
+from fwlora.experiment.engine.device import peak_memory_mib
+from fwlora.experiment.engine.loop import Execution, Task, train
 
 STEPS = 30
 

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.common import make_lora_method
 from benchmarks.overhead import draw_batch
-from fwlora.experiment.classifier import FastClassifier
-from fwlora.experiment.host import keep_freed_memory
+from fwlora.experiment.engine.device import keep_freed_memory
+from fwlora.experiment.fused.forward import FastClassifier
 
 TOKENS, BATCH_SIZE, RANK, STEPS = 13, 32, 8, 30
 # Thin batched products have at most this many members; those of attention have one per example and head.

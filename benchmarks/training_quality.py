@@ -20,9 +20,9 @@ from scipy import stats
 
 from benchmarks.common import Interval, make_lora_method, task_splits
 from benchmarks.trainers import make_trainer
-from fwlora.experiment.classifier import PlainClassifier
-from fwlora.experiment.engine import Execution, Task, evaluate, train
-from fwlora.experiment.settings import TrainingSettings
+from fwlora.experiment.engine.loop import Execution, Task, evaluate, train
+from fwlora.experiment.fused.forward import PlainClassifier
+from fwlora.experiment.settings.schema import TrainingSettings
 
 CPU = torch.device("cpu")
 RANK = 8

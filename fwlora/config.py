@@ -39,7 +39,7 @@ class FisherWeighting:
         strength: lambda >= 0 of the shrinkage term; with 0 training is plain LoRA, unless ranks are reallocated.
         warmup_steps: K >= 1, optimiser steps before importances are frozen. Not the learning rate's warm-up.
         decay: beta in [0, 1) of the moving average F, per optimiser step (the experiment program's ``fisher_alpha``).
-        estimator: how ||grad W||_F^2 is measured, see :mod:`fwlora.fisher`: ``exact``, ``sketch``, or ``adapter``.
+        estimator: how ||grad W||_F^2 is measured, see :mod:`fwlora.estimators`: ``exact``, ``sketch``, or ``adapter``.
         sketch_size: k >= 1, columns of the random matrix; the estimate's variance falls as 1 / k.
         fisher_every: n >= 1, measure at the first optimiser step and then at every n-th, with beta^n, so that the
             average keeps its time constant.

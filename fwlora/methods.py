@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from fwlora.adapters import AdapterPair, delta_norms, find_adapter_pairs, stores_transposed
 from fwlora.budget import MatrixShape
 from fwlora.config import lora_fields
-from fwlora.fisher import PassRecorder
+from fwlora.estimators import PassRecorder
 from fwlora.regularizer import FisherWeightedLora
 
 

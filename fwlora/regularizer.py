@@ -23,7 +23,7 @@ from fwlora.adapters import (
 )
 from fwlora.budget import MatrixShape, adapter_cost, reallocate_ranks
 from fwlora.config import FisherWeighting, FwLoraConfig
-from fwlora.fisher import (
+from fwlora.estimators import (
     AdapterRecorder,
     ExactRecorder,
     FisherAccumulator,
@@ -34,8 +34,8 @@ from fwlora.fisher import (
 )
 from fwlora.importance import normalise_importance
 from fwlora.reallocation import resize_factors
-from fwlora.saved_state import STATE_FORMAT, match_state
 from fwlora.shrinkage import BatchedShrinkage, shrinkage_penalty
+from fwlora.state import STATE_FORMAT, match_state
 
 # Which adapters are held, by the layer of their first matrix: a second holder would add the term twice.
 _HOLDERS: weakref.WeakKeyDictionary[nn.Module, dict[str, weakref.ref[FisherWeightedLora]]] = weakref.WeakKeyDictionary()
@@ -249,7 +249,7 @@ class FisherWeightedLora:
         parameters are missing for the optimiser's state, and from the states taken later.
 
         Raises:
-            ValueError: see :func:`fwlora.saved_state.match_state`.
+            ValueError: see :func:`fwlora.state.match_state`.
             RuntimeError: called after :meth:`close`.
         """
         if self._closed:

@@ -20,18 +20,18 @@ def main(arguments: Sequence[str]) -> int:
     """Parse, load, compare, write; print the results, then every path written."""
     with user_errors_exit():
         # Processes that draw figures import this module, too, and should stay small.
-        from fwlora.experiment.evaluation.claims import load_claims
-        from fwlora.experiment.evaluation.drawing import available_cores
+        from fwlora.experiment.evaluation.claims.claim import load_claims
         from fwlora.experiment.evaluation.evaluate import (
             collect_records,
             evaluate_records,
             remove_stale_figures,
             write_files,
         )
-        from fwlora.experiment.evaluation.report import ReportOrigin
+        from fwlora.experiment.evaluation.figures.draw import available_cores
+        from fwlora.experiment.evaluation.report.render import ReportOrigin
         from fwlora.experiment.evaluation.request import USAGE, parse_request
-        from fwlora.experiment.provenance import describe_environment, name_cpu
-        from fwlora.experiment.wandb_store import load_records
+        from fwlora.experiment.tracking.environment import describe_environment, name_cpu
+        from fwlora.experiment.tracking.wandb import load_records
 
         if any(argument in ("-h", "--help") for argument in arguments):
             print(USAGE)

@@ -14,8 +14,8 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from fwlora.experiment.command_line import enter_program, settings_of
 from fwlora.experiment.errors import UserError, user_errors_exit
+from fwlora.experiment.settings.hydra_arguments import enter_program, settings_of
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIG_DIR = REPOSITORY / "config"

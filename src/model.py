@@ -19,10 +19,10 @@ from fwlora.adapters import (
 )
 from fwlora.budget import BudgetError, adapter_cost
 from fwlora.config import FisherWeighting, RankPlan, plan_ranks
-from fwlora.experiment import metrics
 from fwlora.experiment.errors import UserError
-from fwlora.experiment.pretrained import fetching, fingerprint_weights, resolve_pretrained
-from fwlora.experiment.settings import ModelSettings, RunSettings
+from fwlora.experiment.modeling.pretrained import fetching, fingerprint_weights, resolve_pretrained
+from fwlora.experiment.settings.schema import ModelSettings, RunSettings
+from fwlora.experiment.tracking import metrics
 from fwlora.methods import AdaLora, FwLora, Method, PlainLora, attach_adalora, attach_lora, plan_adalora
 from fwlora.regularizer import FisherWeightedLora
 

@@ -16,11 +16,12 @@ import tokenizers
 import transformers
 from sklearn.model_selection import train_test_split
 
-from fwlora.experiment import acceptability, metrics
-from fwlora.experiment.batching import TokenizedSplit
+from fwlora.experiment.data import acceptability
+from fwlora.experiment.data.batching import TokenizedSplit
+from fwlora.experiment.data.token_cache import cached_tokens
 from fwlora.experiment.errors import UserError
-from fwlora.experiment.settings import DatasetSettings
-from fwlora.experiment.token_cache import cached_tokens
+from fwlora.experiment.settings.schema import DatasetSettings
+from fwlora.experiment.tracking import metrics
 
 CACHE_DIR = ".cache/"
 GLUE_HUB_ID = "nyu-mll/glue"

@@ -20,22 +20,21 @@ from omegaconf import DictConfig
 
 from fwlora.adapters import save_adapter
 from fwlora.config import RankPlan
-from fwlora.experiment import metrics
-from fwlora.experiment.batching import TokenizedSplit
-from fwlora.experiment.command_line import enter_program, restore_command, settings_of
-from fwlora.experiment.engine import Execution, Task, TrainingResult, train
+from fwlora.experiment.data.batching import TokenizedSplit
+from fwlora.experiment.engine.device import choose_device, choose_precision, keep_freed_memory, name_device
+from fwlora.experiment.engine.distributed import Processes, is_main_process
+from fwlora.experiment.engine.loop import Execution, Task, TrainingResult, train
+from fwlora.experiment.engine.meters import DivergedError
 from fwlora.experiment.errors import UserError, user_errors_exit
-from fwlora.experiment.host import choose_device, choose_precision, keep_freed_memory, name_device
-from fwlora.experiment.processes import Processes, is_main_process
-from fwlora.experiment.progress import ProgressPrinter
-from fwlora.experiment.provenance import describe_environment
-from fwlora.experiment.records import pack_classes
-from fwlora.experiment.resolution import check_schedules, fit_trial_to_data
 from fwlora.experiment.search import InfeasibleTrial, SearchResult, search, trial_settings
-from fwlora.experiment.settings import ProgramSettings, RunSettings
-from fwlora.experiment.step_log import DivergedError
-from fwlora.experiment.tracking import NullTracker, Tracker
-from fwlora.experiment.wandb_store import WandbTarget, start_tracker
+from fwlora.experiment.settings.hydra_arguments import enter_program, restore_command, settings_of
+from fwlora.experiment.settings.resolve import check_schedules, fit_trial_to_data
+from fwlora.experiment.settings.schema import ProgramSettings, RunSettings
+from fwlora.experiment.study.progress import ProgressPrinter
+from fwlora.experiment.tracking.environment import describe_environment
+from fwlora.experiment.tracking.records import pack_classes
+from fwlora.experiment.tracking.tracker import NullTracker, Tracker, metrics
+from fwlora.experiment.tracking.wandb import WandbTarget, start_tracker
 from src.model import (
     AdaptedModel,
     build_model,
@@ -259,7 +258,7 @@ def train_and_record(
 def summarise(
     result: TrainingResult, adapted: AdaptedModel, prepared: Prepared, eval_split: TokenizedSplit, search_time_s: float
 ) -> dict[str, Any]:
-    """The run's final values, by the names of :mod:`fwlora.experiment.metrics`."""
+    """The run's final values, by the names of :mod:`fwlora.experiment.tracking.metrics`."""
     table = adapted.method.module_table()
     final_parameters = final_adapter_parameters(adapted.method)
     classes = prepared.task.num_classes

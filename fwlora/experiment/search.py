@@ -9,7 +9,7 @@ from typing import Any
 import optuna
 
 from fwlora.experiment.errors import UserError
-from fwlora.experiment.settings import Categorical, IntRange, LogUniform, RunSettings
+from fwlora.experiment.settings.schema import Categorical, IntRange, LogUniform, RunSettings
 
 
 class InfeasibleTrial(Exception):

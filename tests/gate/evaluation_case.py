@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from fwlora.experiment.evaluation.claims import load_claims
+from fwlora.experiment.evaluation.claims.claim import load_claims
 from fwlora.experiment.evaluation.evaluate import evaluate_records
-from fwlora.experiment.evaluation.report import ReportOrigin
-from fwlora.experiment.records import RunRecord
+from fwlora.experiment.evaluation.report.render import ReportOrigin
+from fwlora.experiment.tracking.records import RunRecord
 
 FOLDER = Path(__file__).parent
 CLAIMS = FOLDER.parents[1] / "config" / "claims"

@@ -11,9 +11,9 @@ from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from fwlora import FisherWeightedLora, FisherWeighting, plan_ranks
 from fwlora.adapters import find_adapter_pairs
-from fwlora.experiment.batching import TokenizedSplit
-from fwlora.experiment.engine import Execution, Task, train
-from fwlora.experiment.settings import TrainingSettings
+from fwlora.experiment.data.batching import TokenizedSplit
+from fwlora.experiment.engine.loop import Execution, Task, train
+from fwlora.experiment.settings.schema import TrainingSettings
 from fwlora.methods import AdaLora, FwLora, Method, PlainLora, attach_adalora, attach_lora, plan_adalora
 
 STEPS = 30

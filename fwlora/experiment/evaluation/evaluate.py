@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fwlora.experiment.errors import UserError
-from fwlora.experiment.evaluation import documents, tables
-from fwlora.experiment.evaluation.aggregate import aggregate
-from fwlora.experiment.evaluation.claims import Claim
-from fwlora.experiment.evaluation.drawing import draw_figures
+from fwlora.experiment.evaluation.claims.claim import Claim
+from fwlora.experiment.evaluation.compare.aggregate import aggregate
+from fwlora.experiment.evaluation.compare.bootstrap import RESAMPLES
+from fwlora.experiment.evaluation.compare.runs import read_runs
 from fwlora.experiment.evaluation.evidence import RNG_SEED, gather_evidence
-from fwlora.experiment.evaluation.report import ReportOrigin, render_report
+from fwlora.experiment.evaluation.figures.draw import draw_figures
+from fwlora.experiment.evaluation.output import documents, tables
+from fwlora.experiment.evaluation.report.render import ReportOrigin, render_report
 from fwlora.experiment.evaluation.request import COMPARISON_FOLDER
-from fwlora.experiment.evaluation.resampling import RESAMPLES
-from fwlora.experiment.evaluation.runs import read_runs
-from fwlora.experiment.records import RunRecord
+from fwlora.experiment.tracking.records import RunRecord
 
 
 @dataclass(frozen=True)

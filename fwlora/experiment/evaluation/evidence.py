@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fwlora.experiment.evaluation.cells import Cell, group_cells
-from fwlora.experiment.evaluation.claims import Claim
-from fwlora.experiment.evaluation.comparability import find_warnings
-from fwlora.experiment.evaluation.pairs import compare_pairs
-from fwlora.experiment.evaluation.resampling import RESAMPLES, resample_runs
-from fwlora.experiment.evaluation.runs import EvaluatedRun, read_runs
-from fwlora.experiment.evaluation.verdicts import Answer, judge_claims
-from fwlora.experiment.records import RunRecord
+from fwlora.experiment.evaluation.claims.claim import Claim
+from fwlora.experiment.evaluation.claims.verdicts import Answer, judge_claims
+from fwlora.experiment.evaluation.compare.bootstrap import RESAMPLES, resample_runs
+from fwlora.experiment.evaluation.compare.cells import Cell, group_cells
+from fwlora.experiment.evaluation.compare.comparability import find_warnings
+from fwlora.experiment.evaluation.compare.comparisons import compare_pairs
+from fwlora.experiment.evaluation.compare.runs import EvaluatedRun, read_runs
+from fwlora.experiment.tracking.records import RunRecord
 
 RNG_SEED = 20_261_121
 
@@ -25,7 +25,7 @@ class Evidence:
     Attributes:
         runs: checked, in the order of their records.
         cells: what is compared in what.
-        statistics: see :func:`fwlora.experiment.evaluation.pairs.compare_pairs`.
+        statistics: see :func:`fwlora.experiment.evaluation.compare.comparisons.compare_pairs`.
         answers: to every claim.
         warnings: what makes the comparison unequal or its numbers doubtful.
     """

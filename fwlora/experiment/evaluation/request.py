@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from fwlora.experiment.errors import UserError, describe_yaml_error
-from fwlora.experiment.settings import FORBIDDEN_IN_RUN_IDS
+from fwlora.experiment.settings.schema import FORBIDDEN_IN_RUN_IDS
 
 COMPARISON_FOLDER = "comparison"
 Source = Literal["auto", "api", "files"]

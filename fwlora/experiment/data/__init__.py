@@ -1,0 +1,1 @@
+"""Data: tasks, columns, tokens, batches."""

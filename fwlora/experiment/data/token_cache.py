@@ -1,0 +1,71 @@
+"""Tokenised splits on disk, so that the runs of a study tokenise once; read back as memory maps, not into memory."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fwlora.experiment.data.batching import TokenizedSplit
+
+# Part of every key: another layout of the files, or other contents for equal text, is another number.
+FORMAT = 1
+ARRAYS = ("tokens", "segments", "offsets", "labels")
+
+
+def cached_tokens(
+    folder: Path, key_parts: Sequence[Any] | None, tokenize: Callable[[], TokenizedSplit]
+) -> TokenizedSplit:
+    """The split that ``tokenize`` makes, from disk where it was made before with equal ``key_parts``.
+
+    A folder that cannot be written, or files in it that cannot be read, cost the time to tokenise and nothing else.
+
+    Args:
+        key_parts: everything that the tokens depend on; None where that cannot be told, and nothing is kept.
+    """
+    if key_parts is None:
+        return tokenize()
+    place = folder / hashlib.sha256(repr([FORMAT, *key_parts]).encode()).hexdigest()[:24]
+    try:
+        return _read(place)
+    except (OSError, ValueError, EOFError):
+        split = tokenize()
+    try:
+        _write(split, place)
+        return _read(place)
+    except (OSError, ValueError, EOFError):
+        return split
+
+
+def _read(place: Path) -> TokenizedSplit:
+    tokens, segments, offsets, labels = (np.load(place / f"{name}.npy", mmap_mode="r") for name in ARRAYS)
+    if len(offsets) != len(labels) + 1 or offsets[-1] != len(tokens) or len(segments) not in (0, len(tokens)):
+        raise ValueError("arrays of unlike lengths")
+    return TokenizedSplit(tokens, segments if len(segments) else None, offsets, labels)
+
+
+def _write(split: TokenizedSplit, place: Path) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
+    try:
+        for name in ARRAYS:
+            array = getattr(split, name)
+            # No segments are a file too: one that is missing is a fault.
+            np.save(partial / f"{name}.npy", np.zeros(0, dtype=np.int8) if array is None else array)
+        try:
+            os.replace(partial, place)
+        except OSError:
+            # Another process was faster, or what is there cannot be read.
+            try:
+                _read(place)
+            except (OSError, ValueError, EOFError):
+                shutil.rmtree(place, ignore_errors=True)
+                os.replace(partial, place)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

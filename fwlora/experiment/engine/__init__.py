@@ -1,0 +1,1 @@
+"""The training engine: it knows batches, a model, a method and its own state."""

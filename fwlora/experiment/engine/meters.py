@@ -1,0 +1,130 @@
+"""What a training loop keeps of its steps: seconds by phase, and a row per step without waiting for the device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fwlora.experiment.engine.distributed import Processes
+from fwlora.experiment.errors import UserError
+from fwlora.experiment.study.progress import Progress
+from fwlora.experiment.tracking import metrics
+
+DIVERGENCE_REMEDY = "lower run.training.learning_rate, or set run.training.max_gradient_norm=1.0"
+# Step values are read from the device this many steps at a time: a read makes the host wait for the device.
+STEPS_PER_FLUSH = 20
+
+
+class DivergedError(UserError):
+    """The loss is no longer finite."""
+
+
+class PhaseClock:
+    """Wall-clock seconds by phase. On a GPU it waits for the device only where the phase changes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = {"warmup": 0.0, "train": 0.0, "eval": 0.0}
+        self._device = device
+        self._current: str | None = None
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        if name != self._current:
+            self._settle()
+        self._current = name
+        started = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - started
+        if name == "eval":
+            self._settle()
+
+    def _settle(self) -> None:
+        """Waits for the device, on the account of the phase that gave it the work."""
+        if self._device.type == "cuda" and self._current is not None:
+            started = time.perf_counter()
+            torch.cuda.synchronize(self._device)
+            self.seconds[self._current] += time.perf_counter() - started
+
+
+class EpochMeter:
+    """Collects step values on the device and logs them a flush at a time.
+
+    Args:
+        log: takes one history row.
+        report: takes progress after every flush.
+        processes: whose shares of loss and correct predictions are summed.
+    """
+
+    def __init__(
+        self,
+        log: Callable[[Mapping[str, float]], None],
+        report: Callable[[Progress], None],
+        processes: Processes,
+        total_steps: int,
+        steps_per_epoch: int,
+    ) -> None:
+        self._log, self._report, self._processes = log, report, processes
+        self._total_steps, self._steps_per_epoch = total_steps, steps_per_epoch
+        self._pending: list[tuple[dict[str, Any], Tensor, int]] = []
+        self._loss_sum = self._correct = 0.0
+        self._examples = 0
+        self._last_flush = time.perf_counter()
+        self.step_times_s: list[float] = []
+
+    def add(self, values: dict[str, Any], shares: Tensor, examples: int) -> None:
+        """Takes a step.
+
+        Args:
+            values: the step's row, numbers or scalar tensors, the same in every process.
+            shares: shape (2,): this process's part of the step's mean loss, and of its correct predictions.
+            examples: of the step, in all processes.
+        """
+        self._pending.append((values, shares, examples))
+        if len(self._pending) == STEPS_PER_FLUSH:
+            self.flush()
+
+    def flush(self) -> None:
+        """Reads all pending tensors in one transfer and logs a row per step.
+
+        Raises:
+            DivergedError: a loss that is not finite.
+        """
+        if not self._pending:
+            return
+        shares = self._processes.sum(torch.stack([shares for _, shares, _ in self._pending]).double())
+        tensors = [value for values, _, _ in self._pending for value in values.values() if torch.is_tensor(value)]
+        scalars = [tensor.detach().double().reshape(()).to(shares.device) for tensor in tensors]
+        numbers = iter(torch.cat([shares.flatten(), *(scalar[None] for scalar in scalars)]).tolist())
+        sums = [(next(numbers), next(numbers)) for _ in self._pending]
+        now = time.perf_counter()
+        self.step_times_s += [(now - self._last_flush) / len(self._pending)] * len(self._pending)
+        self._last_flush = now
+        row: dict[str, float] = {}
+        for (values, _, examples), (loss, correct) in zip(self._pending, sums, strict=True):
+            row = {name: next(numbers) if torch.is_tensor(value) else value for name, value in values.items()}
+            row = {metrics.TRAIN_LOSS: loss, **row, metrics.EPOCH: row[metrics.GLOBAL_STEP] / self._steps_per_epoch}
+            self._correct += correct
+            self._loss_sum += loss * examples
+            self._examples += examples
+            self._log(row)
+            if not np.isfinite(loss):
+                where = f"at step {row[metrics.GLOBAL_STEP]:.0f}"
+                raise DivergedError(f"the training loss is {loss} {where}; {DIVERGENCE_REMEDY}")
+        step = int(row[metrics.GLOBAL_STEP])
+        epoch = (step - 1) // self._steps_per_epoch + 1
+        warming_up = bool(row[metrics.FISHER_WARMUP])
+        self._report(Progress(step, self._total_steps, epoch, row[metrics.TRAIN_LOSS], warming_up))
+        self._pending.clear()
+
+    def epoch_values(self) -> dict[str, float]:
+        """Mean loss and accuracy over the epoch's training examples."""
+        return {
+            metrics.TRAIN_EPOCH_LOSS: self._loss_sum / self._examples,
+            metrics.TRAIN_EPOCH_ACCURACY: self._correct / self._examples,
+        }

@@ -1,0 +1,1 @@
+"""Claims, and what the runs say of them."""

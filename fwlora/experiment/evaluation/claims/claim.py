@@ -1,0 +1,147 @@
+"""The claims that evaluation has to answer, as files: what is said, where, and which contrast would show it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from yaml import YAMLError
+
+from fwlora.experiment.errors import UserError, describe_yaml_error
+from fwlora.experiment.evaluation.compare.cells import Cell, Role, budget_value
+from fwlora.experiment.evaluation.compare.contrasts import Half
+
+Measure = Literal["quality", "training_time", "update_norm"]
+Number = Annotated[float, Field(strict=False, allow_inf_nan=False)]
+
+
+class Setting(BaseModel):
+    """What a claim was made for: a model, by a part of its name, and tasks."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    model: str = Field(min_length=1)
+    tasks: list[str] = Field(min_length=1)
+
+    def holds(self, cell: Cell) -> bool:
+        """Whether a cell is part of it."""
+        return self.model in cell.model and self.task_of(cell) is not None
+
+    def task_of(self, cell: Cell) -> str | None:
+        """The cell's task where it is one of these."""
+        task = cell.data.rpartition("/")[2]
+        return task if task in self.tasks else None
+
+
+class Claim(BaseModel):
+    """A file of ``config/claims``; its name is the claim's id.
+
+    Attributes:
+        order: place in the report.
+        statement: the claim as one sentence.
+        source: the part of the specification that makes it.
+        quote: its words there.
+        measure: ``quality``, the primary metric in points; ``training_time``, a ratio of training times;
+            ``update_norm``, a ratio of ‖ΔW‖_F, geometric mean over modules.
+        contrast: weights of roles that sum to 0, such as ``{proposed: 1, lora: -1}``; for ratios, of logarithms.
+        at_least, at_most: what the contrast has to keep to, in points or as a ratio; one of them, or both.
+        modules: for ``update_norm``, the half of the modules by importance.
+        budgets: in per cent, the cells that the claim speaks of; null: all.
+        scope: ``each_cell``: it has to hold in every cell; ``pooled``: in the mean over cells.
+        requires: another claim's id, without which this one means nothing; that one requires none.
+        about: model and tasks that the claim was made for; it is not supported before all of them were run.
+        note: how the bound was chosen, where the source leaves it open.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    order: int
+    statement: str = Field(min_length=1)
+    source: Literal["hypothesis", "expected_result", "expected_conclusion", "design"]
+    quote: str = Field(min_length=1)
+    measure: Measure
+    contrast: dict[Role, Number]
+    at_least: Number | None = None
+    at_most: Number | None = None
+    modules: Half | None = None
+    budgets: Annotated[list[Annotated[float, Field(strict=False, gt=0)]], Field(min_length=1)] | None = None
+    scope: Literal["each_cell", "pooled"]
+    requires: str | None = None
+    about: Setting | None = None
+    note: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Claim:
+        if self.at_least is None and self.at_most is None:
+            raise ValueError("at_least or at_most is needed: without a bound nothing can be shown")
+        if self.at_least is not None and self.at_most is not None and self.at_least >= self.at_most:
+            raise ValueError(f"at_least ({self.at_least}) must be below at_most ({self.at_most})")
+        if len(self.contrast) < 2 or 0 in self.contrast.values() or abs(sum(self.contrast.values())) > 1e-9:
+            raise ValueError(
+                f"contrast needs two roles or more whose weights are not 0 and sum to 0, got {self.contrast}"
+            )
+        if (self.measure == "update_norm") != (self.modules is not None):
+            raise ValueError(f"modules goes with measure: update_norm, one of {', '.join(get_args(Half))}")
+        if self.measure != "quality" and any(b is not None and b <= 0 for b in (self.at_least, self.at_most)):
+            raise ValueError("a bound of a ratio must be positive")
+        return self
+
+    def speaks_of(self, cell: Cell) -> bool:
+        """Whether the cell has one of its budgets."""
+        percent = budget_value(cell.budget) if cell.budget.endswith("%") else None
+        return self.budgets is None or percent in self.budgets
+
+    @property
+    def is_ratio(self) -> bool:
+        return self.measure != "quality"
+
+
+def load_claims(folder: Path) -> dict[str, Claim]:
+    """Every claim of the folder by id, in their order.
+
+    Raises:
+        UserError: files that cannot be read, unknown keys, wrong values, a requirement that is no claim; all at once.
+    """
+    claims: dict[str, Claim] = {}
+    problems: list[str] = []
+    paths = sorted(folder.glob("*.yaml"))
+    for path in paths:
+        try:
+            node: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+            if not isinstance(node, Mapping):
+                raise ValueError("is not a mapping of keys")
+            claims[path.stem] = Claim.model_validate(dict(node))
+        except ValidationError as error:
+            problems += [f"{path.name}: {_describe_mistake(item)}" for item in error.errors()]
+        except (OmegaConfBaseException, YAMLError, OSError, ValueError) as error:
+            problems.append(f"{path.name}: {describe_yaml_error(error)}")
+    problems += [f"{path.name}: claims end in .yaml; rename it" for path in sorted(folder.glob("*.yml"))]
+    names = {path.stem for path in paths}
+    problems += [
+        f"{name}.yaml: requires {claim.requires!r}, which is none of {', '.join(sorted(names - {name}))}"
+        for name, claim in claims.items()
+        if claim.requires is not None and claim.requires not in names - {name}
+    ]
+    problems += [
+        f"{name}.yaml: requires {claim.requires!r}, which requires another claim itself; require that one"
+        for name, claim in claims.items()
+        if claim.requires in claims and claims[claim.requires].requires is not None
+    ]
+    if problems:
+        raise UserError.collect(str(folder), problems)
+    return dict(sorted(claims.items(), key=lambda item: (item[1].order, item[0])))
+
+
+def _describe_mistake(item: Any) -> str:
+    """One mistake that pydantic found, in words of ours."""
+    where = ".".join(str(part) for part in item["loc"] if part != "[key]")
+    if item["type"] == "extra_forbidden":
+        return f"{where}: unknown key; known: {', '.join(Claim.model_fields)}"
+    if item["type"] == "missing":
+        return f"{where} is missing"
+    said = item["msg"].removeprefix("Value error, ")
+    return f"{where}: {said}, got {item['input']!r}" if where else said

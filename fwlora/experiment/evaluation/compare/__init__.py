@@ -1,0 +1,1 @@
+"""Records -> runs -> cells -> comparisons: numbers alone."""

@@ -1,0 +1,175 @@
+"""What another draw of the test examples, and of the seeds, would have given: the bootstrap behind every interval.
+
+Two sources of variance are kept apart. *Examples*: another test split of the same size would give another value of
+the same run. *Seeds*: another initialisation and data order would give another run. Resamples of the examples are
+shared by all runs of a split, which keeps every difference between two runs paired, whatever cells they are in.
+
+Sources: Efron and Tibshirani, An Introduction to the Bootstrap (1993), ch. 13; Gorodkin, Comput. Biol. Chem. 28 (2004)
+for the K-class correlation.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fwlora.experiment.evaluation.compare.runs import EvaluatedRun
+
+RESAMPLES = 10_000
+CONFIDENCE = 0.95
+_CHUNK = 1_000  # resamples held in memory at once
+
+
+def accuracy_from_confusion(confusion: np.ndarray) -> np.ndarray:
+    """Accuracy of each confusion matrix: shape ``(..., K, K)`` (gold rows, predicted columns) to ``(...)``."""
+    counts = np.asarray(confusion, dtype=np.float64)
+    return np.trace(counts, axis1=-2, axis2=-1) / counts.sum(axis=(-2, -1))
+
+
+def matthews_from_confusion(confusion: np.ndarray) -> np.ndarray:
+    """Matthews correlation of each confusion matrix: shape ``(..., K, K)`` to ``(...)``.
+
+    ``R_K = (c s - Σ_k p_k t_k) / sqrt((s² - Σ p_k²)(s² - Σ t_k²))`` with s examples, c of them right, t_k of gold and
+    p_k of predicted class k. 0 where a constant column or row leaves it undefined, as in scikit-learn.
+    """
+    counts = np.asarray(confusion, dtype=np.float64)
+    total = counts.sum(axis=(-2, -1))
+    gold, predicted = counts.sum(axis=-1), counts.sum(axis=-2)
+    numerator = np.trace(counts, axis1=-2, axis2=-1) * total - (gold * predicted).sum(axis=-1)
+    spread = (total**2 - (predicted**2).sum(axis=-1)) * (total**2 - (gold**2).sum(axis=-1))
+    return np.divide(numerator, np.sqrt(spread), out=np.zeros_like(numerator), where=spread > 0)
+
+
+def f1_from_confusion(confusion: np.ndarray) -> np.ndarray:
+    """F1 of each confusion matrix: of class 1 for two classes, else the macro average; ``(..., K, K)`` to ``(...)``."""
+    counts = np.asarray(confusion, dtype=np.float64)
+    support = counts.sum(axis=-1) + counts.sum(axis=-2)
+    hits = 2.0 * np.diagonal(counts, axis1=-2, axis2=-1)
+    per_class = np.divide(hits, support, out=np.zeros_like(hits), where=support > 0)
+    return per_class[..., 1] if counts.shape[-1] == 2 else per_class.mean(axis=-1)
+
+
+CONFUSION_METRICS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
+    "accuracy": accuracy_from_confusion,
+    "matthews_correlation": matthews_from_confusion,
+    "f1": f1_from_confusion,
+}
+
+
+def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
+    """Counts of shape ``(K, K)``, gold classes as rows and predicted ones as columns."""
+    if np.shape(labels) != np.shape(predictions):
+        raise ValueError(
+            f"labels and predictions must have the same shape, got {np.shape(labels)}, {np.shape(predictions)}"
+        )
+    return np.bincount(labels * num_classes + predictions, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def resample_scores(
+    labels: np.ndarray,
+    predictions: np.ndarray,
+    metric_names: Sequence[str],
+    num_classes: int,
+    rng: np.random.Generator,
+    resamples: int = RESAMPLES,
+) -> dict[str, np.ndarray]:
+    """Metrics of several classifiers on bootstrap resamples of their common examples.
+
+    A resample is n draws with replacement, so the examples' counts are multinomial, and a confusion matrix is a sum
+    weighted by them. Every classifier sees the same resamples; the draws depend on n and the Generator alone.
+
+    Args:
+        labels: gold classes, shape ``(n,)``.
+        predictions: shape ``(M, n)``, one row per classifier.
+        metric_names: keys of :data:`CONFUSION_METRICS`.
+        num_classes: K.
+        rng: source of the resamples.
+        resamples: R.
+
+    Returns:
+        For each metric, scores of shape ``(M, R)``.
+
+    Raises:
+        ValueError: shapes that do not fit, or no examples.
+    """
+    table = np.atleast_2d(predictions)
+    if labels.size == 0 or table.shape[1:] != labels.shape:
+        raise ValueError(f"`predictions` has shape {table.shape} for {labels.size} labels; (M, n) with n > 0 is needed")
+    cells = labels * num_classes + table  # (M, n)
+    indicators = np.eye(num_classes**2)[cells.T].reshape(labels.size, -1)  # (n, M K²)
+    scores = {name: np.empty((len(table), resamples)) for name in metric_names}
+    for start in range(0, resamples, _CHUNK):
+        size = min(_CHUNK, resamples - start)
+        counts = rng.multinomial(labels.size, np.full(labels.size, 1 / labels.size), size=size).astype(np.float64)
+        confusions = (counts @ indicators).reshape(size, len(table), num_classes, num_classes)
+        for name in metric_names:
+            scores[name][:, start : start + size] = CONFUSION_METRICS[name](confusions).T
+    return scores
+
+
+@dataclass(frozen=True)
+class ResampledRuns:
+    """Scores of runs on resamples of their evaluation examples, the same resamples for all runs of a split.
+
+    Attributes:
+        scores: shape ``(R,)``, by run id and metric.
+        resamples: R.
+    """
+
+    scores: Mapping[tuple[str, str], np.ndarray]
+    resamples: int
+
+    def stack(self, runs: Sequence[EvaluatedRun], metric: str) -> np.ndarray:
+        """Scores of these runs, shape ``(S, R)``."""
+        return np.stack([self.scores[run.run_id, metric] for run in runs])
+
+
+def resample_runs(runs: Sequence[EvaluatedRun], rng_seed: int, resamples: int = RESAMPLES) -> ResampledRuns:
+    """Accuracy, Matthews correlation and the compared metric of every run, on resamples that runs of a split share.
+
+    The draws follow from ``rng_seed`` and the gold labels, so a run's scores do not depend on which others are here.
+    """
+    scores: dict[tuple[str, str], np.ndarray] = {}
+    splits: dict[tuple[bytes, int], list[EvaluatedRun]] = {}
+    for run in runs:
+        splits.setdefault((run.labels.tobytes(), len(run.label_names)), []).append(run)
+    for (gold, num_classes), members in splits.items():
+        names = list(dict.fromkeys(["accuracy", "matthews_correlation", *(run.primary for run in members)]))
+        rng = np.random.default_rng([rng_seed, zlib.crc32(gold)])
+        table = np.stack([run.predictions for run in members])
+        resampled = resample_scores(members[0].labels, table, names, num_classes, rng, resamples)
+        for row, run in enumerate(members):
+            scores.update({(run.run_id, name): resampled[name][row] for name in names})
+    return ResampledRuns(scores, resamples)
+
+
+def average_over_seeds(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The second level of the bootstrap: in each resample the mean of S seeds drawn with replacement.
+
+    A few seeds drawn from themselves vary less than other seeds would, by (S - 1) / S; their deviations are widened by
+    that. All seeds of a resample are scored on its one set of examples, because they share the test split: examples
+    drawn afresh for every seed would average the examples' variance away.
+
+    Args:
+        values: one row per seed, shape ``(S, R)``.
+        rng: source of the draws; not used for one seed, which tells nothing about others.
+
+    Returns:
+        Shape ``(R,)``.
+    """
+    seeds, resamples = values.shape
+    if seeds == 1:
+        return values[0]
+    drawn = rng.integers(0, seeds, size=(seeds, resamples))
+    centre = values.mean(axis=0)
+    return centre + math.sqrt(seeds / (seeds - 1)) * (np.take_along_axis(values, drawn, axis=0).mean(axis=0) - centre)
+
+
+def percentile_interval(values: np.ndarray) -> tuple[float, float]:
+    """The central :data:`CONFIDENCE` of bootstrap values, shape ``(R,)``."""
+    low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)

@@ -1,0 +1,140 @@
+"""What makes a comparison unequal, or its numbers doubtful."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fwlora.experiment.evaluation.compare.bootstrap import CONFUSION_METRICS, confusion_matrix
+from fwlora.experiment.evaluation.compare.cells import Cell, Group, shorten_setting
+from fwlora.experiment.evaluation.compare.runs import EvaluatedRun, as_finite
+from fwlora.experiment.tracking import metrics
+
+_METHOD_SETTINGS = ("method", "fw_lora.", "adalora.")
+_SETTING_KINDS = {"optuna": "search", "dataset": "data", "training": "training settings", "model": "model settings"}
+_LEAST_BUDGET_SHARE = 0.95
+_LARGEST_DISAGREEMENT = 1e-4
+_POOLED_SETTINGS = ("fw_lora.lambda_fw", "training.learning_rate", "training.epochs", "training.batch_size")
+# Facts whose difference is not the method's; versions and commits are told, and decide nothing.
+DECIDING_FACTS = ("precision", "steps", "encoder weights", "engine", "data")
+
+
+def find_warnings(cells: Sequence[Cell]) -> list[str]:
+    """What makes a comparison unequal or its numbers doubtful, one sentence each."""
+    found: list[str] = []
+    for cell in cells:
+        problems = find_unequal_settings(cell.groups) + find_unequal_facts(cell.runs) + _find_unequal_seeds(cell)
+        problems += [problem for run in cell.runs for problem in _find_doubts(run)]
+        found.extend(f"{cell.name}: {problem}" for problem in problems)
+    return found + _find_unequal_methods(cells)
+
+
+def _find_unequal_methods(cells: Sequence[Cell]) -> list[str]:
+    """Settings of one method that differ between the cells over which it is pooled."""
+    found = []
+    by_label: dict[str, list[tuple[Cell, Group]]] = {}
+    for cell in cells:
+        for group in cell.groups:
+            by_label.setdefault(group.label, []).append((cell, group))
+    for label, members in by_label.items():
+        keys = {key for _, group in members for key in group.settings if key in _POOLED_SETTINGS}
+        for key in sorted(keys):
+            values = {group.settings.get(key): cell.name for cell, group in reversed(members)}
+            if len(values) > 1:
+                told = "; ".join(f"{shorten_setting(value)} in {name}" for value, name in reversed(values.items()))
+                found.append(f"{label} is pooled over cells with unlike {key}: {told}")
+    return found
+
+
+def find_unequal_settings(groups: Sequence[Group]) -> list[str]:
+    """Settings, other than the method's own, in which groups of a cell differ, one sentence each."""
+    settings = [group.settings for group in groups]
+    searches = any(int(json.loads(each.get("optuna.n_trials", "0"))) > 0 for each in settings)
+    found = []
+    for key in sorted({key for each in settings for key in each}):
+        kind = _SETTING_KINDS.get(key.split(".", 1)[0])
+        if key.startswith(_METHOD_SETTINGS) or (kind == "search" and not searches):
+            continue
+        if len({each.get(key) for each in settings}) > 1:
+            values = (f"{shorten_setting(group.settings.get(key))} for {group.label}" for group in groups)
+            found.append(f"unequal {kind or 'settings'}: {key} is {', '.join(values)}")
+    return found
+
+
+def find_unequal_facts(runs: Sequence[EvaluatedRun], kinds: Sequence[str] | None = None) -> list[str]:
+    """What the program found out while running and settings alone do not decide, where runs differ in it.
+
+    Args:
+        runs: of one cell.
+        kinds: what the names of the facts to look at begin with; None: all.
+    """
+    facts = {run.run_id: _read_facts(run) for run in runs}
+    found = []
+    for name in dict.fromkeys(name for read in facts.values() for name in read):
+        if kinds is not None and not name.startswith(tuple(kinds)):
+            continue
+        by_value: dict[str, list[str]] = {}
+        for run_id, read in facts.items():
+            by_value.setdefault(str(read.get(name)), []).append(run_id)
+        if len(by_value) > 1:
+            shares = (f"{value} for {_name_some(run_ids)}" for value, run_ids in by_value.items())
+            found.append(f"unequal {name}: {', '.join(shares)}")
+    return found
+
+
+def _read_facts(run: EvaluatedRun) -> dict[str, Any]:
+    config, summary = run.record.config, run.record.summary
+    resolved, environment = run.record.resolved, run.record.environment
+    return {
+        "precision": resolved.get("precision"),
+        **{f"data ({key})": value for key, value in sorted(resolved.items()) if "fingerprint" in key},
+        "steps": summary.get(metrics.TOTAL_STEPS),
+        "encoder weights": summary.get(metrics.ENCODER_FINGERPRINT),
+        **{f"engine ({key})": (config.get("engine") or {}).get(key) for key in ("fast", "cuda_graphs")},
+        "hardware": environment.get("device"),
+        "threads": environment.get("threads"),
+        "commit": environment.get("commit"),
+        **{f"version of {name}": version for name, version in sorted((environment.get("packages") or {}).items())},
+    }
+
+
+def _name_some(run_ids: Sequence[str]) -> str:
+    return run_ids[0] if len(run_ids) == 1 else f"{run_ids[0]} and {len(run_ids) - 1} more"
+
+
+def _find_unequal_seeds(cell: Cell) -> list[str]:
+    found = []
+    for first, second in cell.pairs():
+        ours, theirs = ({run.seed for run in group.runs} for group in (first, second))
+        if ours != theirs:
+            found.append(
+                f"unequal seeds: {sorted(ours)} for {first.label}, {sorted(theirs)} for {second.label}; "
+                f"{len(ours & theirs)} can be paired"
+            )
+    return found
+
+
+def find_disagreement(run: EvaluatedRun) -> str | None:
+    """How a recorded metric differs from what the run's own predictions give; None where it does not."""
+    confusion = confusion_matrix(run.labels, run.predictions, len(run.label_names))
+    for name in dict.fromkeys(("accuracy", run.primary)):
+        recorded, recomputed = run.values[metrics.eval_name(name)], float(CONFUSION_METRICS[name](confusion))
+        if abs(recomputed - recorded) > _LARGEST_DISAGREEMENT:
+            return f"run {run.run_id} records {name} {recorded:.4f}, its predictions give {recomputed:.4f}"
+    return None
+
+
+def _find_doubts(run: EvaluatedRun) -> list[str]:
+    disagreement = find_disagreement(run)
+    found = [disagreement] if disagreement else []
+    if np.ptp(run.predictions) == 0:
+        found.append(f"run {run.run_id} predicts one class for every example (counted, not dropped)")
+    summary = run.record.summary
+    budget, used = as_finite(summary.get(metrics.BUDGET_PARAMETERS)), run.values.get(metrics.PARAMS_ADAPTER_FINAL)
+    if budget and used is not None and (used > budget or used < _LEAST_BUDGET_SHARE * budget):
+        share = f"{100 * used / budget:.0f} % of its budget of {budget:.0f}"
+        found.append(f"run {run.run_id} uses {used:.0f} adapter parameters, {share}")
+    return found

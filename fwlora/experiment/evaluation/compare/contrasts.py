@@ -1,0 +1,260 @@
+"""Linear contrasts between methods, paired by seed: FW-LoRA minus LoRA, in quality, in time, in the norm of updates."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from fwlora.experiment.evaluation.compare.bootstrap import (
+    CONFIDENCE,
+    ResampledRuns,
+    average_over_seeds,
+    percentile_interval,
+)
+from fwlora.experiment.evaluation.compare.cells import Cell, Group
+from fwlora.experiment.evaluation.compare.hypothesis_tests import StratifiedMean, stratified_mean
+from fwlora.experiment.evaluation.compare.runs import EvaluatedRun, as_finite
+from fwlora.experiment.tracking import metrics
+
+Terms = Sequence[tuple[float, Group]]
+Half = Literal["least_important", "most_important"]
+
+
+class Unmeasured(Exception):
+    """A contrast that these runs cannot give; the message says why."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A contrast in one cell, one value for each seed that all its methods were run with.
+
+    Attributes:
+        cell: the cell's name.
+        data: the cell's data set.
+        contrast: its weights and roles, whatever their order.
+        seeds: ascending, shape ``(S,)``.
+        values: shape ``(S,)``.
+        resampled: the same values on resamples of the evaluation examples, shape ``(S, R)``; None for what does not
+            come from examples.
+        examples: of the evaluation split.
+    """
+
+    cell: str
+    data: str
+    contrast: str
+    seeds: tuple[int, ...]
+    values: np.ndarray
+    resampled: np.ndarray | None
+    examples: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A contrast's mean over seeds, and over cells where there are several.
+
+    Attributes:
+        seeds: the mean, every cell counting alike, with its uncertainty over seeds.
+        low, high: the interval at :data:`~.resampling.CONFIDENCE`; None where nothing says how the value varies.
+        interval_over: what the interval speaks of: ``seeds and examples``, ``examples``, ``seeds`` or ``nothing``.
+        examples_error: standard deviation over resamples of the examples alone: no number of seeds lowers it.
+    """
+
+    seeds: StratifiedMean
+    low: float | None
+    high: float | None
+    interval_over: str
+    examples_error: float
+
+    @property
+    def mean(self) -> float:
+        return self.seeds.estimate
+
+
+def sample_quality(cell: Cell, terms: Terms, resampled: ResampledRuns, metric: str | None = None) -> Sample:
+    """Σ weight · metric(run), as fractions; the cell's primary metric unless another is named.
+
+    Raises:
+        Unmeasured: no seed was run with all methods.
+    """
+    name = metric or cell.primary
+    chosen = _pair_runs(terms)
+    values = sum(weight * np.array([run.values[metrics.eval_name(name)] for run in runs]) for weight, runs in chosen)
+    scores = sum(weight * resampled.stack(runs, name) for weight, runs in chosen)
+    return _make_sample(cell, terms, chosen[0][1], np.asarray(values), np.asarray(scores))
+
+
+def sample_cost(cell: Cell, terms: Terms, metric: str = metrics.TRAINING_TIME_S) -> Sample:
+    """Σ weight · log(cost of the run): its exponential is a ratio.
+
+    Raises:
+        Unmeasured: no seed was run with all methods, a cost was not recorded, or the runs' hardware differs.
+    """
+    runs = [run for _, members in _pair_runs(terms) for run in members]
+    if len(machines := sorted({_machine(run) for run in runs})) > 1:
+        raise Unmeasured(f"its times come from different machines ({'; '.join(machines)})")
+    return _sample_logarithms(cell, terms, lambda run: [run.values.get(metric)], metric)
+
+
+def sample_update_norm(cell: Cell, terms: Terms, half: Half) -> Sample:
+    """Σ weight · mean over modules of log ‖ΔW‖_F, over one half of the modules by the proposed run's importance.
+
+    The modules are the same for all methods of a seed: those whose importance, as the proposed run of that seed
+    measured it, is below its median (``least_important``) or not. Modules that some run did not update are left out.
+
+    Raises:
+        Unmeasured: no seed was run with all methods, no importances, other modules, or no update left.
+    """
+    proposed = next((group for _, group in terms if group.is_proposed), None)
+    if proposed is None:
+        raise Unmeasured("importances are the proposed method's, which is not part of the contrast")
+    by_seed = proposed.by_seed()
+    chosen = _pair_runs(terms)
+    kept: dict[int, list[str]] = {}
+    for seed in (run.seed for run in chosen[0][1]):
+        importances = _modules(by_seed[seed], metrics.MODULE_IMPORTANCES)
+        if not importances:
+            raise Unmeasured(f"run {by_seed[seed].run_id} recorded no importances")
+        ranked = sorted(importances, key=lambda name: (importances[name], name))
+        middle = len(ranked) // 2
+        wanted = ranked[:middle] if half == "least_important" else ranked[middle:]
+        norms = [_modules(run, metrics.MODULE_DELTA_NORMS) for _, runs in chosen for run in runs if run.seed == seed]
+        kept[seed] = [name for name in wanted if all(norm.get(name, 0.0) > 0 for norm in norms)]
+        if not kept[seed]:
+            raise Unmeasured(f"no module of seed {seed} was updated by all methods")
+
+    def read(run: EvaluatedRun) -> list[float | None]:
+        norms = _modules(run, metrics.MODULE_DELTA_NORMS)
+        return [norms[name] for name in kept[run.seed]]
+
+    return _sample_logarithms(cell, terms, read, metrics.MODULE_DELTA_NORMS)
+
+
+def share_seeds(samples: Sequence[Sample]) -> tuple[list[Sample], list[str]]:
+    """Samples of which those of one data set have the same seeds, and what was left out for it, in words.
+
+    What is said of seeds takes a data set and seed for one observation, so cells of a data set are restricted to the
+    seeds that all of them have, if those are two at least. Cells of a single seed are left out where others have more:
+    they would forbid every test.
+    """
+    left_out = []
+    if any(len(sample.seeds) > 1 for sample in samples):
+        left_out += [f"{sample.cell}: one paired seed" for sample in samples if len(sample.seeds) == 1]
+        samples = [sample for sample in samples if len(sample.seeds) > 1]
+    kept = []
+    for sample in samples:
+        shared = set.intersection(*(set(other.seeds) for other in samples if other.data == sample.data))
+        places = [place for place, seed in enumerate(sample.seeds) if seed in shared]
+        if 2 <= len(places) < len(sample.seeds):
+            extra = ", ".join(str(seed) for seed in sample.seeds if seed not in shared)
+            left_out.append(f"{sample.cell}: seeds {extra}, which its other budgets do not have")
+            rows = None if sample.resampled is None else sample.resampled[places]
+            seeds = tuple(sample.seeds[place] for place in places)
+            sample = replace(sample, seeds=seeds, values=sample.values[places], resampled=rows)
+        kept.append(sample)
+    return kept, left_out
+
+
+def estimate(samples: Sequence[Sample], rng_seed: int) -> Estimate:
+    """Mean and interval of a contrast over its cells.
+
+    Over examples: the bootstrap, hierarchical (seeds, then examples) where there are seeds to draw from, cells fixed,
+    their resamples of a shared split the same. Otherwise Student's t over seeds. Cells of one data set that were run
+    with the same seeds share head, data order and whatever else a seed decides, so their values are averaged for each
+    seed before anything is said of seeds.
+
+    Args:
+        samples: one per cell, at least one.
+        rng_seed: of the draws of seeds, together with the contrast and the data set.
+    """
+    merged = _merge_shared_seeds(samples)
+    weights = [count for _, count in merged]
+    means = stratified_mean([sample.values for sample, _ in merged], weights)
+    resampled = [
+        (count / sum(weights), sample, row) for sample, count in merged if (row := sample.resampled) is not None
+    ]
+    if len(resampled) < len(merged):
+        low, high = means.interval(CONFIDENCE) or (None, None)
+        return Estimate(means, low, high, "nothing" if low is None else "seeds", 0.0)
+    over_examples = np.sum([share * row.mean(axis=0) for share, _, row in resampled], axis=0)
+    drawn = np.zeros_like(over_examples)
+    for share, sample, row in resampled:
+        rng = np.random.default_rng([rng_seed, zlib.crc32(f"{sample.data}|{sample.contrast}".encode())])
+        drawn += share * average_over_seeds(row, rng)
+    several = all(len(sample.seeds) > 1 for sample in samples)
+    over = "seeds and examples" if several else "examples"
+    return Estimate(means, *percentile_interval(drawn), over, float(np.std(over_examples, ddof=1)))
+
+
+def blocks_of(samples: Sequence[Sample]) -> list[list[tuple[str, int]]]:
+    """What every value shares with values of other cells: its data set and seed."""
+    return [[(sample.data, seed) for seed in sample.seeds] for sample in samples]
+
+
+def _merge_shared_seeds(samples: Sequence[Sample]) -> list[tuple[Sample, int]]:
+    """Samples of one data set and the same seeds as their mean, each with the number of cells in it."""
+    alike: dict[tuple[str, tuple[int, ...]], list[Sample]] = {}
+    for sample in samples:
+        alike.setdefault((sample.data, sample.seeds), []).append(sample)
+    merged = []
+    for members in alike.values():
+        values = np.mean([sample.values for sample in members], axis=0)
+        rows = [sample.resampled for sample in members if sample.resampled is not None]
+        resampled = np.mean(rows, axis=0) if len(rows) == len(members) else None
+        merged.append((replace(members[0], values=values, resampled=resampled), len(members)))
+    return merged
+
+
+def _pair_runs(terms: Terms) -> list[tuple[float, list[EvaluatedRun]]]:
+    """Each weight with its group's runs in the seeds that all groups have, ascending."""
+    by_seed = [(weight, group.by_seed()) for weight, group in terms]
+    shared = sorted(set.intersection(*(set(runs) for _, runs in by_seed)))
+    if not shared:
+        raise Unmeasured("no seed was run with all its methods")
+    return [(weight, [runs[seed] for seed in shared]) for weight, runs in by_seed]
+
+
+def _make_sample(
+    cell: Cell, terms: Terms, runs: Sequence[EvaluatedRun], values: np.ndarray, resampled: np.ndarray | None
+) -> Sample:
+    return Sample(
+        cell=cell.name,
+        data=cell.data,
+        contrast=" ".join(sorted(f"{weight:+g} {group.role}" for weight, group in terms)),
+        seeds=tuple(run.seed for run in runs),
+        # Weights such as 1, -0.8, -0.2 leave rounding errors where values are equal; no test should see them.
+        values=np.round(values, 12),
+        resampled=None if resampled is None else np.round(resampled, 12),
+        examples=runs[0].labels.size,
+    )
+
+
+def _machine(run: EvaluatedRun) -> str:
+    return f"{run.record.environment.get('device')}, {run.record.environment.get('threads')} threads"
+
+
+def _modules(run: EvaluatedRun, metric: str) -> dict[str, float]:
+    """Values by module name; empty where the run recorded none."""
+    summary: Mapping[str, object] = run.record.summary
+    names, values = summary.get(metrics.MODULE_NAMES), summary.get(metric)
+    if not isinstance(names, list) or not isinstance(values, list) or len(names) != len(values):
+        return {}
+    read = {str(name): as_finite(value) for name, value in zip(names, values, strict=True)}
+    return {name: value for name, value in read.items() if value is not None}
+
+
+def _sample_logarithms(
+    cell: Cell, terms: Terms, read: Callable[[EvaluatedRun], Sequence[float | None]], metric: str
+) -> Sample:
+    chosen = _pair_runs(terms)
+    total = np.zeros(len(chosen[0][1]))
+    for weight, runs in chosen:
+        for place, run in enumerate(runs):
+            values = read(run)
+            if any(value is None or value <= 0 for value in values):
+                raise Unmeasured(f"run {run.run_id} recorded no positive {metric}")
+            total[place] += weight * float(np.mean(np.log(np.array(values, dtype=np.float64))))
+    return _make_sample(cell, terms, chosen[0][1], total, None)

@@ -1,0 +1,149 @@
+"""The look of all figures. A figure is drawn once and given as PDF, for papers, and as SVG, for pages."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import Colormap
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
+
+from fwlora.experiment.evaluation.compare.cells import Group, Role
+from fwlora.experiment.evaluation.figures.font import font_families
+
+# Okabe and Ito's colours, which stay apart for colour-blind readers; yellow is left out, it vanishes in print.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LINE_STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+GREY = "#666666"
+MISSING = "#DDDDDD"
+MOST_POINTS = 1_000  # of a curve: a page holds many
+
+_STYLE_ORDER: tuple[Role, ...] = ("lora", "adalora", "proposed", "control", "other")
+_STYLE: Any = {
+    "pdf.fonttype": 42,
+    "pdf.compression": 6,
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "figure.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "lines.linewidth": 1.4,
+    "path.simplify": True,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "fwlora",
+}
+# Without these, equal input gives equal bytes, whatever the day and the version of matplotlib.
+_NO_PDF_METADATA = {"CreationDate": None, "ModDate": None, "Creator": None, "Producer": None}
+_NO_SVG_METADATA = {"Date": None, "Creator": None}
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One figure in both forms; ``caption`` says in a sentence what it shows."""
+
+    pdf: bytes
+    svg: bytes
+    caption: str
+
+
+def render(draw: Callable[[Figure], None], width: float, height: float, caption: str) -> Drawing:
+    """Draw on a fresh figure of that size in inches; vectors, embedded TrueType fonts in the PDF, and no dates."""
+    contents = {}
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_STYLE | {"font.family": font_families()})
+        figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
+        draw(figure)
+        for form, metadata in (("pdf", _NO_PDF_METADATA), ("svg", _NO_SVG_METADATA)):
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=form, metadata=metadata)
+            figure.set_layout_engine("none")  # laid out once; the second form keeps it
+            contents[form] = buffer.getvalue()
+    return Drawing(contents["pdf"], contents["svg"], caption)
+
+
+def draw_grid(
+    figure: Figure,
+    axes: Axes,
+    grid: np.ndarray,
+    colours: Colormap,
+    label: str,
+    limits: tuple[float, float] | None = None,
+    whole: bool = False,
+) -> None:
+    """A heat map with its colour bar, first row on top, all of it as vectors: pictures would blur when enlarged.
+
+    Args:
+        grid: values, shape (rows, columns).
+        colours: from low to high.
+        label: what the colours mean.
+        limits: values of the first and the last colour; None: the lowest and the highest.
+        whole: whether the values are whole numbers.
+    """
+    rows, columns = grid.shape
+    low, high = limits or (None, None)
+    edges = np.arange(columns + 1) - 0.5, np.arange(rows + 1) - 0.5
+    mesh = axes.pcolormesh(*edges, grid, cmap=colours, vmin=low, vmax=high, edgecolors="face", linewidth=0.2)
+    axes.set_facecolor(MISSING)  # shows through masked cells
+    axes.set_ylim(rows - 0.5, -0.5)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    bar = figure.colorbar(mesh, ax=axes, label=label, ticks=MaxNLocator(integer=True) if whole else None)
+    assert bar.solids is not None, "it belongs to a mesh"
+    bar.solids.set_rasterized(False)
+    bar.solids.set_edgecolor("face")
+
+
+def style_groups(groups: Sequence[Group]) -> dict[str, dict[str, Any]]:
+    """Colour, marker and line style by label: a method looks the same everywhere, its variants take what is left."""
+    styles: dict[str, dict[str, Any]] = {}
+    taken: list[int] = []
+    for group in groups:
+        own = _STYLE_ORDER.index(group.role)
+        free = (place for place in (own, *range(len(_STYLE_ORDER), len(COLOURS)), *range(own)) if place not in taken)
+        place = next(free, len(taken) % len(COLOURS))
+        taken.append(place)
+        styles[group.label] = {"color": COLOURS[place], "marker": MARKERS[place], "linestyle": LINE_STYLES[place]}
+    return styles
+
+
+def running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean of up to ``window`` last values, shape as given: nothing of the future leaks into the past."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    ends = np.arange(1, values.size + 1)
+    starts = np.maximum(0, ends - window)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def smoothing_window(count: int) -> int:
+    """A fiftieth of the curve."""
+    return max(1, count // 50)
+
+
+def thin_curve(steps: np.ndarray, values: np.ndarray, most: int = MOST_POINTS) -> tuple[np.ndarray, np.ndarray]:
+    """At most ``most`` points of a curve that look like all of it: the lowest and the highest of each stretch."""
+    if values.size <= most:
+        return steps, values
+    kept = []
+    for stretch in np.array_split(np.arange(values.size), most // 2):
+        kept += sorted({stretch[0] + int(np.argmin(values[stretch])), stretch[0] + int(np.argmax(values[stretch]))})
+    return steps[kept], values[kept]
+
+
+def display_metric(task_metric: str) -> str:
+    """``matthews_correlation`` -> ``Matthews correlation``."""
+    known = {"accuracy": "accuracy", "matthews_correlation": "Matthews correlation", "f1": "F1"}
+    return known.get(task_metric, task_metric.replace("_", " "))

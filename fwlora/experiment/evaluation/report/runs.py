@@ -1,0 +1,183 @@
+"""What the report says of single runs and of what they were made with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from fwlora.experiment.evaluation.compare.bootstrap import confusion_matrix
+from fwlora.experiment.evaluation.compare.cells import Cell, Group
+from fwlora.experiment.evaluation.compare.runs import EvaluatedRun, as_finite, flatten_settings
+from fwlora.experiment.tracking import metrics
+
+NOT_RECORDED = "not recorded"
+
+_TIMES = {
+    metrics.TRAINING_TIME_S: "training (compared)",
+    metrics.TIME_WARMUP_S: "of it, Fisher warm-up",
+    metrics.TIME_TRAIN_S: "of it, remaining steps",
+    metrics.TIME_EVAL_S: "evaluation",
+    metrics.TIME_SEARCH_S: "search",
+    metrics.STEP_TIME_MEDIAN_S: "median step",
+}
+_ENVIRONMENT_NAMES = {
+    "python": "Python",
+    "system": "system",
+    "device": "device",
+    "threads": "threads",
+    "cpu_count": "CPU cores",
+}
+_PARAMETERS = {
+    metrics.PARAMS_ADAPTER: "adapter, at the start",
+    metrics.PARAMS_ADAPTER_FINAL: "adapter, in use at the end",
+    metrics.BUDGET_PARAMETERS: "budget",
+    metrics.PARAMS_HEAD: "head",
+    metrics.PARAMS_TRAINABLE: "trainable",
+    metrics.PARAMS_ENCODER: "encoder",
+    metrics.PARAMS_TOTAL: "total",
+}
+
+
+def describe_run_page(cell: Cell, group: Group, run: EvaluatedRun) -> dict[str, Any]:
+    """The content of a run's page, but for its figures."""
+    config, summary = run.record.config, run.record.summary
+    counts = confusion_matrix(run.labels, run.predictions, len(run.label_names))
+    totals = counts.sum(axis=1)
+    return {
+        "run": run,
+        "cell": cell,
+        "method": group.label,
+        "primary": cell.read(run),
+        "scores": _read_scores(summary),
+        "times": _read_numbers(summary, _TIMES),
+        "parameters": _read_numbers(summary, _PARAMETERS),
+        "percent_of_encoder": as_finite(summary.get(metrics.ADAPTER_PERCENT_OF_ENCODER)),
+        "steps": as_finite(summary.get(metrics.TOTAL_STEPS)),
+        "peak_memory_mib": as_finite(summary.get(metrics.PEAK_MEMORY_MIB)),
+        "confusion": [
+            (name, [(int(count), count / total if total else 0.0) for count in row])
+            for name, row, total in zip(run.label_names, counts, totals, strict=True)
+        ],
+        "settings": flatten_settings({key: value for key, value in config.items() if key != "resolved"}),
+        "facts": [(name, read(run)) for name, read in _facts([run]).items()],
+        "command": run.record.resolved.get("command"),
+    }
+
+
+def collect_commands(runs: Sequence[EvaluatedRun]) -> dict[str, Any]:
+    """Commands in the order of the runs, each once, and how many runs recorded none."""
+    commands = [run.record.resolved.get("command") for run in runs]
+    return {
+        "lines": list(dict.fromkeys(command for command in commands if command)),
+        "missing": sum(command is None for command in commands),
+    }
+
+
+def collect_facts(runs: Sequence[EvaluatedRun]) -> list[dict[str, Any]]:
+    """What the runs were made with, by kind: per fact every value with the runs that have it.
+
+    Data are compared within a data set, encoders within a pretrained model: elsewhere they are meant to differ.
+    """
+    kinds: list[tuple[str, dict[str, list[EvaluatedRun]], Callable[[Sequence[EvaluatedRun]], Mapping[str, Any]]]] = [
+        ("Code, versions and hardware", {"": list(runs)}, _environment_facts),
+        ("Data", _split(runs, lambda run: run.cell_key[0]), _data_facts),
+        ("Model", _split(runs, lambda run: run.cell_key[2]), _model_facts),
+    ]
+    collected = []
+    for title, scopes, list_facts in kinds:
+        rows = []
+        for scope, members in scopes.items():
+            for name, read in list_facts(members).items():
+                values = [{"text": text, "runs": having} for text, having in _split(members, read).items()]
+                rows.append({"scope": scope, "name": name, "values": values, "of": len(members)})
+        collected.append({"title": title, "rows": rows})
+    return collected
+
+
+def describe_commit(environment: Mapping[str, Any]) -> str:
+    """The commit, and in capitals if what ran was not what it holds."""
+    commit = environment.get("commit") or NOT_RECORDED
+    return f"{commit}, DIRTY" if environment.get("dirty") else str(commit)
+
+
+def is_dirty(run: EvaluatedRun) -> bool:
+    """Whether the code that trained the run was not what its commit holds."""
+    return bool(run.record.environment.get("dirty"))
+
+
+def describe_environment_facts(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Names and values of one environment, the commit first."""
+    packages = environment.get("packages") or {}
+    return [
+        ("commit", describe_commit(environment)),
+        *((shown, _show(environment.get(key))) for key, shown in _ENVIRONMENT_NAMES.items()),
+        *((name, _show(packages[name])) for name in sorted(packages)),
+    ]
+
+
+def _split(runs: Sequence[EvaluatedRun], read: Callable[[EvaluatedRun], str]) -> dict[str, list[EvaluatedRun]]:
+    found: dict[str, list[EvaluatedRun]] = {}
+    for run in runs:
+        found.setdefault(read(run), []).append(run)
+    return found
+
+
+def _facts(runs: Sequence[EvaluatedRun]) -> dict[str, Callable[[EvaluatedRun], str]]:
+    return {**_environment_facts(runs), **_data_facts(runs), **_model_facts(runs)}
+
+
+def _read_resolved(key: str, run: EvaluatedRun) -> str:
+    return _show(run.record.resolved.get(key))
+
+
+def _show(value: Any) -> str:
+    return NOT_RECORDED if value is None else value if isinstance(value, str) else json.dumps(value)
+
+
+def _environment_facts(runs: Sequence[EvaluatedRun]) -> dict[str, Callable[[EvaluatedRun], str]]:
+    read = {id(run): dict(describe_environment_facts(run.record.environment)) for run in runs}
+
+    def read_fact(name: str, run: EvaluatedRun) -> str:
+        return read[id(run)].get(name, NOT_RECORDED)
+
+    names = dict.fromkeys(name for facts in read.values() for name in facts)
+    return {**{name: partial(read_fact, name) for name in names}, "precision": partial(_read_resolved, "precision")}
+
+
+def _data_facts(runs: Sequence[EvaluatedRun]) -> dict[str, Callable[[EvaluatedRun], str]]:
+    names = {
+        "train_examples": "training examples",
+        "train_fingerprint": "training data fingerprint",
+        "eval_examples": "evaluation examples",
+    }
+    return {
+        **{shown: partial(_read_resolved, key) for key, shown in names.items()},
+        "evaluation data fingerprint": lambda run: _show(run.record.summary.get(metrics.EVAL_FINGERPRINT)),
+    }
+
+
+def _model_facts(runs: Sequence[EvaluatedRun]) -> dict[str, Callable[[EvaluatedRun], str]]:
+    return {"encoder fingerprint": lambda run: _show(run.record.summary.get(metrics.ENCODER_FINGERPRINT))}
+
+
+def _read_numbers(summary: Mapping[str, Any], names: Mapping[str, str]) -> list[tuple[str, float]]:
+    found = [(shown, as_finite(summary.get(name))) for name, shown in names.items()]
+    return [(shown, value) for shown, value in found if value is not None]
+
+
+def _read_scores(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Final values, and the best ones with their epochs."""
+    prefix = metrics.final_name("")
+    names = [name.removeprefix(prefix) for name in sorted(summary) if name.startswith(prefix)]
+    return [
+        {
+            "name": name.removeprefix(metrics.eval_name("")),
+            "is_loss": name == metrics.EVAL_LOSS,
+            "final": as_finite(summary[metrics.final_name(name)]),
+            "best": as_finite(summary.get(metrics.best_name(name))),
+            "epoch": as_finite(summary.get(metrics.best_name(name) + "_epoch")),
+        }
+        for name in names
+    ]

@@ -1,0 +1,113 @@
+"""The layers of an encoder as one operation of autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fwlora.experiment.fused.dropout import draw_dropped
+from fwlora.experiment.fused.layer import FusedLayer, LayerTape
+from fwlora.experiment.fused.linear import Adapters
+
+# Takes a layer's place, the names of matrices with one input X (T, d_in), and the gradients G (names, T, d_out) at
+# their outputs.
+ObserveLayer = Callable[[int, Sequence[str], Tensor, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass of a batch through the layers.
+
+    Attributes:
+        layers: of the encoder.
+        adapters: every layer's, by group.
+        batch: examples.
+        bias: added to attention scores, shape (batch x heads, 1, width): the type's lowest number at padding; None
+            without padding.
+        seed: of the pass's dropout on a CPU; None in evaluation.
+        embedding_dropout: probability of dropout on the layers' input.
+        observe: takes every adapted matrix's input and output gradient; None where nobody measures.
+    """
+
+    layers: Sequence[FusedLayer]
+    adapters: Sequence[Mapping[str, Adapters | None]]
+    batch: int
+    bias: Tensor | None
+    seed: int | None
+    embedding_dropout: float
+    observe: ObserveLayer | None = None
+
+
+@torch.no_grad()
+def run_forward(call: Pass, X: Tensor, *, keep: bool) -> tuple[Tensor, list[LayerTape]]:
+    """First tokens' outputs, shape (batch, d), and the layers' tapes, none unless ``keep``.
+
+    Args:
+        X: embeddings before their dropout, shape (batch x width, d).
+    """
+    width = X.shape[0] // call.batch
+    bits = None if call.seed is None else np.random.SFC64(call.seed)
+    hidden = X
+    if bits is not None:
+        drawn = draw_dropped({"X": (X.numel(), call.embedding_dropout)}, X.device, bits)
+        hidden = drawn["X"].zero_(X * drawn["X"].scale) if drawn else X
+    tapes = []
+    for layer, adapters in zip(call.layers, call.adapters, strict=True):
+        dropped = {} if bits is None else layer.draw(call.batch, width, X.device, bits)
+        measured = call.observe is not None
+        hidden, tape = layer.forward(hidden, call.batch, call.bias, adapters, dropped, measured=measured)
+        if keep:
+            tapes.append(tape)
+    return hidden, tapes
+
+
+@torch.no_grad()
+def run_backward(call: Pass, G: Tensor, tapes: list[LayerTape]) -> list[dict[str, tuple[Tensor, Tensor]]]:
+    """Gradients of every layer's joint factors by group; empties ``tapes`` as it goes."""
+    gradient: Tensor | None = G
+    found: list[dict[str, tuple[Tensor, Tensor]]] = []
+    for place in reversed(range(len(call.layers))):
+        observe = None if call.observe is None else partial(call.observe, place)
+        assert gradient is not None
+        gradient, gradients = call.layers[place].backward(
+            gradient, tapes.pop(), call.adapters[place], observe, needs_input=place > 0
+        )
+        found.append(gradients)
+    return found[::-1]
+
+
+class EncoderFunction(torch.autograd.Function):
+    """:func:`run_forward` and :func:`run_backward` as ``apply(X, call, *factors)``.
+
+    The factors are A and B of every adapted matrix, by layer, group and member; X needs no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, X: Tensor, call: Pass, *factors: Tensor) -> Tensor:
+        output, ctx.tapes = run_forward(call, X, keep=True)
+        ctx.call = call
+        ctx.save_for_backward(*factors)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, G: Tensor) -> tuple[Any, ...]:
+        call: Pass = ctx.call
+        factors = iter(ctx.saved_tensors)
+        if len(ctx.tapes) != len(call.layers):
+            raise RuntimeError("the fused encoder's pass was differentiated a second time; call it again instead")
+        found = run_backward(call, G.contiguous(), ctx.tapes)
+        gradients: list[Tensor | None] = []
+        for layer, by_group in zip(call.layers, found, strict=True):
+            for name, group in layer.groups.items():
+                own = [(next(factors), next(factors)) for _ in group.adapted]
+                parts = group.scatter(by_group[name], own) if name in by_group else [(None, None)] * len(own)
+                gradients += [gradient for pair in parts for gradient in pair]
+        return None, None, *gradients

@@ -1,0 +1,337 @@
+"""A post-norm transformer layer of a frozen encoder with adapters, forward and backward written out.
+
+    U = LN1(X + D(attention(X)))        Z = LN2(U + D(W2 gelu(W1 U)))
+
+Autograd would make a new tensor for every residual's gradient and every scaling; here gradients are added into one
+tensor by the products that make them, and scalings are factors of products. Where only the first token of the output
+is needed, only its query, attention output and feed-forward are computed: keys and values are all it takes from the
+other tokens, and their own gradients would be zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fwlora.adapters import LinearParts
+from fwlora.experiment.fused.dropout import Dropped, draw_dropped
+from fwlora.experiment.fused.linear import Adapters, FusedGroup, GroupTape
+
+# Takes the names of matrices with one input X (T, d_in), and the gradients G (names, T, d_out) at their outputs.
+ObserveMatrices = Callable[[Sequence[str], Tensor, Tensor], None]
+# torch's CPU softmax is not vectorised over fewer elements than a vector register holds.
+NARROW = 16
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A frozen layer normalisation."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+    def forward(self, X: Tensor) -> tuple[Tensor, NormTape]:
+        Y, mean, rstd = torch.native_layer_norm(X, [X.shape[-1]], self.weight, self.bias, self.eps)
+        return Y, NormTape(X, mean, rstd)
+
+    def backward(self, G: Tensor, tape: NormTape) -> Tensor:
+        return torch.ops.aten.native_layer_norm_backward(
+            G, tape.X, [G.shape[-1]], tape.mean, tape.rstd, self.weight, self.bias, [True, False, False]
+        )[0]
+
+
+@dataclass(frozen=True)
+class NormTape:
+    """What the backward pass of a normalisation needs."""
+
+    X: Tensor
+    mean: Tensor
+    rstd: Tensor
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """A layer as it was read from the model.
+
+    Attributes:
+        linear: ``query``, ``key``, ``value``, ``attention_output``, ``intermediate`` and ``output``.
+        scalings: s of those that carry an adapter.
+        norms: after attention and after the feed-forward.
+        heads: attention heads.
+        hidden_dropouts: probabilities after the attention output and after the feed-forward.
+        attention_dropout: probability on attention weights.
+    """
+
+    linear: Mapping[str, LinearParts]
+    scalings: Mapping[str, float]
+    norms: Sequence[Norm]
+    heads: int
+    hidden_dropouts: Sequence[float]
+    attention_dropout: float
+
+
+class AttentionTape(NamedTuple):
+    """Heads, shape (batch x heads, queries or width, d), and weights before and after dropout, the latter unscaled."""
+
+    Q: Tensor
+    K: Tensor
+    V: Tensor
+    P: Tensor
+    kept: Tensor
+
+
+@dataclass
+class LayerTape:
+    """What the backward pass of one layer needs."""
+
+    batch: int
+    width: int
+    dropped: Mapping[str, Dropped]
+    groups: dict[str, GroupTape] = field(default_factory=dict)
+    norms: list[NormTape] = field(default_factory=list)
+    attention: AttentionTape | None = None
+    pre_activation: Tensor | None = None
+
+
+class FusedLayer:
+    """One encoder layer.
+
+    Args:
+        weights: of the layer.
+        dtype: to multiply in; residuals and normalisations keep the type of the layer's input.
+        first_only: only the first token of every example is wanted of the output.
+    """
+
+    def __init__(self, weights: LayerWeights, dtype: torch.dtype, *, first_only: bool) -> None:
+        self.norms, self.heads = list(weights.norms), weights.heads
+        self.hidden_dropouts, self.attention_dropout = weights.hidden_dropouts, weights.attention_dropout
+        self.dtype, self.first_only = dtype, first_only
+        grouped = {"attention_output": ["attention_output"], "intermediate": ["intermediate"], "output": ["output"]}
+        grouped |= {"wanted": ["query"], "all": ["key", "value"]} if first_only else {"all": ["query", "key", "value"]}
+        self.groups = {
+            group: FusedGroup({name: weights.linear[name] for name in names}, dict(weights.scalings), dtype)
+            for group, names in grouped.items()
+        }
+
+    def draw(self, batch: int, width: int, device: torch.device, bits: np.random.BitGenerator) -> dict[str, Dropped]:
+        """The layer's dropouts by where they act: a group's name, ``weights``, ``hidden_0`` or ``hidden_1``."""
+        rows = batch if self.first_only else batch * width
+        requests = {
+            name: (len(group.adapted) * (batch * width if name == "all" else rows) * group.d_in, group.dropout)
+            for name, group in self.groups.items()
+            if group.adapted
+        }
+        requests["weights"] = (rows * self.heads * width, self.attention_dropout)
+        for place, (norm, probability) in enumerate(zip(self.norms, self.hidden_dropouts, strict=True)):
+            requests[f"hidden_{place}"] = (rows * norm.weight.shape[0], probability)
+        return draw_dropped(requests, device, bits)
+
+    def forward(
+        self,
+        X: Tensor,
+        batch: int,
+        bias: Tensor | None,
+        adapters: Mapping[str, Adapters | None],
+        dropped: Mapping[str, Dropped],
+        *,
+        measured: bool = False,
+    ) -> tuple[Tensor, LayerTape]:
+        """The layer's output, shape (batch x width, d), or (batch, d) of the first tokens.
+
+        Args:
+            X: shape (batch x width, d).
+            bias: added to attention scores, shape (batch x heads, 1, width): the type's lowest number at padding; None
+                without padding.
+            adapters: of every group.
+            dropped: from :meth:`draw`; empty in evaluation.
+            measured: whether the backward pass will be observed.
+        """
+        width = X.shape[0] // batch
+        tape = LayerTape(batch, width, dropped)
+        wanted = X.view(batch, width, -1)[:, 0].contiguous() if self.first_only else X
+        parts = self._split(self._forward_group("all", X, adapters, tape), batch)
+        heads = dict(zip(self.groups["all"].names, parts, strict=True))
+        if self.first_only:
+            heads["query"] = self._split(self._forward_group("wanted", wanted, adapters, tape), batch)[0]
+        Q, K, V = (heads[name] for name in ("query", "key", "value"))
+        context, P, kept = attend(Q, K, V, bias, dropped.get("weights"))
+        tape.attention = AttentionTape(Q, K, V, P, kept)
+        # The two that follow read what nobody else does, but for those who measure.
+        consume = not measured
+        context = self._merge(context[None], batch)[0]
+        U = self._add_and_normalise(0, "attention_output", context, wanted, adapters, tape, consume=consume)
+        H = self._forward_group("intermediate", U, adapters, tape)[0]
+        tape.pre_activation = H
+        activated = torch.nn.functional.gelu(H)
+        return self._add_and_normalise(1, "output", activated, U, adapters, tape, consume=consume), tape
+
+    def backward(
+        self,
+        G: Tensor,
+        tape: LayerTape,
+        adapters: Mapping[str, Adapters | None],
+        observe: ObserveMatrices | None,
+        *,
+        needs_input: bool,
+    ) -> tuple[Tensor | None, dict[str, tuple[Tensor, Tensor]]]:
+        """dL/dX, or None where it is not needed, and the gradients of every group's joint factors.
+
+        Args:
+            G: gradient at the layer's output; may be changed in place.
+        """
+        found: dict[str, tuple[Tensor, Tensor]] = {}
+
+        def through(name: str, G: Tensor, into: Tensor | None = None, *, needed: bool = True) -> Tensor | None:
+            """The gradient at a group's input, added to ``into``: in the products where types agree, else after."""
+            group, group_tape = self.groups[name], tape.groups[name]
+            if observe is not None and group.adapted:
+                observe(group.adapted, group_tape.inputs, G[: len(group.adapted)])
+            same = into is None or into.dtype == self.dtype
+            target = into if same else None
+            dX, gradients = group.backward(G, group_tape, adapters[name], target, needs_input=needed)
+            if gradients is not None:
+                found[name] = gradients
+            return dX if same or into is None or dX is None else into.add_(dX)
+
+        dZ = self.norms[1].backward(G, tape.norms[1])
+        dH = through("output", self._through_dropout(1, dZ, tape)[None])
+        assert dH is not None and tape.pre_activation is not None
+        dH = torch.ops.aten.gelu_backward(dH, tape.pre_activation)
+        dU = through("intermediate", dH[None], dZ)
+        assert dU is not None
+        dU = self.norms[0].backward(dU, tape.norms[0])
+        d_context = through("attention_output", self._through_dropout(0, dU, tape)[None])
+        assert d_context is not None
+        assert tape.attention is not None
+        joint = tape.attention.K.new_empty(len(self.groups["all"].names), *tape.attention.K.shape)
+        d_context = self._split(d_context[None], tape.batch)[0]
+        dQ = attend_backward(
+            d_context,
+            tape.attention,
+            tape.dropped.get("weights"),
+            dict(zip(self.groups["all"].names, joint, strict=True)),
+        )
+        joint = self._merge(joint, tape.batch)
+        if not self.first_only:
+            return through("all", joint, dU, needed=needs_input), found
+        d_wanted = through("wanted", self._merge(dQ[None], tape.batch), dU, needed=needs_input)
+        dX = through("all", joint, needed=needs_input)
+        if dX is not None and d_wanted is not None:
+            dX = dX.to(d_wanted.dtype)
+            dX.view(tape.batch, tape.width, -1)[:, 0].add_(d_wanted)
+        return dX, found
+
+    def _forward_group(
+        self,
+        name: str,
+        X: Tensor,
+        adapters: Mapping[str, Adapters | None],
+        tape: LayerTape,
+        multiple: float = 1.0,
+        *,
+        consume: bool = False,
+    ) -> Tensor:
+        """The group's outputs, shape (members, T, d_out)."""
+        group = self.groups[name]
+        dropped = tape.dropped.get(name)
+        Y, tape.groups[name] = group.forward(X.to(self.dtype), adapters[name], dropped, multiple, consume=consume)
+        return Y
+
+    def _add_and_normalise(
+        self,
+        place: int,
+        name: str,
+        X: Tensor,
+        residual: Tensor,
+        adapters: Mapping[str, Adapters | None],
+        tape: LayerTape,
+        *,
+        consume: bool,
+    ) -> Tensor:
+        """LN(residual + D(group(X))): the product is made in the dropout's scale."""
+        dropped = tape.dropped.get(f"hidden_{place}")
+        scale = 1.0 if dropped is None else dropped.scale
+        Y = self._forward_group(name, X, adapters, tape, scale, consume=consume)[0]
+        if dropped is not None:
+            dropped.zero_(Y)
+        Y, norm_tape = self.norms[place].forward(Y.add_(residual) if Y.dtype == residual.dtype else residual + Y)
+        tape.norms.append(norm_tape)
+        return Y
+
+    def _through_dropout(self, place: int, G: Tensor, tape: LayerTape) -> Tensor:
+        dropped = tape.dropped.get(f"hidden_{place}")
+        return G.to(self.dtype) if dropped is None else dropped.zero_((G * dropped.scale).to(self.dtype))
+
+    def _split(self, X: Tensor, batch: int) -> Tensor:
+        """(n, batch x width, d) to (n, batch x heads, width, d / heads), contiguous."""
+        count, rows, size = X.shape
+        parts = X.view(count, batch, rows // batch, self.heads, size // self.heads).transpose(2, 3)
+        return parts.reshape(count, batch * self.heads, rows // batch, size // self.heads)
+
+    def _merge(self, X: Tensor, batch: int) -> Tensor:
+        """The inverse of :meth:`_split`."""
+        count, _, width, size = X.shape
+        parts = X.view(count, batch, self.heads, width, size).transpose(2, 3)
+        return parts.reshape(count, batch * width, self.heads * size)
+
+
+def attend(
+    Q: Tensor, K: Tensor, V: Tensor, bias: Tensor | None, dropped: Dropped | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """softmax(Q K^T / sqrt(d) + bias) V, and the weights before and after dropout, the latter unscaled.
+
+    Args:
+        Q, K, V: shape (batch x heads, queries or width, d).
+    """
+    scores = torch.baddbmm(
+        Q.new_empty(1, 1, 1) if bias is None else bias,
+        Q,
+        K.mT,
+        beta=0.0 if bias is None else 1.0,
+        alpha=1 / math.sqrt(Q.shape[-1]),
+    )
+    P = _softmax(scores)
+    if dropped is None:
+        return torch.bmm(P, V), P, P
+    kept = dropped.zero_(P.clone())
+    return torch.baddbmm(V.new_empty(1, 1, 1), kept, V, beta=0.0, alpha=dropped.scale), P, kept
+
+
+def attend_backward(G: Tensor, tape: AttentionTape, dropped: Dropped | None, out: Mapping[str, Tensor]) -> Tensor:
+    """Writes dK and dV into ``out["key"]`` and ``out["value"]``; returns dQ, which is ``out["query"]`` if that exists.
+
+    Args:
+        G: dL/d(context), shape (batch x heads, queries, d).
+    """
+    Q, K, V, P, kept = tape
+    scale = 1.0 if dropped is None else dropped.scale
+    nothing = G.new_empty(1, 1, 1)
+    torch.baddbmm(nothing, kept.mT, G, beta=0.0, alpha=scale, out=out["value"])
+    dP = torch.baddbmm(nothing, G, V.mT, beta=0.0, alpha=scale)
+    if dropped is not None:
+        dropped.zero_(dP)
+    dS = _softmax_backward(dP, P)
+    factor = 1 / math.sqrt(Q.shape[-1])
+    torch.baddbmm(nothing, dS.mT, Q, beta=0.0, alpha=factor, out=out["key"])
+    return torch.baddbmm(nothing, dS, K, beta=0.0, alpha=factor, out=out.get("query"))
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    if scores.is_cuda or scores.shape[-1] >= NARROW:
+        return torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
+    weights = scores.sub_(scores.amax(-1, keepdim=True)).exp_()
+    return weights.div_(weights.sum(-1, keepdim=True))
+
+
+def _softmax_backward(dP: Tensor, P: Tensor) -> Tensor:
+    if P.is_cuda or P.shape[-1] >= NARROW:
+        return torch.ops.aten._softmax_backward_data(dP, P, -1, P.dtype)
+    weighted = dP.mul_(P)
+    return weighted.addcmul_(P, weighted.sum(-1, keepdim=True), value=-1)

@@ -1,0 +1,1 @@
+"""Models: where pretrained ones come from, and how they are adapted."""

@@ -1,0 +1,1 @@
+"""Settings: the schema, how a configuration becomes settings, and the command line."""

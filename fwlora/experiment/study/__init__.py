@@ -1,0 +1,1 @@
+"""Studies: several runs through the contract's commands, then their evaluation."""

@@ -1,0 +1,160 @@
+"""What is kept of a run, as plain data: the form in which evaluation sees every run, wherever it came from."""
+
+from __future__ import annotations
+
+import base64
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from fwlora.experiment.tracking import metrics
+
+# As the tracker saw it: ended with exit code 0; ended with another; not ended; its process is gone without an end.
+RunState = Literal["finished", "failed", "running", "crashed"]
+
+LARGEST_INTEGER = 2**53  # beyond it services keep whole numbers as floats, some of them in other digits
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run as recorded.
+
+    Attributes:
+        run_id: the id it was started under.
+        config: settings as resolved (``config["run"]`` is the run node) plus ``config["resolved"]``, what the
+            program found out: task, label names, precision, data fingerprints, environment.
+        summary: final values, by the names of :mod:`fwlora.experiment.tracking.metrics`.
+        history: one mapping per logged row, ascending in ``global_step``, each step once.
+        state: how it ended.
+        source: where it was read, for people: a folder or ``entity/project/run_id``.
+    """
+
+    run_id: str
+    config: Mapping[str, Any]
+    summary: Mapping[str, Any]
+    history: Sequence[Mapping[str, Any]]
+    state: RunState
+    source: str
+
+    @property
+    def finished(self) -> bool:
+        return self.state == "finished"
+
+    @property
+    def resolved(self) -> Mapping[str, Any]:
+        """What the program found out; empty where nothing was recorded."""
+        return self.config.get("resolved") or {}
+
+    @property
+    def environment(self) -> Mapping[str, Any]:
+        """Commit, versions and hardware it ran with; see :mod:`fwlora.experiment.tracking.environment`."""
+        return self.resolved.get("environment") or {}
+
+
+def pack_classes(classes: np.ndarray, num_classes: int) -> dict[str, Any]:
+    """Classes of a split in data-set order, as small as a summary should be.
+
+    Args:
+        classes: integers in ``[0, num_classes)``, shape ``(n,)``.
+        num_classes: two classes take a bit each, up to 256 a byte each.
+
+    Returns:
+        ``{"encoding": "bits" | "bytes", "count": n, "data": base64}``.
+
+    Raises:
+        ValueError: a class outside the range, or more than 256 classes.
+    """
+    values = np.asarray(classes)
+    if not 2 <= num_classes <= 256:
+        raise ValueError(f"`num_classes` is {num_classes}; between 2 and 256 classes can be packed")
+    if values.size and (values.min() < 0 or values.max() >= num_classes):
+        raise ValueError(f"`classes` holds {values.min()}..{values.max()}, outside 0..{num_classes - 1}")
+    raw = np.packbits(values.astype(np.uint8)) if num_classes == 2 else values.astype(np.uint8)
+    return {
+        "encoding": "bits" if num_classes == 2 else "bytes",
+        "count": int(values.size),
+        "data": base64.b64encode(raw.tobytes()).decode("ascii"),
+    }
+
+
+def unpack_classes(packed: Mapping[str, Any]) -> np.ndarray:
+    """Inverse of :func:`pack_classes`: int64 classes of shape ``(n,)``.
+
+    Raises:
+        ValueError: an unknown encoding or fewer values than ``count`` says.
+    """
+    raw = np.frombuffer(base64.b64decode(packed["data"]), dtype=np.uint8)
+    if packed["encoding"] == "bits":
+        values = np.unpackbits(raw)
+    elif packed["encoding"] == "bytes":
+        values = raw
+    else:
+        raise ValueError(f"unknown class encoding {packed['encoding']!r}")
+    if values.size < packed["count"]:
+        raise ValueError(f"packed classes hold {values.size} values, {packed['count']} announced")
+    return values[: packed["count"]].astype(np.int64)
+
+
+def make_record(
+    run_id: str,
+    config: Mapping[str, Any],
+    summary: Mapping[str, Any],
+    rows: Iterable[Mapping[str, Any]],
+    state: RunState,
+    source: str,
+) -> RunRecord:
+    """A record in its one form, which does not tell by which way its values came: see :func:`canonicalise`.
+
+    Args:
+        run_id: the id it was started under.
+        config: entries by name.
+        summary: entries by name.
+        rows: history rows as logged, those of abandoned passes among them.
+        state: how it ended.
+        source: where it was read, for people.
+    """
+    history = deduplicate_history(canonicalise(row) for row in rows)
+    given = {name: value for name, value in summary.items() if value is not None}
+    return RunRecord(run_id, canonicalise(config), canonicalise(given), history, state, source)
+
+
+def canonicalise(value: Any) -> Any:
+    """A deep copy in which equal values are spelled equally, whatever service kept them and how often.
+
+    Names are in order, tuples are lists, whole numbers are ``int`` (``float`` beyond 2**53), and a name whose mapping
+    is empty is left out: JSON as services keep it tells neither 1 from 1.0 nor nothing from an empty mapping.
+    """
+    if isinstance(value, float):
+        return int(value) if value.is_integer() and abs(value) <= LARGEST_INTEGER else value
+    if isinstance(value, int):
+        return value if abs(value) <= LARGEST_INTEGER else float(value)
+    if isinstance(value, Mapping):
+        spelled = {sys.intern(name): canonicalise(value[name]) for name in sorted(value)}
+        return {name: item for name, item in spelled.items() if item != {}}
+    return [canonicalise(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def deduplicate_history(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of one training pass, each step once.
+
+    A run that was started again under its id appends to its history. A row whose ``global_step`` does not advance
+    starts over from there, so all earlier rows at or beyond that step belong to the abandoned pass; rows of the same
+    step within a pass (step values, then epoch values) are merged.
+    """
+    merged: list[dict[str, Any]] = []
+    for row in rows:
+        step = row.get(metrics.GLOBAL_STEP)
+        if not isinstance(step, int | float):
+            continue
+        values = {name: value for name, value in row.items() if not name.startswith("_")}
+        continues_row = merged and merged[-1][metrics.GLOBAL_STEP] == step and metrics.TRAIN_LOSS not in values
+        if continues_row:
+            merged[-1].update(values)
+            continue
+        while merged and merged[-1][metrics.GLOBAL_STEP] >= step:
+            merged.pop()
+        merged.append(values)
+    return merged

@@ -1,0 +1,160 @@
+"""Reading runs from the folders that W&B's client makes on this machine."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fwlora.experiment.tracking.records import RunRecord
+from fwlora.experiment.tracking.wandb.raw_run import RawRun, Unavailable
+from fwlora.experiment.tracking.wandb.transaction_log import read_payloads
+
+RECORDS_AFTER_END = 100  # there are a few at most
+LIVE_S = 60.0  # W&B's client adds to the log of a run that is under way more often than this
+
+_Items = dict[tuple[str, ...], Any]  # protocol buffer items by path into nested mappings
+
+
+def find_run_folders(directory: Path, run_id: str) -> list[Path]:
+    """Folders that W&B made for a run, oldest first; a second one of the same second gets a suffix."""
+    pattern = re.compile(rf"(?:offline-)?run-(\d{{8}}_\d{{6}})-{re.escape(run_id)}(?:-(\d+))?")
+    dated = []
+    for folder in directory.glob("wandb/*"):
+        if (name := pattern.fullmatch(folder.name)) and (file := folder / f"run-{run_id}.wandb").is_file():
+            dated.append((name[1], int(name[2] or 0), file.stat().st_mtime, folder))
+    return [folder for *_, folder in sorted(dated)]
+
+
+def read_files(run_id: str, results_dir: Path) -> RunRecord:
+    """The latest attempt that ended with exit code 0, otherwise the latest, on top of those before it.
+
+    Rows of the attempts before it count as far as it did not repeat them: one that resumed from a checkpoint does not
+    hold the run's first steps. So do config entries, while each attempt has its own summary. The server makes up a
+    resumed run in the same way.
+
+    Raises:
+        Unavailable: there is no readable file.
+    """
+    folders = find_run_folders(results_dir / run_id, run_id)
+    try:
+        read = [read_attempt(folder, run_id) for folder in folders]
+    except OSError as error:
+        raise Unavailable(f"{error.filename} cannot be read ({error.strerror})") from error
+    attempts = [attempt for attempt in read if attempt.config or attempt.rows]
+    if not attempts:
+        raise Unavailable(_explain_missing(run_id, results_dir, bool(folders)))
+    complete = [index for index, attempt in enumerate(attempts) if attempt.state == "finished"]
+    chosen = complete[-1] if complete else len(attempts) - 1
+    run = replace(attempts[chosen], config={}, rows=[])
+    for attempt in attempts[: chosen + 1]:
+        run.config |= attempt.config
+        run.rows += attempt.rows
+    return run.to_record(run_id)
+
+
+def has_end(file: Path) -> bool:
+    """Whether a log holds the run's end; little more than the time it takes to read the file."""
+    from wandb.proto import wandb_internal_pb2
+
+    parse: Any = wandb_internal_pb2.Record.FromString  # type: ignore[attr-defined]
+    last = deque(read_payloads(file), maxlen=RECORDS_AFTER_END)
+    return any(parse(payload).WhichOneof("record_type") == "exit" for payload in last)
+
+
+def read_attempt(folder: Path, run_id: str) -> RawRun:
+    """What a run folder's log holds, as far as it is intact."""
+    from google.protobuf.message import DecodeError
+    from wandb.proto import wandb_internal_pb2
+
+    parse: Any = wandb_internal_pb2.Record.FromString  # type: ignore[attr-defined]
+    file = folder / f"run-{run_id}.wandb"
+    attempt = RawRun(str(folder), state="running" if time.time() - file.stat().st_mtime < LIVE_S else "crashed")
+    summary: _Items = {}
+    with suppress(DecodeError, ValueError):  # damage that the checksum did not see ends the log as well
+        for payload in read_payloads(file):
+            record = parse(payload)
+            kind = record.WhichOneof("record_type")
+            if kind == "history":
+                attempt.rows.append(_read_row(record.history.item))
+            elif kind == "summary":
+                _note_summary(summary, record.summary)
+            elif kind == "config":
+                _change_config(attempt.config, record.config)
+            elif kind == "run":
+                _change_config(attempt.config, record.run.config)
+            elif kind == "exit":
+                attempt.state = "failed" if record.exit.exit_code else "finished"
+    attempt.summary = _decode_entries(summary)
+    return attempt
+
+
+def _read_row(items: Sequence[Any]) -> dict[str, Any]:
+    names = [sys.intern(item.key or ".".join(item.nested_key)) for item in items]
+    texts = [item.value_json for item in items]
+    # One call of the decoder a row takes less time than one a value.
+    values = json.loads(f"[{','.join(texts)}]") if all(texts) else map(_decode_typed, items)
+    return dict(zip(names, values, strict=True))
+
+
+def _decode_typed(item: Any) -> Any:
+    """A history value in any of the forms that W&B's client can write."""
+    kind = "value_json" if item.value_json else item.WhichOneof("value")
+    if kind in ("value_json", "json"):
+        return json.loads(getattr(item, kind))
+    return None if kind in (None, "none") else getattr(item, kind)
+
+
+def _note_summary(entries: _Items, change: Any) -> None:
+    """Keep items as they come; only the last ones are decoded, as every row sets all of its values again."""
+    for item in change.update:
+        entries[(item.key,) if item.key else tuple(item.nested_key)] = item
+    for item in change.remove:
+        entries.pop((item.key,) if item.key else tuple(item.nested_key), None)
+
+
+def _change_config(config: dict[str, Any], change: Any) -> None:
+    """Set entries as W&B does: a mapping joins the one that is there."""
+    for item in change.update:
+        _join(config, _as_mapping(item))
+    for item in change.remove:
+        config.pop(item.key, None)
+
+
+def _join(place: dict[str, Any], entries: dict[str, Any]) -> None:
+    for name, value in entries.items():
+        if isinstance(value, dict) and isinstance(place.get(name), dict):
+            _join(place[name], value)
+        else:
+            place[name] = value
+
+
+def _decode_entries(entries: _Items) -> dict[str, Any]:
+    decoded: dict[str, Any] = {}
+    for item in entries.values():
+        _join(decoded, _as_mapping(item))
+    return decoded
+
+
+def _as_mapping(item: Any) -> dict[str, Any]:
+    value = json.loads(item.value_json)
+    for name in reversed((item.key,) if item.key else tuple(item.nested_key)):
+        value = {name: value}
+    return value
+
+
+def _explain_missing(run_id: str, results_dir: Path, unreadable: bool) -> str:
+    folder = results_dir / run_id / "wandb"
+    if unreadable:
+        return f"no readable W&B file in {folder}"
+    known = [path.parent.name for path in results_dir.glob("*/wandb")]
+    close = ", ".join(difflib.get_close_matches(run_id, known, n=3))
+    return f"no W&B files in {folder}" + (f" (there are: {close})" if close else "")

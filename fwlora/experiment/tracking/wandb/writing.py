@@ -1,0 +1,205 @@
+"""Recording one run in W&B, online or offline; no failure of it reaches the training."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from fwlora.experiment.tracking import metrics
+from fwlora.experiment.tracking import tracker as tracking
+from fwlora.experiment.errors import UserError
+from fwlora.experiment.tracking.wandb.files import find_run_folders, has_end
+from fwlora.experiment.tracking.wandb.session import end_session, explain, find_upload_error, one_line, open_session
+
+if TYPE_CHECKING:
+    import wandb
+
+INIT_TIMEOUT_S = 30.0
+FINISH_TIMEOUT_S = 120.0
+LOG_TIMEOUT_S = 5.0
+_FLUSH_SETTING = "x_transaction_log_flush_interval"
+FLUSH_INTERVAL_S = 1.0  # what a killed process loses; W&B's own 15 s can be all of a short run
+
+
+@dataclass(frozen=True)
+class WandbTarget:
+    """Where a run is recorded.
+
+    Attributes:
+        entity: W&B user or team.
+        project: W&B project.
+        mode: ``online``, ``offline`` (local files, to be sent by ``wandb sync``) or ``disabled`` (no W&B at all).
+        required: whether an online run that cannot reach W&B is an error instead of an offline run.
+    """
+
+    entity: str
+    project: str
+    mode: Literal["online", "offline", "disabled"]
+    required: bool = False
+
+
+def start_tracker(
+    target: WandbTarget,
+    *,
+    run_id: str,
+    config: Mapping[str, Any],
+    directory: Path,
+    announce: Callable[[str], None] = print,
+    init_timeout_s: float = INIT_TIMEOUT_S,
+    finish_timeout_s: float = FINISH_TIMEOUT_S,
+) -> tracking.Tracker:
+    """Start recording a run; an online run that cannot reach W&B goes on offline and says so in one line.
+
+    Args:
+        target: where to.
+        run_id: id and name of the W&B run; an existing run of this id is resumed, its history appended to.
+        config: first config entries.
+        directory: gets a ``wandb`` folder.
+        announce: receives the one line that says where the run is recorded.
+        init_timeout_s: how long W&B may take to answer at the start.
+        finish_timeout_s: how long the upload of what is left may take at the end.
+
+    Raises:
+        UserError: W&B is required and cannot be used, or not even offline files can be written.
+        ValueError: ``config`` holds what cannot be recorded.
+    """
+    entries = tracking.check_entries(config)
+    if target.mode == "disabled":
+        return tracking.NullTracker()
+
+    def start(mode: Literal["online", "offline"]) -> _WandbTracker:
+        run = _init_run(target, mode, run_id, entries, directory, init_timeout_s, finish_timeout_s)
+        return _WandbTracker(run, announce)
+
+    cause = None
+    if target.mode == "online":
+        try:
+            tracker = start("online")
+        except Exception as error:
+            cause = explain(error, f"{target.entity}/{target.project}", init_timeout_s)
+            if target.required:
+                raise UserError(f"W&B is required (wandb.required=true) and cannot be used: {cause}") from error
+        else:
+            announce(f"W&B run: {tracker.url}")
+            return tracker
+    try:
+        tracker = start("offline")
+    except Exception as error:
+        raise UserError(f"run `{run_id}` cannot be recorded in {directory}: {one_line(error)}") from error
+    reason = f"W&B: {cause}. The run goes on offline" if cause else "W&B offline"
+    announce(f"{reason}, recorded in {tracker.folder}; send it later with: wandb sync {tracker.folder}")
+    return tracker
+
+
+def _init_run(
+    target: WandbTarget,
+    mode: Literal["online", "offline"],
+    run_id: str,
+    config: Mapping[str, Any],
+    directory: Path,
+    init_timeout_s: float,
+    finish_timeout_s: float,
+) -> wandb.Run:
+    import wandb
+
+    directory.mkdir(parents=True, exist_ok=True)
+    open_session(mode)
+    # An experimental setting, which another version of the client may not have.
+    flush: dict[str, Any] = {_FLUSH_SETTING: FLUSH_INTERVAL_S} if _FLUSH_SETTING in wandb.Settings.model_fields else {}
+    settings = wandb.Settings(
+        silent=True,
+        console="off",
+        disable_code=True,
+        save_code=False,
+        disable_git=True,
+        use_dot_wandb=False,
+        init_timeout=init_timeout_s,
+        finish_timeout=finish_timeout_s,
+        finish_timeout_raises=True,
+        **flush,
+    )
+    earlier_folders = find_run_folders(directory, run_id)
+    try:
+        run = wandb.init(
+            entity=target.entity,
+            project=target.project,
+            id=run_id,
+            name=run_id,
+            config=tracking.spell_non_finite(config),
+            resume="allow",  # offline too: then a later sync appends to what the server has
+            reinit="create_new",  # a run of the caller's own stays untouched
+            dir=str(directory),
+            mode=mode,
+            settings=settings,
+        )
+    except Exception:
+        end_session()  # otherwise the service holds the run id, and an offline run of that id is refused
+        for folder in find_run_folders(directory, run_id):
+            if folder not in earlier_folders:
+                shutil.rmtree(folder, ignore_errors=True)
+        raise
+    run.define_metric("*", step_metric=metrics.GLOBAL_STEP)
+    return run
+
+
+class _WandbTracker:
+    """A W&B run behind the tracker protocol; no failure of it reaches the training loop."""
+
+    def __init__(self, run: wandb.Run, announce: Callable[[str], None]) -> None:
+        self._run: Any = run  # parts of it are untyped
+        self._announce = announce
+        self._failed = False
+        self._finished = False
+        self.url: str | None = None if run.offline else run.url
+        self.folder = Path(run.dir).parent
+
+    def log(self, values: Mapping[str, float | int]) -> None:
+        self._guard(lambda: self._run.log(tracking.check_row(values)))
+
+    def update_config(self, values: Mapping[str, Any]) -> None:
+        self._guard(
+            lambda: self._run.config.update(
+                tracking.spell_non_finite(tracking.check_entries(values)), allow_val_change=True
+            )
+        )
+
+    def set_summary(self, values: Mapping[str, Any]) -> None:
+        self._guard(lambda: self._run.summary.update(tracking.spell_non_finite(tracking.check_entries(values))))
+
+    def finish(self, exit_code: int = 0) -> None:
+        if self._finished:
+            return
+        self._finished = True
+        log = Path(self._run.settings.log_internal)
+        try:
+            self._run.finish(exit_code=exit_code)
+            unsent = find_upload_error(log)
+        except TimeoutError:
+            unsent = "no usable answer in time"
+        except Exception as error:
+            self._announce(f"W&B: the run's record ends early ({one_line(error)}); what there is: {self.folder}")
+            return
+        self._await_log()
+        if unsent:
+            remedy = f"wandb sync --include-online {self.folder}"
+            self._announce(f"W&B: the upload is not complete ({unsent}); nothing is lost, send the rest with: {remedy}")
+
+    def _await_log(self) -> None:
+        """W&B's client writes the end of its log a moment after it says that the run has finished."""
+        deadline = time.monotonic() + LOG_TIMEOUT_S
+        with suppress(OSError):
+            while not has_end(self.folder / f"run-{self._run.id}.wandb") and time.monotonic() < deadline:
+                time.sleep(0.02)
+
+    def _guard(self, record: Callable[[], object]) -> None:
+        try:
+            record()
+        except Exception as error:
+            if not self._failed:
+                self._announce(f"W&B: values could not be recorded ({one_line(error)}); the run goes on")
+            self._failed = True

@@ -1,0 +1,142 @@
+"""The benchmarks' arithmetic, that they run, and the sketch's quality on real data."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from benchmarks import overhead, sketch_quality, stepping, training, training_profile, training_quality
+from benchmarks.common import MODELS, REPOSITORY, median_interval, mixture_interval
+from fwlora import FisherWeighting
+from tests.library.test_families import make_base
+
+
+def test_intervals_by_hand():
+    ratios = np.array([0.9, 1.0, 1.0, 1.0, 1.4])
+    interval = median_interval(ratios)
+    assert interval.estimate == 1.0 and 0.9 <= interval.low <= 1.0 <= interval.high <= 1.4
+    mixed = mixture_interval([(0.25, 2 * ratios), (0.75, ratios)])
+    assert mixed.estimate == pytest.approx(0.25 * 2.0 + 0.75)
+    # Parts are resampled together: of one and the same ratio, the mixture is that ratio.
+    assert mixture_interval([(0.5, ratios), (0.5, ratios)]).low in ratios
+
+
+def test_a_whole_run_is_the_schedules_mixture_of_steps():
+    generator = np.random.default_rng(0)
+    lora = generator.uniform(0.9, 1.1, 50)
+    factors = dict.fromkeys(overhead.make_variants(lambda: None, 8, None), 1.0)
+    factors |= {"sketch, measured step": 1.08, "unmeasured step": 1.01, "shrinkage step": 1.005}
+    found = overhead.summarise({name: factor * lora for name, factor in factors.items()})
+    every = FisherWeighting().fisher_every
+    warm = 1.08 / every + 1.01 * (1 - 1 / every)
+    assert found[f"sketch, warm-up step (1 of {every} measured)"].estimate == pytest.approx(warm)
+    expected = (500 * warm + 5815 * 1.005) / 6315
+    assert found["sketch, whole run (500 of 6,315 steps)"].estimate == pytest.approx(expected)
+
+
+def test_evaluation_is_measured_on_runs_that_can_be_evaluated(tmp_path):
+    arguments = ["--runs", "4", "--rows", "30", "--repeats", "1", "--json", str(tmp_path / "e.json")]
+    command = [sys.executable, "-m", "benchmarks.evaluation", *arguments]
+    # A process of its own, as W&B's session is one for a process.
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "src.evaluate, 4 runs" in done.stdout, done.stderr
+    processes = json.loads((tmp_path / "e.json").read_text())["processes"]
+    assert all(each["seconds"] > 0 and each["peak_mib"] > 20 for each in processes.values()) and len(processes) == 4
+
+
+def test_overhead_runs_and_writes_its_table(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(MODELS, "minilm", lambda: make_base("roberta"))
+    arguments = ["overhead", "--rounds", "3", "--batch-size", "2", "--device", "cpu", "--model", "minilm"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--json", str(tmp_path / "out" / "overhead.json")])
+    monkeypatch.setattr(overhead, "BATCH_LENGTHS", (5, 7))
+    overhead.main()
+    record = json.loads((tmp_path / "out" / "overhead.json").read_text())
+    assert record["settings"]["rounds"] == 3 and record["environment"]["packages"]["peft"]
+    assert len(record["ratios"]["shrinkage step"]) == 3
+    memory = record["peak_bytes"]
+    assert memory["lora"] == memory["lora again"] <= memory["unmeasured step"] < memory["naive, warm-up step"]
+    assert "targets: warm-up step <= 1.02" in capsys.readouterr().out
+
+
+def test_ratios_of_sums_and_their_intervals():
+    engine, trainer = np.full(50, 0.1), np.tile([0.3, 0.5], 25)
+    interval = training.ratio_interval(trainer, engine)
+    assert interval.estimate == pytest.approx(4.0) and 3.5 < interval.low < 4.0 < interval.high < 4.5
+    # Rounds are resampled whole: what is always twice as long stays so.
+    paired = training.ratio_interval(2 * trainer, trainer)
+    assert paired.low == pytest.approx(2.0) and paired.high == pytest.approx(2.0)
+
+
+def test_speed_is_summarised_with_the_ratios_that_have_targets():
+    generator = np.random.default_rng(0)
+    lora = generator.uniform(0.09, 0.11, 60)
+    seconds = {name: lora.copy() for name in training.LOOPS}
+    seconds |= {
+        "engine, FW-LoRA, measured step": 1.08 * lora, "engine, FW-LoRA, warm-up step between": 1.01 * lora,
+        "engine, FW-LoRA, shrinkage step": 1.004 * lora, training.LIMIT: 0.6 * lora, "Trainer, LoRA": 5 * lora,
+        "Trainer grouped by length, LoRA": 2.5 * lora, "Trainer grouped by length, AdaLoRA": 4 * lora,
+        "engine, AdaLoRA": 2 * lora,
+    }  # fmt: skip
+    found = training.summarise_speed(seconds, 32)
+    estimates = [target["estimate"] for target in found["targets"].values()]
+    every = FisherWeighting().fisher_every
+    warm = 1.08 / every + 1.01 * (1 - 1 / every)
+    assert estimates == pytest.approx([0.6, 5.0, 2.5, (500 * warm + 5815 * 1.004) / 6315, 0.5])
+    assert found["loops"][training.LORA]["examples_per_second"] == pytest.approx(32 / lora.mean())
+    assert found["loops"]["Trainer, LoRA"]["share_of_limit"]["estimate"] == pytest.approx(0.12)
+
+
+def test_quality_is_the_paired_difference_of_seeds_that_both_have(tmp_path):
+    runs = [
+        {"task": "sst2", "seed": seed, "loop": loop, "metric": metric}
+        for loop, metrics in (("trainer", [80.0, 82.0, 84.0]), ("engine", [80.5, 81.5, 84.5, 99.0]))
+        for seed, metric in enumerate(metrics)
+    ]
+    path = tmp_path / "runs.jsonl"
+    path.write_text("".join(json.dumps(run) + "\n" for run in runs))
+    (row,) = training_quality.summarise(training_quality.read_runs(path))
+    differences = np.array([0.5, -0.5, 0.5])
+    half = stats.t.ppf(0.975, 2) * differences.std(ddof=1) / 3**0.5
+    assert row["seeds"] == 3 and row["difference"]["estimate"] == pytest.approx(differences.mean())
+    assert row["difference"]["high"] - row["difference"]["estimate"] == pytest.approx(half)
+
+
+def count_steps(gate, options) -> None:
+    for _ in range(options["steps"]):
+        time.sleep(0.01)
+        gate.step_done()
+
+
+def test_a_stepped_loop_takes_a_step_when_told_and_says_what_went_wrong():
+    loop = stepping.SteppedLoop(count_steps, {"device": "cpu", "steps": 8}, settle=3)
+    loop.settle()
+    assert all(0.01 <= loop.step() < 1.0 for _ in range(5))
+    with pytest.raises(RuntimeError, match="ended by itself"):
+        loop.step()
+    failing = stepping.SteppedLoop(count_steps, {"device": "cpu"}, settle=1)
+    with pytest.raises(RuntimeError, match="KeyError: 'steps'"):
+        failing.settle()
+
+
+def test_kinds_of_work_are_told_apart():
+    matrix, thin, heads = torch.zeros(4, 4), torch.zeros(3, 4, 2), torch.zeros(24, 4, 2)
+    assert training_profile.classify("addmm_", (matrix, matrix, matrix)) == "base layers' products"
+    assert training_profile.classify("bmm", (thin, thin)) == "adapters' products"
+    assert training_profile.classify("baddbmm", (torch.zeros(1, 1, 1), heads, heads)) == "attention"
+    assert training_profile.classify("add_", (torch.zeros(9), 1)) == "drawing what is dropped"
+    assert training_profile.classify("clone", (matrix,)) == "copies, sums and the rest"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("minilm")
+def test_the_sketch_ranks_matrices_as_exact_does_on_real_data(glue_folder):
+    fishers = sketch_quality.watch_training(1, str(glue_folder), steps=200, batch_size=32, learning_rate=2e-3)
+    correlation = stats.spearmanr(fishers["exact"], fishers[f"sketch, k = {FisherWeighting().sketch_size}"]).statistic
+    assert correlation >= sketch_quality.TARGET_SPEARMAN

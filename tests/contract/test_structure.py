@@ -1,0 +1,110 @@
+"""The layout's rules: one direction of imports, one place for each kind of knowledge, light library, clean wheel."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.paths import REPOSITORY
+
+LIBRARY = sorted((REPOSITORY / "fwlora").glob("*.py"))
+EXPERIMENT = sorted((REPOSITORY / "fwlora" / "experiment").rglob("*.py"))
+PROGRAM = sorted((REPOSITORY / "src").glob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def importers(paths: list[Path], package: str) -> list[str]:
+    return [p.name for p in paths if any(n == package or n.startswith(f"{package}.") for n in imported(p))]
+
+
+def test_src_holds_exactly_its_five_files():
+    names = {path.name for path in (REPOSITORY / "src").iterdir() if path.name != "__pycache__"}
+    assert names == {"main.py", "train.py", "evaluate.py", "preprocess.py", "model.py"}
+
+
+def test_imports_go_one_way():
+    assert importers(LIBRARY, "fwlora.experiment") == [] == importers(LIBRARY + EXPERIMENT, "src")
+    assert importers(PROGRAM, "src") == ["train.py"]
+    # The rule above is worth something only if the helper sees imports that do exist.
+    assert "train.py" in importers(PROGRAM, "fwlora.experiment")
+
+
+def test_one_file_knows_wandb_and_one_knows_the_parameter_names_of_peft():
+    store = {path.name for path in EXPERIMENT if path.parent.name == "wandb"}
+    elsewhere = [path for path in EXPERIMENT if path.parent.name != "wandb"]
+    assert importers(elsewhere + PROGRAM + LIBRARY, "wandb") == [] and store
+    knowing = [p.name for p in LIBRARY + EXPERIMENT + PROGRAM if re.search(r"lora_[AB]\b", p.read_text())]
+    assert set(knowing) <= {"adapters.py", "methods.py"}
+    assert importers(EXPERIMENT, "hydra") == ["hydra_arguments.py"]
+    assert "evaluate" not in (REPOSITORY / "src" / "main.py").read_text()
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("fwlora", ["hydra", "wandb", "optuna", "transformers", "torch"]),
+        ("fwlora.budget", ["torch", "peft", "transformers", "numpy"]),
+        ("fwlora.methods", ["hydra", "wandb", "optuna", "transformers.trainer", "datasets", "sklearn"]),
+        ("fwlora.experiment.settings.hydra_arguments", ["torch", "wandb", "transformers", "optuna"]),
+        ("fwlora.experiment.study.spec", ["torch", "wandb", "transformers", "optuna"]),
+        ("fwlora.experiment.evaluation.evaluate", ["torch", "wandb", "transformers", "optuna", "hydra"]),
+        ("fwlora.experiment.evaluation.figures.run", ["scipy", "pandas", "sklearn", "statsmodels"]),
+        ("src.evaluate", ["numpy", "matplotlib", "pydantic"]),
+        ("src.main", ["torch", "wandb", "transformers", "optuna"]),
+    ],
+)
+def test_imports_are_light(module, absent):
+    code = f"import sys, {module}; print([name for name in {absent!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_everything_exported_is_there():
+    import fwlora
+
+    assert all(getattr(fwlora, name) is not None for name in fwlora.__all__)
+    assert fwlora.FisherWeightedLora.__module__ == "fwlora.regularizer"
+    with pytest.raises(AttributeError, match="'fwlora' has no attribute 'Missing'"):
+        _ = fwlora.Missing
+
+
+def test_that_the_test_above_can_fail():
+    code = "import sys, src.train; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"
+
+
+def test_wheel_holds_the_library_alone(tmp_path):
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"fwlora"}
+    assert {"fwlora/py.typed", "fwlora/budget.py", "fwlora/experiment/engine/loop.py"} <= set(names)
+    parts = ("page.html.jinja", "macros.jinja", "report.css", "report.js")
+    assert {f"fwlora/experiment/evaluation/report/{part}" for part in parts} <= set(names)
+
+
+def test_no_document_or_file_carries_a_download_address_or_this_machine():
+    listed = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    assert "uv.lock" not in listed.split()
+    for name in listed.split():
+        if name.endswith((".md", ".toml", ".yaml", ".cfg")):
+            text = (REPOSITORY / name).read_text()
+            assert not re.search(r"files\.pythonhosted|pypi\.org/simple|/work/|\.\./shared", text), name

@@ -1,0 +1,59 @@
+"""Two processes over gloo are equal to one with the joint batch."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers.paths import HELPERS, REPOSITORY
+from tests.helpers.process_worker import train_loop, train_with_trainer
+from tests.helpers.small_models import make_adapted
+
+WORKER = HELPERS / "process_worker.py"
+
+
+def run_two(folder: Path, estimator: str, kind: str) -> list[dict]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    workers = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), str(rank), port, str(folder), estimator, kind],
+            env={
+                **os.environ,
+                "PYTHONPATH": str(REPOSITORY),
+                **({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"} if kind == "trainer" else {}),
+            },
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    errors = [worker.communicate(timeout=200)[1] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(errors)
+    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("estimator", ["exact", "sketch", "adapter"])
+def test_two_processes_with_two_micro_batches_each_are_one_with_four(estimator, tmp_path):
+    model = make_adapted()
+    alone = train_loop(model, model, 0, 1, estimator)
+    first, second = run_two(tmp_path, estimator, "loop")
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    torch.testing.assert_close(first, alone, rtol=1e-11, atol=1e-13)
+
+
+def test_the_trainers_own_processes_are_one_with_the_joint_batch(tmp_path, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    alone = train_with_trainer(tmp_path / "alone")
+    first, second = run_two(tmp_path, "sketch", "trainer")
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    torch.testing.assert_close(first, alone, rtol=1e-4, atol=1e-6)
