@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, get_args
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -31,6 +36,88 @@ def describe_yaml_error(error: Exception) -> str:
     if mark is None or not problem:
         return str(error).splitlines()[0]
     return f"line {mark.line + 1}, column {mark.column + 1}: {problem}"
+
+
+@contextmanager
+def collecting(heading: str) -> Iterator[list[str]]:
+    """Collect problems in a list and raise them all when the block ends.
+
+    Args:
+        heading: what the problems are about, such as a file's name.
+
+    Raises:
+        UserError: the list is not empty.
+    """
+    problems: list[str] = []
+    yield problems
+    if problems:
+        raise UserError.collect(heading, problems)
+
+
+def describe_validation_error(error: ValidationError, model: Any) -> list[str]:
+    """A line for each mistake that pydantic found: key path, value, what is accepted.
+
+    Args:
+        error: of the validation.
+        model: the class that was validated, whose fields are named where a key is unknown.
+    """
+    return [_describe_item(item, model) for item in error.errors()]
+
+
+def _describe_item(item: Any, model: Any) -> str:
+    # A discriminated union puts the chosen member's tag into the path; the file has no such key.
+    parts, node = [], model
+    for part in map(str, item["loc"]):
+        if part != "[key]" and not _is_tag(part, node):
+            parts.append(part)
+        node = _child(node, part)
+    path = ".".join(parts)
+    kind, message = item["type"], item["msg"].removeprefix("Value error, ")
+    if kind == "extra_forbidden":
+        known = _known_keys(parts[:-1], model)
+        near = difflib.get_close_matches(parts[-1], known, n=1)
+        hint = f"did you mean `{near[0]}`?" if near else f"known here: {', '.join(known)}" if known else ""
+        return f"{path}: unknown key" + (f"; {hint}" if hint else "")
+    if kind == "missing":
+        return f"{path}: missing"
+    if kind == "union_tag_invalid":
+        return (
+            f"{path}.type = {item['ctx']['tag']!r}: choose one of {item['ctx']['expected_tags'].replace(chr(39), '')}"
+        )
+    if kind == "union_tag_not_found":
+        return f"{path}.type: missing"
+    if kind == "value_error":
+        return f"{path}: {message}" if path else message
+    return f"{path or 'content'} = {item['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _models_in(annotation: Any) -> list[Any]:
+    """Pydantic classes that an annotation mentions, at any depth."""
+    found = [annotation] if hasattr(annotation, "model_fields") else []
+    return found + [model for inner in get_args(annotation) for model in _models_in(inner)]
+
+
+def _child(node: Any, part: str) -> Any:
+    field = node.model_fields.get(part) if hasattr(node, "model_fields") else None
+    return node if field is None else field.annotation
+
+
+def _is_tag(part: str, node: Any) -> bool:
+    return any(part in get_args(model.model_fields["type"].annotation) for model in _tagged(node))
+
+
+def _tagged(node: Any) -> list[Any]:
+    return [model for model in _models_in(node) if "type" in model.model_fields]
+
+
+def _known_keys(parents: Sequence[str], model: Any) -> list[str]:
+    for part in parents:
+        field = model.model_fields.get(part)
+        models = [] if field is None else _models_in(field.annotation)
+        if not models:
+            return []
+        model = models[0]
+    return list(model.model_fields)
 
 
 @contextmanager

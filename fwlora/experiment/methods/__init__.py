@@ -1,0 +1,24 @@
+"""Methods that a run can name: one file each, registered by importing it.
+
+A method of your own is a subclass of :class:`MethodSpec` and one call of :func:`register_method`.
+"""
+
+from fwlora.experiment.methods.base import (
+    MethodSpec,
+    Side,
+    Variant,
+    find_method,
+    known_methods,
+    register_method,
+    unregister_method,
+)
+
+__all__ = [
+    "MethodSpec",
+    "Side",
+    "Variant",
+    "find_method",
+    "known_methods",
+    "register_method",
+    "unregister_method",
+]

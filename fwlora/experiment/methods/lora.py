@@ -1,0 +1,23 @@
+"""LoRA with uniform ranks (Hu et al., 2021, arXiv 2106.09685), or the head alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fwlora.experiment.methods.base import MethodSpec, Variant, register_method
+
+if TYPE_CHECKING:
+    from fwlora.experiment.settings.schema import RunSettings
+
+
+class LoraSpec(MethodSpec):
+    """Plain LoRA."""
+
+    name = "baseline_lora"
+
+    def variant(self, run: RunSettings) -> Variant:
+        """LoRA, a baseline."""
+        return Variant("lora", "LoRA", "baseline", 0)
+
+
+register_method(LoraSpec())

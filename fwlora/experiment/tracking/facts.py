@@ -1,0 +1,47 @@
+"""What a program finds out about a run and evaluation needs, beside the settings: ``config["resolved"]``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """Facts of one run, as recorded under ``config["resolved"]``.
+
+    Attributes:
+        task: of the data set; None where it has no name.
+        label_names: one per class, in order of the class numbers.
+        primary_metric: name of the evaluation metric that is compared, such as ``eval_accuracy``.
+        precision: ``bf16`` or ``fp32``.
+        train_examples, eval_examples: of the splits.
+        train_fingerprint, eval_fingerprint: hashes of the splits' texts and labels.
+        command: that made the run.
+        environment: commit, versions, hardware; see :mod:`fwlora.experiment.tracking.environment`.
+    """
+
+    task: str | None = None
+    label_names: tuple[str, ...] = ()
+    primary_metric: str | None = None
+    precision: str | None = None
+    train_examples: int | None = None
+    eval_examples: int | None = None
+    train_fingerprint: str | None = None
+    eval_fingerprint: str | None = None
+    command: str | None = None
+    environment: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_record(self) -> dict[str, Any]:
+        """Plain values for the run's record."""
+        return {**asdict(self), "label_names": list(self.label_names)}
+
+    @classmethod
+    def from_record(cls, recorded: Mapping[str, Any] | None) -> RunFacts:
+        """Read what was recorded; unknown entries are ignored, missing ones keep their defaults."""
+        known = {item.name for item in fields(cls)}
+        values = {name: value for name, value in (recorded or {}).items() if name in known and value is not None}
+        if "label_names" in values:
+            values["label_names"] = tuple(str(name) for name in values["label_names"])
+        return cls(**values)
