@@ -106,7 +106,12 @@ def engine_loop(gate: Gate, options: dict[str, Any]) -> None:
     keep_freed_memory()
     train_split, eval_split, task, settings, device = load(options)
     model, method = make_method(options, device)
-    execution = Execution(device, options["precision"], PRIOR_WIDTH if options.get("literal") else None)
+    execution = Execution(
+        device,
+        options["precision"],
+        PRIOR_WIDTH if options.get("literal") else None,
+        cuda_graphs=options.get("cuda_graphs", False),
+    )
     train(
         model, Gated(method, gate), train_split, eval_split.select(np.arange(64)), settings, task, execution,
         log=lambda row: None,
