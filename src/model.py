@@ -15,10 +15,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from fwlora.adalora import AdaLora, attach_adalora, plan_adalora
 from fwlora.adapters import TargetModuleError, encoder_parameter_count, find_adapter_pairs, find_target_matrices
 from fwlora.budget import BudgetError, adapter_cost
-from fwlora.config import FisherWeighting, RankPlan, plan_ranks
+from fwlora.config import FisherWeighting, RankPlan, attach_lora, plan_ranks
 from fwlora.experiment.errors import UserError
+from fwlora.experiment.methods import Method
+from fwlora.experiment.methods.adalora import AdaLoraMethod
+from fwlora.experiment.methods.fw_lora import FwLoraMethod
+from fwlora.experiment.methods.lora import LoraMethod
 from fwlora.experiment.modeling.build import (
     AdaptedModel,
     count_parameters,
@@ -28,7 +33,6 @@ from fwlora.experiment.modeling.build import (
 )
 from fwlora.experiment.modeling.pretrained import fingerprint_weights
 from fwlora.experiment.settings.schema import ModelSettings, RunSettings
-from fwlora.methods import AdaLora, FwLora, PlainLora, attach_adalora, attach_lora, plan_adalora
 from fwlora.regularizer import FisherWeightedLora
 
 # A separate seed for adapter initialisation, so that the head is the same for every method.
@@ -85,11 +89,11 @@ def build_model(
 
 def _attach(
     model: nn.Module, run: RunSettings, plan: RankPlan, heads: list[str], total_steps: int, device: torch.device
-) -> tuple[nn.Module, PlainLora | FwLora | AdaLora]:
+) -> tuple[nn.Module, Method]:
     lora = run.model.lora
     if not lora.enabled:
         train_head_only(model, heads)
-        return model.to(device), PlainLora([])
+        return model.to(device), LoraMethod([])
     options: dict[str, Any] = {
         "scaling": lora.scaling,
         "dropout": lora.dropout,
@@ -104,12 +108,12 @@ def _attach(
             adapted = attach_adalora(
                 model, plan.matrices, adalora_plan, total_steps=total_steps, schedule=schedule, **options
             ).to(device)
-            return adapted, AdaLora(adapted, adalora_plan)
+            return adapted, AdaLoraMethod(AdaLora(adapted, adalora_plan))
         except ValueError as error:
             raise UserError(f"run.adalora with {total_steps} optimiser steps: {error}") from None
     adapted = attach_lora(model, plan.ranks, **options).to(device)
     if run.method == "baseline_lora":
-        return adapted, PlainLora(find_adapter_pairs(adapted))
+        return adapted, LoraMethod(find_adapter_pairs(adapted))
     assert run.fw_lora is not None
     options = FisherWeighting(
         strength=run.fw_lora.lambda_fw,
@@ -123,4 +127,4 @@ def _attach(
         max_rank_factor=run.fw_lora.max_rank_factor,
         seed=run.training.seed,
     )
-    return adapted, FwLora(FisherWeightedLora(adapted, options))
+    return adapted, FwLoraMethod(FisherWeightedLora(adapted, options))

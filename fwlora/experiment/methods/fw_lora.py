@@ -2,12 +2,62 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from fwlora.experiment.methods.base import MethodSpec, Variant, register_method
+from fwlora.experiment.methods.base import Method, MethodSpec, Variant, register_method
 
 if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+    from fwlora.estimators import PassRecorder
     from fwlora.experiment.settings.schema import RunSettings
+    from fwlora.regularizer import FisherWeightedLora
+
+
+class FwLoraMethod(Method):
+    """Fisher-weighted LoRA in a training loop.
+
+    Args:
+        fisher_weighted: measures importances and shrinks updates.
+    """
+
+    def __init__(self, fisher_weighted: FisherWeightedLora) -> None:
+        super().__init__(fisher_weighted.pairs)
+        self.fisher_weighted = fisher_weighted
+
+    @property
+    def in_warmup(self) -> bool:
+        """Whether importances are being measured."""
+        return self.fisher_weighted.in_warmup
+
+    @property
+    def estimator(self) -> PassRecorder | None:
+        """The estimator while this step is measured from what passes through modules."""
+        return self.fisher_weighted.observer
+
+    def after_backward(self, optimizer: Optimizer) -> None:
+        """Measure, or add the shrinkage gradient."""
+        self.fisher_weighted.step(optimizer)
+
+    def step_values(self) -> Mapping[str, Tensor | float]:
+        """Return the shrinkage term as ``penalty``."""
+        return {"penalty": self.fisher_weighted.last_penalty}
+
+    def importances(self) -> list[float | None]:
+        """Return I_m, one per pair; None during the warm-up."""
+        return super().importances() if self.in_warmup else [*self.fisher_weighted.importance().values()]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return measurements, importances and ranks; see :meth:`fwlora.FisherWeightedLora.state_dict`."""
+        return {**self.fisher_weighted.state_dict(), "last_penalty": float(self.fisher_weighted.last_penalty)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where :meth:`state_dict` was taken; load weights and the optimizer's state afterwards."""
+        self.fisher_weighted.load_state_dict({key: value for key, value in state.items() if key != "last_penalty"})
+        penalty = self.fisher_weighted.last_penalty
+        self.fisher_weighted.last_penalty = penalty.new_tensor(state["last_penalty"])
 
 
 class FwLoraSpec(MethodSpec):

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fwlora.experiment.methods.base import MethodSpec, Variant, register_method
+from fwlora.experiment.methods.base import Method, MethodSpec, Variant, register_method
 
 if TYPE_CHECKING:
     from fwlora.experiment.settings.schema import RunSettings
+
+
+class LoraMethod(Method):
+    """LoRA in a training loop, or the head alone where there is no pair: every default of :class:`Method`."""
 
 
 class LoraSpec(MethodSpec):
