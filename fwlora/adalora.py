@@ -1,4 +1,4 @@
-"""AdaLoRA (Zhang et al., ICLR 2023, arXiv 2303.10512) under a parameter budget: plan, attach, drive PEFT's allocator."""
+"""AdaLoRA (Zhang et al., ICLR 2023, arXiv 2303.10512) under a parameter budget: plan, attach, drive the allocator."""
 
 from __future__ import annotations
 
