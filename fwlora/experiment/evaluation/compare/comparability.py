@@ -10,6 +10,7 @@ import numpy as np
 
 from fwlora.experiment.evaluation.compare.bootstrap import CONFUSION_METRICS, confusion_matrix
 from fwlora.experiment.evaluation.compare.cells import Cell, Group, shorten_setting
+from fwlora.experiment.evaluation.compare.results import ComparisonWarning
 from fwlora.experiment.evaluation.compare.runs import EvaluatedRun, as_finite
 from fwlora.experiment.tracking import metrics
 
@@ -22,17 +23,17 @@ _POOLED_SETTINGS = ("fw_lora.lambda_fw", "training.learning_rate", "training.epo
 DECIDING_FACTS = ("precision", "steps", "encoder weights", "engine", "data")
 
 
-def find_warnings(cells: Sequence[Cell]) -> list[str]:
-    """What makes a comparison unequal or its numbers doubtful, one sentence each."""
-    found: list[str] = []
+def find_warnings(cells: Sequence[Cell]) -> list[ComparisonWarning]:
+    """List what makes a comparison unequal or its numbers doubtful."""
+    warnings: list[ComparisonWarning] = []
     for cell in cells:
         problems = find_unequal_settings(cell.groups) + find_unequal_facts(cell.runs) + _find_unequal_seeds(cell)
         problems += [problem for run in cell.runs for problem in _find_doubts(run)]
-        found.extend(f"{cell.name}: {problem}" for problem in problems)
-    return found + _find_unequal_methods(cells)
+        warnings.extend(ComparisonWarning(cell.name, problem) for problem in problems)
+    return warnings + _find_unequal_methods(cells)
 
 
-def _find_unequal_methods(cells: Sequence[Cell]) -> list[str]:
+def _find_unequal_methods(cells: Sequence[Cell]) -> list[ComparisonWarning]:
     """Settings of one method that differ between the cells over which it is pooled."""
     found = []
     by_label: dict[str, list[tuple[Cell, Group]]] = {}
@@ -45,7 +46,7 @@ def _find_unequal_methods(cells: Sequence[Cell]) -> list[str]:
             values = {group.settings.get(key): cell.name for cell, group in reversed(members)}
             if len(values) > 1:
                 told = "; ".join(f"{shorten_setting(value)} in {name}" for value, name in reversed(values.items()))
-                found.append(f"{label} is pooled over cells with unlike {key}: {told}")
+                found.append(ComparisonWarning(None, f"{label} is pooled over cells with unlike {key}: {told}"))
     return found
 
 
