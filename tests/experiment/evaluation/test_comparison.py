@@ -16,7 +16,8 @@ from fwlora.experiment.evaluation.compare.comparability import find_warnings
 from fwlora.experiment.evaluation.compare.comparisons import compare_pairs
 from fwlora.experiment.evaluation.compare.hypothesis_tests import holm_adjust, mcnemar_exact
 from fwlora.experiment.evaluation.compare.results import ComparisonWarning
-from fwlora.experiment.evaluation.compare.runs import flatten_settings, read_runs
+from fwlora.experiment.evaluation.compare.runs import read_runs
+from fwlora.experiment.evaluation.compare.settings import flatten_settings
 from fwlora.experiment.evaluation.output import documents, tables
 from fwlora.experiment.evaluation.output.aggregate import aggregate
 from fwlora.experiment.evaluation.output.documents import describe_cells, describe_comparison

@@ -8,14 +8,24 @@ from typing import Annotated, Any, Literal, get_args
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from yaml import YAMLError
 
 from fwlora.experiment.errors import UserError, describe_yaml_error
-from fwlora.experiment.evaluation.compare.cells import Cell, Role, budget_value
+from fwlora.experiment.evaluation.compare.cells import Cell
 from fwlora.experiment.evaluation.compare.contrasts import Half
+from fwlora.experiment.evaluation.compare.variants import known_roles
 
 Measure = Literal["quality", "training_time", "update_norm"]
+
+
+def _check_role(role: str) -> str:
+    if role not in (known := known_roles()):
+        raise ValueError(f"unknown role; known: {', '.join(known)}")
+    return role
+
+
+Role = Annotated[str, AfterValidator(_check_role)]
 Number = Annotated[float, Field(strict=False, allow_inf_nan=False)]
 
 
@@ -92,8 +102,7 @@ class Claim(BaseModel):
 
     def speaks_of(self, cell: Cell) -> bool:
         """Whether the cell has one of its budgets."""
-        percent = budget_value(cell.budget) if cell.budget.endswith("%") else None
-        return self.budgets is None or percent in self.budgets
+        return self.budgets is None or cell.budget.percent in self.budgets
 
     @property
     def is_ratio(self) -> bool:

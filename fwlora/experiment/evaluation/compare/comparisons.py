@@ -76,7 +76,7 @@ def _compare_pair(cell: Cell, first: Group, second: Group, resampled: ResampledR
         cell=cell.name,
         first=first.label,
         second=second.label,
-        second_is="control" if second.role == "control" else "baseline",
+        second_is="control" if second.is_control else "baseline",
         primary_metric=cell.primary,
         seeds=(),
         seed_level_test=NO_PAIR,

@@ -240,7 +240,7 @@ def _make_sample(
 
 
 def _machine(run: EvaluatedRun) -> str:
-    return f"{run.record.environment.get('device')}, {run.record.environment.get('threads')} threads"
+    return f"{run.facts.environment.get('device')}, {run.facts.environment.get('threads')} threads"
 
 
 def _modules(run: EvaluatedRun, metric: str) -> dict[str, float]:

@@ -264,7 +264,8 @@ def _draw_differences(
     over = "mean over seeds, interval over seeds and examples" if several else "one seed, interval over examples only"
     handles = [Line2D([], [], color=COLOURS[0], marker="D", linewidth=2, label=over)]
     if any(pair.second_is == "control" for pair in pairs):
-        handles.append(Line2D([], [], color=COLOURS[4], marker="D", linewidth=2, label="against uniform shrinkage"))
+        control = next(group.variant.label for group in cell.groups if group.is_control)
+        handles.append(Line2D([], [], color=COLOURS[4], marker="D", linewidth=2, label=f"against {control}"))
     if several:
         text = "one seed, interval over examples"
         handles.append(Line2D([], [], color=GREY, marker="o", markersize=4, linewidth=0.8, label=text))

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from fwlora.experiment.evaluation.compare.cells import Cell, budget_value
+from fwlora.experiment.evaluation.compare.cells import Cell
 from fwlora.experiment.evaluation.compare.results import Comparison, PooledComparison
 from fwlora.experiment.evaluation.figures.style import COLOURS, GREY, Drawing, display_metric, render, style_groups
 
@@ -24,7 +24,7 @@ def draw_overview(cells: Sequence[Cell], comparison: Comparison) -> dict[str, Dr
         drawn["pooled_difference"] = render(draw, 6.4, 1.6 + 0.5 * len(pooled), caption)
     series: dict[tuple[str, str], list[Cell]] = {}
     for cell in cells:
-        if cell.budget.endswith("%"):
+        if cell.budget.percent is not None:
             series.setdefault((cell.data, cell.model), []).append(cell)
     rows = [members for members in series.values() if len(members) > 1]
     if rows:
@@ -54,7 +54,7 @@ def _draw_pooled(figure: Figure, pooled: Sequence[PooledComparison]) -> None:
 def _draw_budgets(figure: Figure, rows: Sequence[Sequence[Cell]]) -> None:
     handles: dict[str, Line2D] = {}
     for axes, cells in zip(np.atleast_1d(figure.subplots(1, len(rows))), rows, strict=True):
-        budgets = [budget_value(cell.budget) for cell in cells]
+        budgets = [cell.budget.number for cell in cells]
         labels = list(dict.fromkeys(group.label for cell in cells for group in cell.groups))
         first = {group.label: group for cell in reversed(cells) for group in cell.groups}
         styles = style_groups([first[label] for label in labels])
@@ -69,7 +69,7 @@ def _draw_budgets(figure: Figure, rows: Sequence[Sequence[Cell]]) -> None:
                     axes.plot([place] * len(values), values, ".", color=styles[label]["color"], markersize=3, alpha=0.7)
             handles.setdefault(label, Line2D([], [], label=label, **styles[label]))
         axes.set_xscale("log")
-        axes.set_xticks(budgets, [cell.budget for cell in cells])
+        axes.set_xticks(budgets, [str(cell.budget) for cell in cells])
         axes.minorticks_off()
         axes.set_xlabel("adapter parameters, of the encoder's")
         axes.set_ylabel(f"{display_metric(cells[0].primary)}, last epoch")

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 
 from fwlora.experiment.evaluation.claims.claim import Claim
 from fwlora.experiment.evaluation.claims.verdicts import ClaimResult, Finding
-from fwlora.experiment.evaluation.compare.cells import ROLE_NAMES, Cell
+from fwlora.experiment.evaluation.compare.cells import Cell
 from fwlora.experiment.evaluation.compare.results import Reason
+from fwlora.experiment.evaluation.compare.variants import label_role
 from fwlora.experiment.evaluation.output import tables
 from fwlora.experiment.evaluation.report.text import typeset
 
@@ -126,7 +127,7 @@ def describe_claim(result: ClaimResult, cells: Sequence[Cell]) -> ClaimCard:
 
 
 def _describe_contrast(claim: Claim) -> str:
-    weights = [(weight, ROLE_NAMES.get(role, role)) for role, weight in claim.contrast.items()]
+    weights = [(weight, label_role(role)) for role, weight in claim.contrast.items()]
     if claim.is_ratio and [weight for weight, _ in weights] == [1, -1]:
         return " / ".join(name for _, name in weights)
     signs = [

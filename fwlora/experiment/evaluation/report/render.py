@@ -11,8 +11,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from fwlora.experiment.evaluation.claims.claim import Claim
-from fwlora.experiment.evaluation.compare.cells import ROLE_NAMES, Cell
+from fwlora.experiment.evaluation.compare.cells import Cell
 from fwlora.experiment.evaluation.compare.results import Comparison, ComparisonWarning, PairComparison
+from fwlora.experiment.evaluation.compare.variants import UNREGISTERED_ROLE, known_variants
 from fwlora.experiment.evaluation.evidence import Evidence
 from fwlora.experiment.evaluation.figures.draw import Figures
 from fwlora.experiment.evaluation.figures.style import MARKERS, display_metric, style_groups
@@ -46,6 +47,7 @@ from fwlora.experiment.evaluation.report.text import (
     split_name,
     typeset,
 )
+from fwlora.experiment.methods import Variant
 from fwlora.experiment.tracking import metrics
 
 _FOLDER = Path(__file__).parent
@@ -88,6 +90,7 @@ class ReportPage:
     javascript: Markup
     strip_width: float
     methods: list[str]
+    proposed_methods: str
     summary: str
     cells: Sequence[Cell]
     comparison: Comparison
@@ -156,6 +159,7 @@ def _collect(evidence: Evidence, figures: Figures, made_by: ReportOrigin) -> Rep
         javascript=Markup((_FOLDER / "report.js").read_text(encoding="utf-8")),
         strip_width=STRIP_WIDTH,
         methods=_name_methods(cells),
+        proposed_methods=" or ".join(each.label for each in known_variants() if each.side == "proposed"),
         summary=_summarize(cells),
         cells=cells,
         comparison=comparison,
@@ -192,9 +196,13 @@ def _describe_runs(cell: Cell, figures: Figures) -> Iterable[tuple[RunPage, tupl
 
 def _name_methods(cells: Sequence[Cell]) -> list[str]:
     """List methods without the settings that tell their variants apart, the proposed method first."""
-    groups = {(group.role, ROLE_NAMES.get(group.role, group.runs[0].method)) for cell in cells for group in cell.groups}
-    order = ("proposed", "control", "adalora", "lora", "other")
-    return list(dict.fromkeys(name for _, name in sorted(groups, key=lambda each: (order.index(each[0]), each[1]))))
+    variants = {group.variant for cell in cells for group in cell.groups}
+    sides = ("proposed", "control", "baseline")
+
+    def order(variant: Variant) -> tuple[int, bool, int, str]:
+        return sides.index(variant.side), variant.role == UNREGISTERED_ROLE, -variant.style, variant.label
+
+    return list(dict.fromkeys(variant.label for variant in sorted(variants, key=order)))
 
 
 def _summarize(cells: Sequence[Cell]) -> str:

@@ -10,7 +10,8 @@ from typing import Any
 
 from fwlora.experiment.evaluation.compare.bootstrap import confusion_matrix
 from fwlora.experiment.evaluation.compare.cells import Cell, Group
-from fwlora.experiment.evaluation.compare.runs import EvaluatedRun, as_finite, flatten_settings
+from fwlora.experiment.evaluation.compare.runs import EvaluatedRun, as_finite
+from fwlora.experiment.evaluation.compare.settings import flatten_settings, format_setting
 from fwlora.experiment.tracking import metrics
 
 NOT_RECORDED = "not recorded"
@@ -155,15 +156,18 @@ def describe_run_page(cell: Cell, group: Group, run: EvaluatedRun) -> RunPage:
             (name, [(int(count), count / total if total else 0.0) for count in row])
             for name, row, total in zip(run.label_names, counts, totals, strict=True)
         ],
-        settings=flatten_settings({key: value for key, value in config.items() if key != "resolved"}),
+        settings={
+            key: format_setting(value)
+            for key, value in flatten_settings({k: v for k, v in config.items() if k != "resolved"}).items()
+        },
         facts=[(name, read(run)) for name, read in _facts([run]).items()],
-        command=run.record.resolved.get("command"),
+        command=run.facts.command,
     )
 
 
 def collect_commands(runs: Sequence[EvaluatedRun]) -> Commands:
     """List commands in the order of the runs, each once."""
-    commands = [run.record.resolved.get("command") for run in runs]
+    commands = [run.facts.command for run in runs]
     return Commands(
         lines=list(dict.fromkeys(command for command in commands if command)),
         missing=sum(command is None for command in commands),
@@ -177,8 +181,8 @@ def collect_facts(runs: Sequence[EvaluatedRun]) -> list[FactTable]:
     """
     kinds: list[tuple[str, dict[str, list[EvaluatedRun]], Callable[[Sequence[EvaluatedRun]], Mapping[str, Any]]]] = [
         ("Code, versions and hardware", {"": list(runs)}, _environment_facts),
-        ("Data", _split(runs, lambda run: run.cell_key[0]), _data_facts),
-        ("Model", _split(runs, lambda run: run.cell_key[2]), _model_facts),
+        ("Data", _split(runs, lambda run: run.cell_key.data), _data_facts),
+        ("Model", _split(runs, lambda run: run.cell_key.pretrained), _model_facts),
     ]
     collected = []
     for title, scopes, list_facts in kinds:
@@ -199,7 +203,7 @@ def describe_commit(environment: Mapping[str, Any]) -> str:
 
 def is_dirty(run: EvaluatedRun) -> bool:
     """Whether the code that trained the run was not what its commit holds."""
-    return bool(run.record.environment.get("dirty"))
+    return bool(run.facts.environment.get("dirty"))
 
 
 def describe_environment_facts(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -223,8 +227,8 @@ def _facts(runs: Sequence[EvaluatedRun]) -> dict[str, Callable[[EvaluatedRun], s
     return {**_environment_facts(runs), **_data_facts(runs), **_model_facts(runs)}
 
 
-def _read_resolved(key: str, run: EvaluatedRun) -> str:
-    return _show(run.record.resolved.get(key))
+def _read_program_fact(name: str, run: EvaluatedRun) -> str:
+    return _show(getattr(run.facts, name))
 
 
 def _show(value: Any) -> str:
@@ -232,13 +236,13 @@ def _show(value: Any) -> str:
 
 
 def _environment_facts(runs: Sequence[EvaluatedRun]) -> dict[str, Callable[[EvaluatedRun], str]]:
-    read = {id(run): dict(describe_environment_facts(run.record.environment)) for run in runs}
+    read = {id(run): dict(describe_environment_facts(run.facts.environment)) for run in runs}
 
     def read_fact(name: str, run: EvaluatedRun) -> str:
         return read[id(run)].get(name, NOT_RECORDED)
 
     names = dict.fromkeys(name for facts in read.values() for name in facts)
-    return {**{name: partial(read_fact, name) for name in names}, "precision": partial(_read_resolved, "precision")}
+    return {**{name: partial(read_fact, name) for name in names}, "precision": partial(_read_program_fact, "precision")}
 
 
 def _data_facts(runs: Sequence[EvaluatedRun]) -> dict[str, Callable[[EvaluatedRun], str]]:
@@ -248,7 +252,7 @@ def _data_facts(runs: Sequence[EvaluatedRun]) -> dict[str, Callable[[EvaluatedRu
         "eval_examples": "evaluation examples",
     }
     return {
-        **{shown: partial(_read_resolved, key) for key, shown in names.items()},
+        **{shown: partial(_read_program_fact, key) for key, shown in names.items()},
         "evaluation data fingerprint": lambda run: _show(run.record.summary.get(metrics.EVAL_FINGERPRINT)),
     }
 
