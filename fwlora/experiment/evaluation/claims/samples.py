@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fwlora.experiment.evaluation.claims.claim import Claim
+from fwlora.experiment.evaluation.claims.measures import find_measure
 from fwlora.experiment.evaluation.compare.bootstrap import ResampledRuns
 from fwlora.experiment.evaluation.compare.cells import Cell, Group
 from fwlora.experiment.evaluation.compare.comparability import (
@@ -17,9 +18,6 @@ from fwlora.experiment.evaluation.compare.contrasts import (
     Sample,
     Terms,
     Unmeasured,
-    sample_cost,
-    sample_quality,
-    sample_update_norm,
 )
 from fwlora.experiment.evaluation.compare.settings import format_setting
 from fwlora.experiment.evaluation.compare.variants import label_role
@@ -42,12 +40,7 @@ def sample_claim(claim: Claim, cell: Cell, resampled: ResampledRuns) -> Sample:
         if disagreement := find_disagreement(run):
             raise Unmeasured(disagreement)
     _require_equal_strength(groups)
-    if claim.measure == "quality":
-        return sample_quality(cell, terms, resampled)
-    if claim.measure == "training_time":
-        return sample_cost(cell, terms)
-    assert claim.modules is not None, "checked when the claim was read"
-    return sample_update_norm(cell, terms, claim.modules)
+    return find_measure(claim.measure).sample(cell, terms, resampled, claim.modules)
 
 
 def _choose_group(cell: Cell, role: str) -> Group:

@@ -163,23 +163,11 @@ def _measure(claim: Claim, cells: Sequence[Cell], resampled: ResampledRuns, rng_
         )
     samples, without = share_seeds(samples)
     found = estimate(samples, rng_seed)
-    low, high = _to_scale(claim, claim.at_least, -math.inf), _to_scale(claim, claim.at_most, math.inf)
+    low = -math.inf if claim.at_least is None else claim.unit.to_scale(claim.at_least)
+    high = math.inf if claim.at_most is None else claim.unit.to_scale(claim.at_most)
     supports = low < found.mean < high
     test, p_value = _test(claim, samples, found, (low, high), supports, rng_seed)
     return _Measured(claim, tuple(samples), found, (low, high), supports, p_value, test, (*left_out, *without))
-
-
-def _to_scale(claim: Claim, bound: float | None, without: float) -> float:
-    """Points to fractions, ratios to logarithms."""
-    if bound is None:
-        return without
-    return math.log(bound) if claim.is_ratio else bound / 100
-
-
-def _from_scale(claim: Claim, value: float | None) -> float | None:
-    if value is None:
-        return None
-    return math.exp(value) if claim.is_ratio else 100 * value
 
 
 def _test(
@@ -197,7 +185,7 @@ def _test(
     """
     if any(len(sample.seeds) < 2 for sample in samples) or found.seeds.degrees_of_freedom is None:
         return None, None
-    flips = found.seeds.strata > 1 and not claim.is_ratio
+    flips = found.seeds.strata > 1 and claim.unit.has_sign_flips
 
     def one_sided(bound: float, alternative: Literal["greater", "less"]) -> float:
         by_mean = found.seeds.p_value(bound, alternative)
@@ -221,13 +209,13 @@ def _test(
 
 
 def _conclude(unit: _Measured, p_value_holm: float | None, tests: int) -> Finding:
-    claim, found = unit.claim, unit.estimate
+    found, from_scale = unit.estimate, unit.claim.unit.from_scale
     finding = Finding(
         cells=tuple(sample.cell for sample in unit.samples),
         seeds=tuple(len(sample.seeds) for sample in unit.samples),
-        value=_from_scale(claim, found.mean),
-        low=_from_scale(claim, found.low),
-        high=_from_scale(claim, found.high),
+        value=from_scale(found.mean),
+        low=None if found.low is None else from_scale(found.low),
+        high=None if found.high is None else from_scale(found.high),
         interval_over=found.interval_over,
         test=unit.test,
         p_value=unit.p_value,

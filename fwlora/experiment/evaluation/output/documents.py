@@ -217,7 +217,7 @@ def _describe_claim_result(result: ClaimResult) -> dict[str, Any]:
         "verdict": result.verdict,
         "reason": join_reasons(result.reasons),
         "decided_by": join_reasons(result.remedies),
-        "unit": "ratio" if claim.is_ratio else "points",
+        "unit": claim.unit.name,
         "claim": claim.model_dump(exclude={"order"}, exclude_none=True),
         "findings": [_describe_finding(finding) for finding in result.findings],
     }

@@ -76,10 +76,10 @@ def format_finding(result: ClaimResult, finding: Finding) -> str:
     """One value with its interval and corrected p-value."""
     if finding.value is None:
         return "not measured"
-    number, unit = ("{:.4f}", "") if result.claim.is_ratio else ("{:+.2f}", " points")
-    text = number.format(finding.value) + unit
+    unit = result.claim.unit
+    text = unit.format(finding.value) + unit.suffix
     if finding.low is not None and finding.high is not None:
-        text += f" [{number.format(finding.low)}, {number.format(finding.high)}]"
+        text += f" [{unit.format(finding.low)}, {unit.format(finding.high)}]"
     if finding.p_value_holm is not None:
         text += f", p = {format_p_value(finding.p_value_holm)}".replace("= <", "< ")
     return text

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from fwlora.experiment.evaluation.claims.claim import Claim
+from fwlora.experiment.evaluation.claims.measures import find_measure
 from fwlora.experiment.evaluation.claims.verdicts import ClaimResult, Finding
 from fwlora.experiment.evaluation.compare.cells import Cell
 from fwlora.experiment.evaluation.compare.results import Reason
@@ -18,11 +18,6 @@ from fwlora.experiment.evaluation.report.text import typeset
 STRIP_WIDTH = 280.0
 _STRIP_PADDING = 0.1
 _LABEL_ROOM = 26.0  # width of one number under a strip
-_MEASURES = {
-    "quality": "difference of the primary metric in points",
-    "training_time": "ratio of training times",
-    "update_norm": "ratio of the norms of updates, geometric mean over the modules of {half} importance",
-}
 
 
 @dataclass(frozen=True)
@@ -108,8 +103,8 @@ def describe_claim(result: ClaimResult, cells: Sequence[Cell]) -> ClaimCard:
     evaluated = [cell for cell in cells if cell.name in names]
     return ClaimCard(
         result=result,
-        measure=_MEASURES[claim.measure].format(half=half),
-        contrast=_describe_contrast(claim),
+        measure=find_measure(claim.measure).description.format(half=half),
+        contrast=claim.unit.format_contrast({label_role(role): weight for role, weight in claim.contrast.items()}),
         bound=_describe_bound(claim),
         cells=tuple(cell.name for cell in evaluated),
         left_out=tuple(cell.name for cell in cells if claim.speaks_of(cell) and cell.name not in names and names),
@@ -126,21 +121,10 @@ def describe_claim(result: ClaimResult, cells: Sequence[Cell]) -> ClaimCard:
     )
 
 
-def _describe_contrast(claim: Claim) -> str:
-    weights = [(weight, label_role(role)) for role, weight in claim.contrast.items()]
-    if claim.is_ratio and [weight for weight, _ in weights] == [1, -1]:
-        return " / ".join(name for _, name in weights)
-    signs = [
-        ("−" if weight < 0 else "+", f"{abs(weight):g} × " if abs(weight) != 1 else "", n) for weight, n in weights
-    ]
-    words = " ".join(f"{sign} {size}{name}" for sign, size, name in signs).removeprefix("+ ")
-    return f"exp({words})" if claim.is_ratio else words
-
-
 def _describe_bound(claim: Claim) -> str:
     bounds = [("at least", claim.at_least), ("at most", claim.at_most)]
     words = " and ".join(f"{word} {typeset(f'{bound:g}')}" for word, bound in bounds if bound is not None)
-    return words + ("" if claim.is_ratio else " points")
+    return words + claim.unit.suffix
 
 
 def format_finding(result: ClaimResult, finding: Finding) -> str:
@@ -175,17 +159,15 @@ def arrange_strip(result: ClaimResult, finding: Finding) -> Strip | None:
     claim = result.claim
     if finding.value is None:
         return None
-    to_line = math.log if claim.is_ratio else float
-    neutral = 1.0 if claim.is_ratio else 0.0
-    bounds = [bound for bound in (claim.at_least, claim.at_most) if bound is not None]
+    to_axis, neutral, bounds = claim.unit.to_axis, claim.unit.neutral, claim.bounds
     values = [value for each in result.findings for value in (each.value, each.low, each.high) if value is not None]
-    shown = [to_line(value) for value in (*bounds, *values, neutral)]
+    shown = [to_axis(value) for value in (*bounds, *values, neutral)]
     low, high = min(shown), max(shown)
     if low == high:
         low, high = low - 0.01, high + 0.01
 
     def at(value: float) -> float:
-        return scale_to_line(to_line(value), low, high)
+        return scale_to_line(to_axis(value), low, high)
 
     coordinates = [at(bound) for bound in bounds]
     anchors = ["middle"] * len(bounds)
