@@ -23,7 +23,7 @@ from fwlora.experiment.tracking.records import RunRecord, UnreadableRunsError
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluationOutput:
     """Everything evaluation produces, before any of it is written.
 
     Attributes:
@@ -66,7 +66,7 @@ def evaluate_records(
     rng_seed: int = RNG_SEED,
     resamples: int = RESAMPLES,
     workers: int = 1,
-) -> Evaluation:
+) -> EvaluationOutput:
     """Check, compare, judge and draw; equal records give byte-equal files.
 
     Args:
@@ -104,7 +104,7 @@ def evaluate_records(
     files.update({path: content for path, content in pictures.items() if path.parent == folder})
     summary = [tables.render_text_table(cells), *tables.render_verdicts(results)]
     summary += [f"warning: {warning}" for warning in warnings]
-    return Evaluation("\n".join(summary), files)
+    return EvaluationOutput("\n".join(summary), files)
 
 
 def write_files(files: Mapping[Path, bytes]) -> None:

@@ -14,7 +14,7 @@ from yaml import YAMLError
 from fwlora.experiment.errors import UserError, describe_yaml_error
 from fwlora.experiment.evaluation.claims.measures import Unit, find_measure, known_measures
 from fwlora.experiment.evaluation.compare.cells import Cell
-from fwlora.experiment.evaluation.compare.contrasts import Half
+from fwlora.experiment.evaluation.compare.contrasts import ImportanceHalf
 from fwlora.experiment.evaluation.compare.variants import known_roles
 
 
@@ -34,7 +34,7 @@ MeasureName = Annotated[str, AfterValidator(_check_measure)]
 Number = Annotated[float, Field(strict=False, allow_inf_nan=False)]
 
 
-class Setting(BaseModel):
+class ClaimScope(BaseModel):
     """What a claim was made for: a model, by a part of its name, and tasks."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -42,7 +42,7 @@ class Setting(BaseModel):
     model: str = Field(min_length=1)
     tasks: list[str] = Field(min_length=1)
 
-    def holds(self, cell: Cell) -> bool:
+    def contains(self, cell: Cell) -> bool:
         """Whether a cell is part of it."""
         return self.model in cell.model and self.task_of(cell) is not None
 
@@ -82,11 +82,11 @@ class Claim(BaseModel):
     contrast: dict[Role, Number]
     at_least: Number | None = None
     at_most: Number | None = None
-    modules: Half | None = None
+    modules: ImportanceHalf | None = None
     budgets: Annotated[list[Annotated[float, Field(strict=False, gt=0)]], Field(min_length=1)] | None = None
     scope: Literal["each_cell", "pooled"]
     requires: str | None = None
-    about: Setting | None = None
+    about: ClaimScope | None = None
     note: str | None = None
 
     @model_validator(mode="after")
@@ -101,12 +101,12 @@ class Claim(BaseModel):
             )
         if find_measure(self.measure).needs_modules != (self.modules is not None):
             names = " or ".join(measure.name for measure in known_measures().values() if measure.needs_modules)
-            raise ValueError(f"modules goes with measure: {names}, one of {', '.join(get_args(Half))}")
+            raise ValueError(f"modules goes with measure: {names}, one of {', '.join(get_args(ImportanceHalf))}")
         for bound in self.bounds:
             self.unit.check_bound(bound)
         return self
 
-    def speaks_of(self, cell: Cell) -> bool:
+    def covers(self, cell: Cell) -> bool:
         """Whether the cell has one of its budgets."""
         return self.budgets is None or cell.budget.percent in self.budgets
 

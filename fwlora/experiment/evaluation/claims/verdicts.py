@@ -23,15 +23,15 @@ from fwlora.experiment.evaluation.compare.bootstrap import ResampledRuns
 from fwlora.experiment.evaluation.compare.cells import Cell
 from fwlora.experiment.evaluation.compare.contrasts import (
     Estimate,
+    MissingMeasurementError,
     Sample,
-    Unmeasured,
     blocks_of,
     estimate,
     share_seeds,
 )
 from fwlora.experiment.evaluation.compare.hypothesis_tests import (
     LEVEL,
-    MOST_SEEDS,
+    MAX_SEEDS,
     POWER,
     ROUNDING,
     holm_adjust,
@@ -141,7 +141,7 @@ def judge_claims(
 
 def _split_cells(claim: Claim, cells: Sequence[Cell]) -> list[list[Cell]]:
     """The cells that the claim speaks of: one by one, or all together."""
-    wanted = [cell for cell in cells if claim.speaks_of(cell)]
+    wanted = [cell for cell in cells if claim.covers(cell)]
     if claim.scope == "each_cell":
         return [[cell] for cell in wanted]
     return [wanted] if wanted else []
@@ -153,7 +153,7 @@ def _measure(claim: Claim, cells: Sequence[Cell], resampled: ResampledRuns, rng_
     for cell in cells:
         try:
             samples.append(sample_claim(claim, cell, resampled))
-        except Unmeasured as reason:
+        except MissingMeasurementError as reason:
             left_out.append(Reason(cell.name, str(reason)))
     if not samples:
         return Finding(
@@ -236,14 +236,14 @@ def _conclude(unit: _Measured, p_value_holm: float | None, tests: int) -> Findin
     if significant and not unit.supports and beyond:
         return replace(finding, verdict="refuted")
     reason = "the interval reaches across the bound" if not (within or beyond) else "the test does not reject the bound"
-    return _leave_open(finding, reason, _say_needs(unit, tests))
+    return _leave_open(finding, reason, _estimate_needs(unit, tests))
 
 
 def _leave_open(finding: Finding, reason: str, remedy: str) -> Finding:
     return replace(finding, reasons=(Reason(None, reason),), remedies=(Reason(None, remedy),))
 
 
-def _say_needs(unit: _Measured, tests: int) -> str:
+def _estimate_needs(unit: _Measured, tests: int) -> str:
     """How many seeds would decide, were the contrast what it seems; or how many examples, where seeds cannot.
 
     For a mean at distance d from the bound, its variance over examples, which no seed lowers, and its variance over
@@ -264,8 +264,8 @@ def _say_needs(unit: _Measured, tests: int) -> str:
         )
     by_test = seeds_needed(distance, deviation, found.seeds.strata)
     by_interval = math.ceil(deviation**2 / (allowed**2 - found.examples_error**2))
-    if by_test is None or by_interval > MOST_SEEDS:
-        return f"more than {MOST_SEEDS:,} seeds: the value is too close to the bound"
+    if by_test is None or by_interval > MAX_SEEDS:
+        return f"more than {MAX_SEEDS:,} seeds: the value is too close to the bound"
     seeds, now = max(by_test, by_interval), max(len(sample.seeds) for sample in unit.samples)
     each = " in each cell" if len(unit.samples) > 1 else ""
     if seeds <= now:
@@ -305,7 +305,7 @@ def _find_missing_tasks(claim: Claim, findings: Sequence[Finding], cells: Sequen
     if claim.about is None:
         return []
     measured = {name for finding in findings for name in finding.cells}
-    found = {claim.about.task_of(cell) for cell in cells if cell.name in measured and claim.about.holds(cell)}
+    found = {claim.about.task_of(cell) for cell in cells if cell.name in measured and claim.about.contains(cell)}
     return [task for task in claim.about.tasks if task not in found] if found else []
 
 

@@ -80,13 +80,13 @@ class Cell:
 
     Attributes:
         name: for people: ``glue/cola, roberta-base, 0.2 %``.
-        condition: the name as part of a file name.
+        slug: the name as part of a file name.
         data, model, budget: the parts of the name.
         primary: the task metric that is compared.
     """
 
     name: str
-    condition: str
+    slug: str
     data: str
     model: str
     budget: Budget
@@ -126,12 +126,10 @@ def group_cells(runs: Sequence[EvaluatedRun]) -> list[Cell]:
     for key, display, name in zip(keys, displayed, plain, strict=True):
         name = name if plain.count(name) == 1 else display.display(with_pretrained_id=True)
         members = [run for run in runs if run.cell_key == key]
-        condition = re.sub(r"[^A-Za-z0-9.]+", "-", name.replace(" %", "pct")).strip("-.")
-        taken = sum(cell.condition == condition for cell in cells)
-        condition = f"{condition}-{taken + 1}" if taken else condition
-        cells.append(
-            Cell(name, condition, display.data, key.model, key.budget, members[0].primary, _group_runs(members))
-        )
+        slug = re.sub(r"[^A-Za-z0-9.]+", "-", name.replace(" %", "pct")).strip("-.")
+        taken = sum(cell.slug == slug for cell in cells)
+        slug = f"{slug}-{taken + 1}" if taken else slug
+        cells.append(Cell(name, slug, display.data, key.model, key.budget, members[0].primary, _group_runs(members)))
     return cells
 
 

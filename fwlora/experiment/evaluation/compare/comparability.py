@@ -18,8 +18,8 @@ from fwlora.experiment.tracking import metrics
 
 _METHOD_SETTINGS = ("method", *(f"{node}." for node in METHOD_NODES))
 _SETTING_KINDS = {"optuna": "search", "dataset": "data", "training": "training settings", "model": "model settings"}
-_LEAST_BUDGET_SHARE = 0.95
-_LARGEST_DISAGREEMENT = 1e-4
+_MIN_BUDGET_SHARE = 0.95
+_MAX_DISAGREEMENT = 1e-4
 _POOLED_SETTINGS = ("training.learning_rate", "training.epochs", "training.batch_size")
 # Facts whose difference is not the method's; versions and commits are told, and decide nothing.
 DECIDING_FACTS = ("precision", "steps", "encoder weights", "engine", "data")
@@ -131,7 +131,7 @@ def find_disagreement(run: EvaluatedRun) -> str | None:
     confusion = confusion_matrix(run.labels, run.predictions, len(run.label_names))
     for name in dict.fromkeys(("accuracy", run.primary)):
         recorded, recomputed = run.values[metrics.eval_name(name)], float(CONFUSION_METRICS[name](confusion))
-        if abs(recomputed - recorded) > _LARGEST_DISAGREEMENT:
+        if abs(recomputed - recorded) > _MAX_DISAGREEMENT:
             return f"run {run.run_id} records {name} {recorded:.4f}, its predictions give {recomputed:.4f}"
     return None
 
@@ -143,7 +143,7 @@ def _find_doubts(run: EvaluatedRun) -> list[str]:
         found.append(f"run {run.run_id} predicts one class for every example (counted, not dropped)")
     summary = run.record.summary
     budget, used = as_finite(summary.get(metrics.BUDGET_PARAMETERS)), run.values.get(metrics.PARAMS_ADAPTER_FINAL)
-    if budget and used is not None and (used > budget or used < _LEAST_BUDGET_SHARE * budget):
+    if budget and used is not None and (used > budget or used < _MIN_BUDGET_SHARE * budget):
         share = f"{100 * used / budget:.0f} % of its budget of {budget:.0f}"
         found.append(f"run {run.run_id} uses {used:.0f} adapter parameters, {share}")
     return found

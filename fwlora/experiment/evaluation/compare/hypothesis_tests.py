@@ -24,7 +24,7 @@ POWER = 0.8
 EXACT_SIGN_FLIP_LIMIT = 16  # 2^16 sign patterns are enumerated; above that they are sampled
 SIGN_FLIP_SAMPLES = 99_999
 ROUNDING = 1e-12  # differences below it are rounding errors
-MOST_SEEDS = 1_000  # beyond this many, the answer to "how many seeds" is that seeds will not do
+MAX_SEEDS = 1_000  # more than these are reported as "more than 1,000"
 Alternative = Literal["two-sided", "greater", "less"]
 
 
@@ -278,7 +278,7 @@ def seeds_needed(distance: float, deviation: float, strata: int = 1) -> int | No
         strata: how many; their seeds add degrees of freedom.
 
     Returns:
-        The number, or None above :data:`MOST_SEEDS`.
+        The number, or None above :data:`MAX_SEEDS`.
     """
     if not distance:
         return None
@@ -289,9 +289,9 @@ def seeds_needed(distance: float, deviation: float, strata: int = 1) -> int | No
         power = float(TTestPower().power(abs(distance) / deviation, seeds, LEVEL, df=strata * (seeds - 1)))
         return power >= POWER or math.isnan(power)  # scipy's noncentral t gives up where the power is all but 1
 
-    if not suffice(MOST_SEEDS):
+    if not suffice(MAX_SEEDS):
         return None
-    return 2 + bisect.bisect_left(range(2, MOST_SEEDS), True, key=suffice)
+    return 2 + bisect.bisect_left(range(2, MAX_SEEDS), True, key=suffice)
 
 
 def holm_adjust(p_values: Sequence[float | None]) -> list[float | None]:

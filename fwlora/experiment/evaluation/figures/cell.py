@@ -17,7 +17,7 @@ from fwlora.experiment.evaluation.compare.cells import Cell
 from fwlora.experiment.evaluation.compare.results import Comparison, PairComparison
 from fwlora.experiment.evaluation.figures.run import history_column
 from fwlora.experiment.evaluation.figures.style import (
-    COLOURS,
+    COLORS,
     GREY,
     Drawing,
     display_metric,
@@ -247,14 +247,14 @@ def _draw_differences(
     figure: Figure, cell: Cell, pairs: Sequence[PairComparison], rows: Sequence[_DifferenceRow]
 ) -> None:
     axes = figure.subplots()
-    colours = {"baseline": COLOURS[0], "control": COLOURS[4], "seed": GREY}
+    colors = {"baseline": COLORS[0], "control": COLORS[4], "seed": GREY}
     for row in rows:
         look: dict[str, Any] = {"fmt": "D", "capsize": 4, "linewidth": 2}
         if row.kind == "seed":
             look = {"fmt": "o", "capsize": 2, "linewidth": 0.8, "markersize": 4}
         # Rounding can put a degenerate interval's end past its estimate by one unit in the last place.
         reach = [[max(0.0, row.difference - row.low)], [max(0.0, row.high - row.difference)]]
-        axes.errorbar(row.difference, row.position, xerr=reach, color=colours[row.kind], **look)
+        axes.errorbar(row.difference, row.position, xerr=reach, color=colors[row.kind], **look)
     axes.axvline(0.0, color="black", linewidth=1.0, linestyle="--")
     axes.set_yticks([row.position for row in rows], [row.label for row in rows])
     axes.set_ylim(rows[-1].position + 1.0, 0.0)
@@ -262,10 +262,10 @@ def _draw_differences(
     axes.set_title(textwrap.fill(cell.name, 60))
     several = any(len(pair.seeds) > 1 for pair in pairs)
     over = "mean over seeds, interval over seeds and examples" if several else "one seed, interval over examples only"
-    handles = [Line2D([], [], color=COLOURS[0], marker="D", linewidth=2, label=over)]
+    handles = [Line2D([], [], color=COLORS[0], marker="D", linewidth=2, label=over)]
     if any(pair.second_is == "control" for pair in pairs):
         control = next(group.variant.label for group in cell.groups if group.is_control)
-        handles.append(Line2D([], [], color=COLOURS[4], marker="D", linewidth=2, label=f"against {control}"))
+        handles.append(Line2D([], [], color=COLORS[4], marker="D", linewidth=2, label=f"against {control}"))
     if several:
         text = "one seed, interval over examples"
         handles.append(Line2D([], [], color=GREY, marker="o", markersize=4, linewidth=0.8, label=text))

@@ -41,8 +41,8 @@ def describe_figures(figures: Figures, cells: Sequence[Cell]) -> list[tuple[str,
         shown = [_describe_figure(drawing, figures.name(topic)) for topic, drawing in figures.overview.items()]
         groups.append(("Over all cells", shown))
     for cell in cells:
-        drawings = figures.cells.get(cell.condition, {})
-        shown = [_describe_figure(each, figures.name(topic, cell.condition)) for topic, each in drawings.items()]
+        drawings = figures.cells.get(cell.slug, {})
+        shown = [_describe_figure(each, figures.name(topic, cell.slug)) for topic, each in drawings.items()]
         if shown:
             groups.append((cell.name, shown))
     return groups
