@@ -17,14 +17,15 @@ from fwlora.experiment.evaluation.compare.bootstrap import (
 )
 from fwlora.experiment.evaluation.compare.cells import Cell, Group
 from fwlora.experiment.evaluation.compare.hypothesis_tests import StratifiedMean, stratified_mean
+from fwlora.experiment.evaluation.compare.results import Reason
 from fwlora.experiment.evaluation.compare.runs import EvaluatedRun, as_finite
 from fwlora.experiment.tracking import metrics
 
-Terms = Sequence[tuple[float, Group]]
-Half = Literal["least_important", "most_important"]
+Contrast = Sequence[tuple[float, Group]]
+ImportanceHalf = Literal["least_important", "most_important"]
 
 
-class Unmeasured(Exception):
+class MissingMeasurementError(Exception):
     """A contrast that these runs cannot give; the message says why."""
 
 
@@ -74,75 +75,81 @@ class Estimate:
         return self.seeds.estimate
 
 
-def sample_quality(cell: Cell, terms: Terms, resampled: ResampledRuns, metric: str | None = None) -> Sample:
+def sample_quality(cell: Cell, contrast: Contrast, resampled: ResampledRuns, metric: str | None = None) -> Sample:
     """Σ weight · metric(run), as fractions; the cell's primary metric unless another is named.
 
     Raises:
-        Unmeasured: no seed was run with all methods.
+        MissingMeasurementError: no seed was run with all methods.
     """
     name = metric or cell.primary
-    chosen = _pair_runs(terms)
+    chosen = _pair_runs(contrast)
     values = sum(weight * np.array([run.values[metrics.eval_name(name)] for run in runs]) for weight, runs in chosen)
     scores = sum(weight * resampled.stack(runs, name) for weight, runs in chosen)
-    return _make_sample(cell, terms, chosen[0][1], np.asarray(values), np.asarray(scores))
+    return _make_sample(cell, contrast, chosen[0][1], np.asarray(values), np.asarray(scores))
 
 
-def sample_cost(cell: Cell, terms: Terms, metric: str = metrics.TRAINING_TIME_S) -> Sample:
+def sample_cost(cell: Cell, contrast: Contrast, metric: str = metrics.TRAINING_TIME_S) -> Sample:
     """Σ weight · log(cost of the run): its exponential is a ratio.
 
     Raises:
-        Unmeasured: no seed was run with all methods, a cost was not recorded, or the runs' hardware differs.
+        MissingMeasurementError: no seed was run with all methods, a cost was not recorded, or the hardware differs.
     """
-    runs = [run for _, members in _pair_runs(terms) for run in members]
+    runs = [run for _, members in _pair_runs(contrast) for run in members]
     if len(machines := sorted({_machine(run) for run in runs})) > 1:
-        raise Unmeasured(f"its times come from different machines ({'; '.join(machines)})")
-    return _sample_logarithms(cell, terms, lambda run: [run.values.get(metric)], metric)
+        raise MissingMeasurementError(f"its times come from different machines ({'; '.join(machines)})")
+    return _sample_logarithms(cell, contrast, lambda run: [run.values.get(metric)], metric)
 
 
-def sample_update_norm(cell: Cell, terms: Terms, half: Half) -> Sample:
+def sample_update_norm(cell: Cell, contrast: Contrast, half: ImportanceHalf) -> Sample:
     """Σ weight · mean over modules of log ‖ΔW‖_F, over one half of the modules by the proposed run's importance.
 
     The modules are the same for all methods of a seed: those whose importance, as the proposed run of that seed
     measured it, is below its median (``least_important``) or not. Modules that some run did not update are left out.
 
     Raises:
-        Unmeasured: no seed was run with all methods, no importances, other modules, or no update left.
+        MissingMeasurementError: no seed was run with all methods, no importances, other modules, or no update left.
     """
-    proposed = next((group for _, group in terms if group.is_proposed), None)
+    proposed = next((group for _, group in contrast if group.is_proposed), None)
     if proposed is None:
-        raise Unmeasured("importances are the proposed method's, which is not part of the contrast")
+        raise MissingMeasurementError("importances are the proposed method's, which is not part of the contrast")
     by_seed = proposed.by_seed()
-    chosen = _pair_runs(terms)
+    chosen = _pair_runs(contrast)
     kept: dict[int, list[str]] = {}
     for seed in (run.seed for run in chosen[0][1]):
         importances = _modules(by_seed[seed], metrics.MODULE_IMPORTANCES)
         if not importances:
-            raise Unmeasured(f"run {by_seed[seed].run_id} recorded no importances")
+            raise MissingMeasurementError(f"run {by_seed[seed].run_id} recorded no importances")
         ranked = sorted(importances, key=lambda name: (importances[name], name))
         middle = len(ranked) // 2
         wanted = ranked[:middle] if half == "least_important" else ranked[middle:]
         norms = [_modules(run, metrics.MODULE_DELTA_NORMS) for _, runs in chosen for run in runs if run.seed == seed]
         kept[seed] = [name for name in wanted if all(norm.get(name, 0.0) > 0 for norm in norms)]
         if not kept[seed]:
-            raise Unmeasured(f"no module of seed {seed} was updated by all methods")
+            raise MissingMeasurementError(f"no module of seed {seed} was updated by all methods")
 
     def read(run: EvaluatedRun) -> list[float | None]:
         norms = _modules(run, metrics.MODULE_DELTA_NORMS)
         return [norms[name] for name in kept[run.seed]]
 
-    return _sample_logarithms(cell, terms, read, metrics.MODULE_DELTA_NORMS)
+    return _sample_logarithms(cell, contrast, read, metrics.MODULE_DELTA_NORMS)
 
 
-def share_seeds(samples: Sequence[Sample]) -> tuple[list[Sample], list[str]]:
-    """Samples of which those of one data set have the same seeds, and what was left out for it, in words.
+def share_seeds(samples: Sequence[Sample]) -> tuple[list[Sample], list[Reason]]:
+    """Restrict samples of one data set to their common seeds.
 
-    What is said of seeds takes a data set and seed for one observation, so cells of a data set are restricted to the
-    seeds that all of them have, if those are two at least. Cells of a single seed are left out where others have more:
-    they would forbid every test.
+    Inference over seeds treats (data set, seed) as one observation, so cells of a data set are restricted to the seeds
+    that all of them have, if there are two or more. Cells of a single seed are left out where others have more, as no
+    test is possible with them.
+
+    Args:
+        samples: one per cell.
+
+    Returns:
+        The samples that are kept, and what was left out with the reason.
     """
-    left_out = []
+    left_out: list[Reason] = []
     if any(len(sample.seeds) > 1 for sample in samples):
-        left_out += [f"{sample.cell}: one paired seed" for sample in samples if len(sample.seeds) == 1]
+        left_out += [Reason(sample.cell, "one paired seed") for sample in samples if len(sample.seeds) == 1]
         samples = [sample for sample in samples if len(sample.seeds) > 1]
     kept = []
     for sample in samples:
@@ -150,7 +157,7 @@ def share_seeds(samples: Sequence[Sample]) -> tuple[list[Sample], list[str]]:
         places = [place for place, seed in enumerate(sample.seeds) if seed in shared]
         if 2 <= len(places) < len(sample.seeds):
             extra = ", ".join(str(seed) for seed in sample.seeds if seed not in shared)
-            left_out.append(f"{sample.cell}: seeds {extra}, which its other budgets do not have")
+            left_out.append(Reason(sample.cell, f"seeds {extra}, which its other budgets do not have"))
             rows = None if sample.resampled is None else sample.resampled[places]
             seeds = tuple(sample.seeds[place] for place in places)
             sample = replace(sample, seeds=seeds, values=sample.values[places], resampled=rows)
@@ -208,22 +215,22 @@ def _merge_shared_seeds(samples: Sequence[Sample]) -> list[tuple[Sample, int]]:
     return merged
 
 
-def _pair_runs(terms: Terms) -> list[tuple[float, list[EvaluatedRun]]]:
+def _pair_runs(contrast: Contrast) -> list[tuple[float, list[EvaluatedRun]]]:
     """Each weight with its group's runs in the seeds that all groups have, ascending."""
-    by_seed = [(weight, group.by_seed()) for weight, group in terms]
+    by_seed = [(weight, group.by_seed()) for weight, group in contrast]
     shared = sorted(set.intersection(*(set(runs) for _, runs in by_seed)))
     if not shared:
-        raise Unmeasured("no seed was run with all its methods")
+        raise MissingMeasurementError("no seed was run with all its methods")
     return [(weight, [runs[seed] for seed in shared]) for weight, runs in by_seed]
 
 
 def _make_sample(
-    cell: Cell, terms: Terms, runs: Sequence[EvaluatedRun], values: np.ndarray, resampled: np.ndarray | None
+    cell: Cell, contrast: Contrast, runs: Sequence[EvaluatedRun], values: np.ndarray, resampled: np.ndarray | None
 ) -> Sample:
     return Sample(
         cell=cell.name,
         data=cell.data,
-        contrast=" ".join(sorted(f"{weight:+g} {group.role}" for weight, group in terms)),
+        contrast=" ".join(sorted(f"{weight:+g} {group.role}" for weight, group in contrast)),
         seeds=tuple(run.seed for run in runs),
         # Weights such as 1, -0.8, -0.2 leave rounding errors where values are equal; no test should see them.
         values=np.round(values, 12),
@@ -233,7 +240,7 @@ def _make_sample(
 
 
 def _machine(run: EvaluatedRun) -> str:
-    return f"{run.record.environment.get('device')}, {run.record.environment.get('threads')} threads"
+    return f"{run.facts.environment.get('device')}, {run.facts.environment.get('threads')} threads"
 
 
 def _modules(run: EvaluatedRun, metric: str) -> dict[str, float]:
@@ -247,14 +254,14 @@ def _modules(run: EvaluatedRun, metric: str) -> dict[str, float]:
 
 
 def _sample_logarithms(
-    cell: Cell, terms: Terms, read: Callable[[EvaluatedRun], Sequence[float | None]], metric: str
+    cell: Cell, contrast: Contrast, read: Callable[[EvaluatedRun], Sequence[float | None]], metric: str
 ) -> Sample:
-    chosen = _pair_runs(terms)
+    chosen = _pair_runs(contrast)
     total = np.zeros(len(chosen[0][1]))
     for weight, runs in chosen:
         for place, run in enumerate(runs):
             values = read(run)
             if any(value is None or value <= 0 for value in values):
-                raise Unmeasured(f"run {run.run_id} recorded no positive {metric}")
+                raise MissingMeasurementError(f"run {run.run_id} recorded no positive {metric}")
             total[place] += weight * float(np.mean(np.log(np.array(values, dtype=np.float64))))
-    return _make_sample(cell, terms, chosen[0][1], total, None)
+    return _make_sample(cell, contrast, chosen[0][1], total, None)

@@ -24,7 +24,7 @@ POWER = 0.8
 EXACT_SIGN_FLIP_LIMIT = 16  # 2^16 sign patterns are enumerated; above that they are sampled
 SIGN_FLIP_SAMPLES = 99_999
 ROUNDING = 1e-12  # differences below it are rounding errors
-MOST_SEEDS = 1_000  # beyond this many, the answer to "how many seeds" is that seeds will not do
+MAX_SEEDS = 1_000  # more than these are reported as "more than 1,000"
 Alternative = Literal["two-sided", "greater", "less"]
 
 
@@ -278,7 +278,7 @@ def seeds_needed(distance: float, deviation: float, strata: int = 1) -> int | No
         strata: how many; their seeds add degrees of freedom.
 
     Returns:
-        The number, or None above :data:`MOST_SEEDS`.
+        The number, or None above :data:`MAX_SEEDS`.
     """
     if not distance:
         return None
@@ -289,13 +289,20 @@ def seeds_needed(distance: float, deviation: float, strata: int = 1) -> int | No
         power = float(TTestPower().power(abs(distance) / deviation, seeds, LEVEL, df=strata * (seeds - 1)))
         return power >= POWER or math.isnan(power)  # scipy's noncentral t gives up where the power is all but 1
 
-    if not suffice(MOST_SEEDS):
+    if not suffice(MAX_SEEDS):
         return None
-    return 2 + bisect.bisect_left(range(2, MOST_SEEDS), True, key=suffice)
+    return 2 + bisect.bisect_left(range(2, MAX_SEEDS), True, key=suffice)
 
 
-def holm_adjust(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values in the given order: ``max over j <= i of min(1, (m - j) p_(j))``, j from 0."""
-    if not p_values:
-        return []
-    return [float(p) for p in multipletests(list(p_values), method="holm")[1]]
+def holm_adjust(p_values: Sequence[float | None]) -> list[float | None]:
+    """Adjust p-values by Holm's method: ``max over j <= i of min(1, (m - j) p_(j))``, j from 0.
+
+    Args:
+        p_values: of one family; None for a test that was not made, which does not count.
+
+    Returns:
+        Adjusted p-values in the order of ``p_values``, None where they are None.
+    """
+    known = [p_value for p_value in p_values if p_value is not None]
+    adjusted = iter(multipletests(known, method="holm")[1] if known else ())
+    return [None if p_value is None else float(next(adjusted)) for p_value in p_values]

@@ -15,18 +15,18 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-from fwlora.experiment.evaluation.compare.cells import Group, Role
+from fwlora.experiment.evaluation.compare.cells import Group
+from fwlora.experiment.evaluation.compare.variants import UNREGISTERED_STYLE
 from fwlora.experiment.evaluation.figures.font import font_families
 
-# Okabe and Ito's colours, which stay apart for colour-blind readers; yellow is left out, it vanishes in print.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
+# Okabe and Ito's colors, which stay apart for color-blind readers; yellow is left out, it vanishes in print.
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINE_STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 GREY = "#666666"
 MISSING = "#DDDDDD"
-MOST_POINTS = 1_000  # of a curve: a page holds many
+MAX_POINTS = 1_000  # of a curve: a page holds many
 
-_STYLE_ORDER: tuple[Role, ...] = ("lora", "adalora", "proposed", "control", "other")
 _STYLE: Any = {
     "pdf.fonttype": 42,
     "pdf.compression": 6,
@@ -79,24 +79,24 @@ def draw_grid(
     figure: Figure,
     axes: Axes,
     grid: np.ndarray,
-    colours: Colormap,
+    colors: Colormap,
     label: str,
     limits: tuple[float, float] | None = None,
     whole: bool = False,
 ) -> None:
-    """A heat map with its colour bar, first row on top, all of it as vectors: pictures would blur when enlarged.
+    """A heat map with its color bar, first row on top, all of it as vectors: pictures would blur when enlarged.
 
     Args:
         grid: values, shape (rows, columns).
-        colours: from low to high.
-        label: what the colours mean.
-        limits: values of the first and the last colour; None: the lowest and the highest.
+        colors: from low to high.
+        label: what the colors mean.
+        limits: values of the first and the last color; None: the lowest and the highest.
         whole: whether the values are whole numbers.
     """
     rows, columns = grid.shape
     low, high = limits or (None, None)
     edges = np.arange(columns + 1) - 0.5, np.arange(rows + 1) - 0.5
-    mesh = axes.pcolormesh(*edges, grid, cmap=colours, vmin=low, vmax=high, edgecolors="face", linewidth=0.2)
+    mesh = axes.pcolormesh(*edges, grid, cmap=colors, vmin=low, vmax=high, edgecolors="face", linewidth=0.2)
     axes.set_facecolor(MISSING)  # shows through masked cells
     axes.set_ylim(rows - 0.5, -0.5)
     axes.spines[:].set_visible(False)
@@ -112,11 +112,11 @@ def style_groups(groups: Sequence[Group]) -> dict[str, dict[str, Any]]:
     styles: dict[str, dict[str, Any]] = {}
     taken: list[int] = []
     for group in groups:
-        own = _STYLE_ORDER.index(group.role)
-        free = (place for place in (own, *range(len(_STYLE_ORDER), len(COLOURS)), *range(own)) if place not in taken)
-        place = next(free, len(taken) % len(COLOURS))
-        taken.append(place)
-        styles[group.label] = {"color": COLOURS[place], "marker": MARKERS[place], "linestyle": LINE_STYLES[place]}
+        own = group.variant.style % len(COLORS)
+        candidates = (own, *range(UNREGISTERED_STYLE + 1, len(COLORS)), *range(own))
+        style = next((each for each in candidates if each not in taken), len(taken) % len(COLORS))
+        taken.append(style)
+        styles[group.label] = {"color": COLORS[style], "marker": MARKERS[style], "linestyle": LINE_STYLES[style]}
     return styles
 
 
@@ -133,7 +133,7 @@ def smoothing_window(count: int) -> int:
     return max(1, count // 50)
 
 
-def thin_curve(steps: np.ndarray, values: np.ndarray, most: int = MOST_POINTS) -> tuple[np.ndarray, np.ndarray]:
+def thin_curve(steps: np.ndarray, values: np.ndarray, most: int = MAX_POINTS) -> tuple[np.ndarray, np.ndarray]:
     """At most ``most`` points of a curve that look like all of it: the lowest and the highest of each stretch."""
     if values.size <= most:
         return steps, values
