@@ -1,4 +1,4 @@
-"""One of several processes of tests/test_engine_processes.py: trains through the engine and saves what it came to.
+"""One of the processes of tests/experiment/engine/test_distributed.py: trains through the engine, saves its result.
 
 Started as ``torchrun --nproc-per-node 2 run_processes.py FOLDER METHOD``.
 """
@@ -20,7 +20,7 @@ from fwlora.experiment.engine.distributed import Processes, is_main_process
 from fwlora.experiment.engine.loop import Execution, Task, train
 from fwlora.experiment.settings.schema import TrainingSettings
 from fwlora.methods import FwLora, Method, PlainLora
-from tests.experiment.fused.test_fused import adapt, make_base
+from tests.helpers.fused_models import adapt, make_base
 
 
 def make_split(count: int, seed: int) -> TokenizedSplit:
