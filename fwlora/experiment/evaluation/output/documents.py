@@ -79,7 +79,7 @@ def epoch_rows(run: EvaluatedRun) -> list[dict[str, Any]]:
 
 
 def describe_comparison(comparison: Comparison, cells: Sequence[Cell]) -> dict[str, Any]:
-    """Build ``statistics.json``."""
+    """Build ``statistics.json``, which ``statistics.schema.json`` beside this file describes."""
     return {
         "difference": "first minus second, as fractions",
         "confidence": comparison.confidence,
