@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from fwlora.experiment.evaluation.claims import verdicts
 from fwlora.experiment.evaluation.claims.claim import Claim
+from fwlora.experiment.evaluation.claims.verdicts import ClaimResult, join_reasons, judge_claims
 from fwlora.experiment.evaluation.compare.bootstrap import resample_runs
 from fwlora.experiment.evaluation.compare.cells import group_cells
 from fwlora.experiment.evaluation.compare.runs import read_runs
@@ -40,8 +40,16 @@ def make_claim(**values) -> Claim:
 
 def judge(given, **claims):
     runs = read_runs(given)
-    answers = verdicts.judge_claims(claims, group_cells(runs), resample_runs(runs, 0, 500), 0)
-    return answers[0] if len(claims) == 1 else {answer.claim_id: answer for answer in answers}
+    results = judge_claims(claims, group_cells(runs), resample_runs(runs, 0, 500), 0)
+    return results[0] if len(claims) == 1 else {result.claim_id: result for result in results}
+
+
+def reason_of(result: ClaimResult) -> str | None:
+    return join_reasons(result.reasons)
+
+
+def remedy_of(result: ClaimResult) -> str | None:
+    return join_reasons(result.remedies)
 
 
 def make_runs(differences, base: int = 3400, role: str = "proposed", **options) -> list[RunRecord]:

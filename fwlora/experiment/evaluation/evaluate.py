@@ -11,15 +11,15 @@ from pathlib import Path
 
 from fwlora.experiment.errors import UserError
 from fwlora.experiment.evaluation.claims.claim import Claim
-from fwlora.experiment.evaluation.compare.aggregate import aggregate
 from fwlora.experiment.evaluation.compare.bootstrap import RESAMPLES
 from fwlora.experiment.evaluation.compare.runs import read_runs
 from fwlora.experiment.evaluation.evidence import RNG_SEED, gather_evidence
 from fwlora.experiment.evaluation.figures.draw import draw_figures
 from fwlora.experiment.evaluation.output import documents, tables
+from fwlora.experiment.evaluation.output.aggregate import aggregate
 from fwlora.experiment.evaluation.report.render import ReportOrigin, render_report
 from fwlora.experiment.evaluation.request import COMPARISON_FOLDER
-from fwlora.experiment.tracking.records import RunRecord
+from fwlora.experiment.tracking.records import RunRecord, UnreadableRunsError
 
 
 @dataclass(frozen=True)
@@ -36,27 +36,26 @@ class Evaluation:
 
 
 def collect_records(load: Callable[[Sequence[str]], list[RunRecord]], run_ids: Sequence[str]) -> list[RunRecord]:
-    """Records of all runs; where some cannot be read, what is wrong with the others is reported with them.
+    """Read the records of all runs; where some cannot be read, report what is wrong with the others as well.
 
     Args:
-        load: reads records; names each run that it cannot read as `` `<run_id>`: reason `` in its UserError.
-        run_ids: what to read.
+        load: reads records, and raises :class:`UnreadableRunsError` for those that it cannot read.
+        run_ids: of the runs.
 
     Raises:
-        UserError: runs that cannot be read, and runs that could be but cannot be compared.
+        UserError: runs that cannot be read, and runs that can be read but not compared.
     """
     try:
         return load(run_ids)
-    except UserError as error:
-        message = str(error)
-        readable = [run_id for run_id in run_ids if f"`{run_id}`:" not in message]
-        if len(readable) in (0, len(run_ids)):
+    except UnreadableRunsError as error:
+        readable = [run_id for run_id in run_ids if run_id not in error.reasons]
+        if not readable:
             raise
         try:
             read_runs(load(readable))
         except UserError as other:
-            message += f"\n{other}"
-        raise UserError(message) from None
+            raise UserError(f"{error}\n{other}") from None
+        raise
 
 
 def evaluate_records(
@@ -91,18 +90,19 @@ def evaluate_records(
         files[folder / "metrics.json"] = documents.to_json(documents.describe_run(run))
         files[folder / "history.json"] = documents.to_json(documents.describe_history(run))
         files.update({path: content for path, content in pictures.items() if path.parent == folder})
-    cells, statistics, warnings = evidence.cells, evidence.statistics, evidence.warnings
+    cells, comparison, warnings = evidence.cells, evidence.comparison, evidence.warnings
+    results = evidence.claim_results
     folder = results_dir / COMPARISON_FOLDER
     files[folder / "report.html"] = render_report(evidence, figures, made_by)
     files[folder / "aggregated_metrics.json"] = documents.to_json(aggregate(cells, warnings))
-    files[folder / "statistics.json"] = documents.to_json(statistics)
-    files[folder / "claims.json"] = documents.to_json(documents.describe_answers(evidence.answers))
-    markdown = tables.render_markdown(evidence.answers, cells, statistics, warnings)
+    files[folder / "statistics.json"] = documents.to_json(documents.describe_comparison(comparison, cells))
+    files[folder / "claims.json"] = documents.to_json(documents.describe_claim_results(results))
+    markdown = tables.render_markdown(results, cells, comparison, warnings)
     files[folder / "comparison_table.md"] = markdown.encode()
-    files[folder / "comparison_table.tex"] = tables.render_latex(cells, statistics).encode()
+    files[folder / "comparison_table.tex"] = tables.render_latex(cells, comparison).encode()
     files[folder / "comparison_table.csv"] = tables.render_csv(cells).encode()
     files.update({path: content for path, content in pictures.items() if path.parent == folder})
-    summary = [tables.render_text_table(cells), *tables.render_verdicts(evidence.answers)]
+    summary = [tables.render_text_table(cells), *tables.render_verdicts(results)]
     summary += [f"warning: {warning}" for warning in warnings]
     return Evaluation("\n".join(summary), files)
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from fwlora.experiment.evaluation.claims.claim import Claim
-from fwlora.experiment.evaluation.claims.verdicts import Answer, judge_claims
+from fwlora.experiment.evaluation.claims.verdicts import ClaimResult, judge_claims
 from fwlora.experiment.evaluation.compare.bootstrap import RESAMPLES, resample_runs
 from fwlora.experiment.evaluation.compare.cells import Cell, group_cells
 from fwlora.experiment.evaluation.compare.comparability import find_warnings
 from fwlora.experiment.evaluation.compare.comparisons import compare_pairs
+from fwlora.experiment.evaluation.compare.results import Comparison, ComparisonWarning
 from fwlora.experiment.evaluation.compare.runs import EvaluatedRun, read_runs
 from fwlora.experiment.tracking.records import RunRecord
 
@@ -25,16 +25,16 @@ class Evidence:
     Attributes:
         runs: checked, in the order of their records.
         cells: what is compared in what.
-        statistics: see :func:`fwlora.experiment.evaluation.compare.comparisons.compare_pairs`.
-        answers: to every claim.
+        comparison: every paired comparison of methods.
+        claim_results: one for each claim.
         warnings: what makes the comparison unequal or its numbers doubtful.
     """
 
     runs: Sequence[EvaluatedRun]
     cells: Sequence[Cell]
-    statistics: Mapping[str, Any]
-    answers: Sequence[Answer]
-    warnings: Sequence[str]
+    comparison: Comparison
+    claim_results: Sequence[ClaimResult]
+    warnings: Sequence[ComparisonWarning]
 
 
 def gather_evidence(
@@ -57,7 +57,7 @@ def gather_evidence(
     return Evidence(
         runs=runs,
         cells=cells,
-        statistics=compare_pairs(cells, resampled, rng_seed),
-        answers=judge_claims(claims, cells, resampled, rng_seed),
+        comparison=compare_pairs(cells, resampled, rng_seed),
+        claim_results=judge_claims(claims, cells, resampled, rng_seed),
         warnings=find_warnings(cells),
     )

@@ -14,10 +14,15 @@ class AdaLoraSpec(MethodSpec):
     """PEFT's AdaLoRA with its schedule driven to the budget."""
 
     name = "adalora"
+    variants = (Variant("adalora", "AdaLoRA", "baseline", 1),)
 
     def variant(self, run: RunSettings) -> Variant:
         """AdaLoRA, a baseline."""
-        return Variant("adalora", "AdaLoRA", "baseline", 1)
+        return self.variants[0]
+
+    def changes_ranks(self, run: RunSettings) -> bool:
+        """Always: it prunes triplets by their importance."""
+        return True
 
 
 register_method(AdaLoraSpec())

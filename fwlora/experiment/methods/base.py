@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
     from fwlora.experiment.settings.schema import RunSettings
@@ -39,13 +40,25 @@ class MethodSpec(ABC):
 
     Attributes:
         name: the value of ``run.method`` in run files.
+        variants: everything that :meth:`variant` returns; claims can name their roles.
+        claimed_settings: dotted keys and values of the variant that claims are about; others are not judged.
+        strength_settings: dotted keys that must agree over pooled cells, and between the method and its control.
+        control_settings: further dotted keys that must agree between the method and its control, seed by seed.
     """
 
     name: ClassVar[str]
+    variants: ClassVar[tuple[Variant, ...]] = ()
+    claimed_settings: ClassVar[Mapping[str, Any]] = {}
+    strength_settings: ClassVar[tuple[str, ...]] = ()
+    control_settings: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def variant(self, run: RunSettings) -> Variant:
         """What a run with these settings is compared as."""
+
+    def changes_ranks(self, run: RunSettings) -> bool:
+        """Whether the method moves ranks between modules while it trains."""
+        return False
 
 
 def register_method(spec: MethodSpec) -> None:

@@ -14,10 +14,11 @@ class LoraSpec(MethodSpec):
     """Plain LoRA."""
 
     name = "baseline_lora"
+    variants = (Variant("lora", "LoRA", "baseline", 0),)
 
     def variant(self, run: RunSettings) -> Variant:
         """LoRA, a baseline."""
-        return Variant("lora", "LoRA", "baseline", 0)
+        return self.variants[0]
 
 
 register_method(LoraSpec())

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from fwlora.experiment.errors import UserError
 from fwlora.experiment.tracking import metrics
 
 # As the tracker saw it: ended with exit code 0; ended with another; not ended; its process is gone without an end.
@@ -52,6 +53,25 @@ class RunRecord:
     def environment(self) -> Mapping[str, Any]:
         """Commit, versions and hardware it ran with; see :mod:`fwlora.experiment.tracking.environment`."""
         return self.resolved.get("environment") or {}
+
+
+class UnreadableRunsError(UserError):
+    """Runs that could be read nowhere.
+
+    Attributes:
+        reasons: why each of them could not be read, by run id.
+    """
+
+    def __init__(self, reasons: Mapping[str, str], notes: Sequence[str] = ()) -> None:
+        """Describe every run in a line.
+
+        Args:
+            reasons: by run id.
+            notes: lines about all of the runs.
+        """
+        problems = [*(f"`{run_id}`: {reason}" for run_id, reason in reasons.items()), *notes]
+        super().__init__(str(UserError.collect("runs that cannot be read", problems)))
+        self.reasons = dict(reasons)
 
 
 def pack_classes(classes: np.ndarray, num_classes: int) -> dict[str, Any]:

@@ -10,14 +10,17 @@ import numpy as np
 import pytest
 
 from fwlora.experiment.errors import UserError
-from fwlora.experiment.evaluation.compare import hypothesis_tests as statistics
-from fwlora.experiment.evaluation.compare.aggregate import aggregate
 from fwlora.experiment.evaluation.compare.bootstrap import resample_runs
 from fwlora.experiment.evaluation.compare.cells import group_cells
 from fwlora.experiment.evaluation.compare.comparability import find_warnings
-from fwlora.experiment.evaluation.compare.comparisons import compare_pairs, describe_cells
-from fwlora.experiment.evaluation.compare.runs import flatten_settings, read_runs
+from fwlora.experiment.evaluation.compare.comparisons import compare_pairs
+from fwlora.experiment.evaluation.compare.hypothesis_tests import holm_adjust, mcnemar_exact
+from fwlora.experiment.evaluation.compare.results import ComparisonWarning
+from fwlora.experiment.evaluation.compare.runs import read_runs
+from fwlora.experiment.evaluation.compare.settings import flatten_settings
 from fwlora.experiment.evaluation.output import documents, tables
+from fwlora.experiment.evaluation.output.aggregate import aggregate
+from fwlora.experiment.evaluation.output.documents import describe_cells, describe_comparison
 from fwlora.experiment.tracking.records import pack_classes
 from tests.helpers import evaluation_records as records
 
@@ -127,7 +130,7 @@ def test_aggregate_of_hand_computed_values():
         with_accuracy(make_record("b2", "baseline_lora", 2, time_s=98), 0.90),
     ]
     cells = cells_of(*given)
-    document = aggregate(cells, ["w"])
+    document = aggregate(cells, [ComparisonWarning(None, "w"), ComparisonWarning("c", "v")])
     assert document["primary_metric"] == "eval_accuracy"
     assert document["metrics"]["eval_accuracy"] == {"p1": 0.92, "p2": 0.96, "b1": 0.80, "b2": 0.90}
     assert document["metrics"]["training_time_s"]["p1"] == 120
@@ -135,7 +138,7 @@ def test_aggregate_of_hand_computed_values():
     assert document["best_baseline"] == {"run_id": "b2", "value": 0.90}
     assert document["gap"] == pytest.approx(0.06)
     assert document["improvement_rate"] == pytest.approx(0.06 / 0.90)
-    assert document["warnings"] == ["w"]
+    assert document["warnings"] == ["w", "c: v"]
     assert document["cells"] == [
         {"cell": cells[0].name, "primary_metric": "eval_accuracy", **{key: document[key] for key in BEST}}
     ]
@@ -145,11 +148,12 @@ def test_aggregate_of_hand_computed_values():
     assert lora["sd"] == pytest.approx(0.1 / math.sqrt(2))
     assert fw["training_time_s_mean"] == pytest.approx(120)
     assert fw["params_adapter"] == 248000
-    (pair,) = compare(cells)["pairs"]
-    assert (pair["first"], pair["second"]) == ("FW-LoRA", "LoRA")
-    assert pair["over_seeds"]["accuracy"]["mean"] == pytest.approx(0.09)
-    assert pair["improvement_rate"] == pytest.approx(0.09 / 0.85)
-    assert pair["training_time_ratio"] == pytest.approx({"ratio": 1.2, "low": 1.2, "high": 1.2})
+    (pair,) = compare(cells).pairs
+    assert (pair.first, pair.second) == ("FW-LoRA", "LoRA")
+    assert pair.primary.tests.mean == pytest.approx(0.09)
+    assert pair.improvement_rate == pytest.approx(0.09 / 0.85)
+    time = pair.training_time_ratio
+    assert (time.ratio, time.low, time.high) == pytest.approx((1.2, 1.2, 1.2)) and time.reason is None
 
 
 @pytest.mark.parametrize("baseline", [0.0, -0.1])
@@ -165,7 +169,7 @@ def test_improvement_over_what_is_not_positive_is_null(baseline: float):
     assert "not positive" in written["reason"]
     assert written["gap"] == pytest.approx(0.5 - baseline)
     assert written["cells"][0]["improvement_rate"] is None
-    assert compare(cells)["pairs"][0]["improvement_rate"] is None
+    assert compare(cells).pairs[0].improvement_rate is None
 
 
 def test_several_cells_have_no_common_best():
@@ -180,23 +184,27 @@ def test_several_cells_have_no_common_best():
 
 def test_statistics_pair_by_seed():
     given = [record for record in three_seeds() if record.run_id != "x2"]
-    document = compare(cells_of(*given))
-    lora, adalora = document["pairs"]
-    assert (lora["first"], lora["second"], lora["seeds"]) == ("FW-LoRA", "LoRA", [1, 3])
-    assert [(seed["first_run_id"], seed["second_run_id"]) for seed in lora["per_seed"]] == [("z1", "x1"), ("z3", "x3")]
-    assert adalora["seeds"] == [1, 2, 3]
+    comparison = compare(cells_of(*given))
+    lora, adalora = comparison.pairs
+    assert (lora.first, lora.second, lora.seeds) == ("FW-LoRA", "LoRA", (1, 3))
+    assert [(seed.first_run_id, seed.second_run_id) for seed in lora.per_seed] == [("z1", "x1"), ("z3", "x3")]
+    assert adalora.seeds == (1, 2, 3)
     by_id = {run.run_id: run for cell in cells_of(*given) for group in cell.groups for run in group.runs}
     differences = [by_id[f"z{s}"].values["eval_accuracy"] - by_id[f"y{s}"].values["eval_accuracy"] for s in (1, 2, 3)]
-    overall = adalora["over_seeds"]["accuracy"]
-    assert overall["mean"] == pytest.approx(np.mean(differences))
-    assert overall["standard_deviation"] == pytest.approx(np.std(differences, ddof=1))
-    assert overall["low"] <= overall["mean"] <= overall["high"]
-    expected = statistics.mcnemar_exact(by_id["z1"].labels, by_id["z1"].predictions, by_id["y1"].predictions)
-    assert adalora["per_seed"][0]["mcnemar"]["p_value"] == expected.p_value
-    family = document["holm"]["paired_t"]
-    assert [test["p_value"] for test in family] == [p["over_seeds"]["accuracy"]["t_p_value"] for p in (lora, adalora)]
-    assert [test["p_value_holm"] for test in family] == statistics.holm_adjust([test["p_value"] for test in family])
-    assert len(document["holm"]["mcnemar"]) == 5
+    overall = adalora.over_seeds["accuracy"]
+    assert overall.tests.mean == pytest.approx(np.mean(differences))
+    assert overall.tests.standard_deviation == pytest.approx(np.std(differences, ddof=1))
+    assert overall.low <= overall.tests.mean <= overall.high
+    expected = mcnemar_exact(by_id["z1"].labels, by_id["z1"].predictions, by_id["y1"].predictions)
+    assert adalora.per_seed[0].mcnemar == expected
+    p_values = [pair.primary.tests.t_p_value for pair in (lora, adalora)]
+    assert [pair.t_p_value_holm for pair in (lora, adalora)] == holm_adjust(p_values)
+    families = describe_comparison(comparison, [])["holm"]
+    assert [test["p_value"] for test in families["paired_t"]] == p_values
+    assert [test["p_value_holm"] for test in families["paired_t"]] == holm_adjust(p_values)
+    assert [test["seed"] for test in families["mcnemar"]] == [1, 3, 1, 2, 3]
+    mcnemar = [seed for pair in comparison.pairs for seed in pair.per_seed]
+    assert [seed.mcnemar_p_value_holm for seed in mcnemar] == holm_adjust([seed.mcnemar.p_value for seed in mcnemar])
 
 
 def test_the_headline_flips_runs_of_one_data_set_and_seed_together():
@@ -207,8 +215,8 @@ def test_the_headline_flips_runs_of_one_data_set_and_seed_together():
         for m in ("baseline_lora", "proposed_fw_lora")
     ]
     cells = cells_of(*given)
-    document = compare(cells)
-    (entry,) = document["pooled"]
+    comparison = compare(cells)
+    (entry,) = comparison.pooled
     strata = []
     for cell in cells:
         lora, fw = (group.values("eval_accuracy") for group in cell.groups)
@@ -216,29 +224,30 @@ def test_the_headline_flips_runs_of_one_data_set_and_seed_together():
         strata.append(values / (4 * np.sqrt(np.mean(values**2))))
     for name, terms in (("p_value", strata[0] + strata[1]), ("p_value_independent", np.concatenate(strata))):
         sums = [abs(np.dot(signs, terms)) for signs in itertools.product((1, -1), repeat=terms.size)]
-        assert entry[name] == pytest.approx(np.mean(np.array(sums) >= sums[0] - 1e-12))
-    assert document["holm"]["headline"] == [
-        {"first": "FW-LoRA", "second": "LoRA", "p_value": entry["p_value"], "p_value_holm": entry["p_value"]}
+        assert getattr(entry, name) == pytest.approx(np.mean(np.array(sums) >= sums[0] - 1e-12))
+    assert describe_comparison(comparison, [])["holm"]["headline"] == [
+        {"first": "FW-LoRA", "second": "LoRA", "p_value": entry.p_value, "p_value_holm": entry.p_value}
     ]
-    assert (entry["pairs"], len(entry["cells"]), entry["left_out"]) == (8, 2, [])
+    assert (entry.pairs, len(entry.cells), entry.left_out) == (8, 2, ())
 
 
 def test_intervals_over_examples_belong_to_their_seed():
     cells = cells_of(*three_seeds())
     runs = cells[0].runs
     resampled = resample_runs(runs, 0, 200)
-    pair = compare_pairs(cells, resampled, 0)["pairs"][0]
-    for seed in pair["per_seed"]:
-        scores = [resampled.scores[seed[key], "accuracy"] for key in ("first_run_id", "second_run_id")]
+    pair = compare_pairs(cells, resampled, 0).pairs[0]
+    for seed in pair.per_seed:
+        scores = [resampled.scores[run_id, "accuracy"] for run_id in (seed.first_run_id, seed.second_run_id)]
         expected = np.quantile(scores[0] - scores[1], [0.025, 0.975])
-        assert [seed["bootstrap"]["accuracy"][end] for end in ("low", "high")] == pytest.approx(list(expected))
+        interval = seed.intervals["accuracy"]
+        assert [interval.low, interval.high] == pytest.approx(list(expected))
 
 
 def test_the_improvement_rate_is_of_the_paired_seeds():
     given = [with_accuracy(make_record(f"b{s}", seed=s), v) for s, v in ((1, 0.8), (2, 0.5))]
     given += [with_accuracy(make_record(f"p{s}", "proposed_fw_lora", s), v) for s, v in ((1, 0.88), (3, 0.1))]
-    (pair,) = compare(cells_of(*given))["pairs"]
-    assert pair["improvement_rate"] == pytest.approx(0.1)
+    (pair,) = compare(cells_of(*given)).pairs
+    assert pair.improvement_rate == pytest.approx(0.1)
 
 
 def test_folders_that_end_alike_are_told_apart():
@@ -250,24 +259,30 @@ def test_folders_that_end_alike_are_told_apart():
 
 def test_intervals_do_not_depend_on_other_runs():
     few = [record for record in three_seeds() if not record.run_id.startswith("x")]
-    of_few = compare(cells_of(*few))["pairs"][0]
-    of_all = compare(cells_of(*reversed(three_seeds())))["pairs"][1]
-    assert of_few == of_all
+    of_few = compare(cells_of(*few)).pairs[0]
+    of_all = compare(cells_of(*reversed(three_seeds()))).pairs[1]
+    assert (of_few.over_seeds, of_few.training_time_ratio) == (of_all.over_seeds, of_all.training_time_ratio)
+    assert [seed.intervals for seed in of_few.per_seed] == [seed.intervals for seed in of_all.per_seed]
 
 
 def test_one_seed_has_no_seed_level_test():
-    pair = compare(cells_of(make_record("p", "proposed_fw_lora"), make_record("b")))["pairs"][0]
-    assert pair["seed_level_test"] == "no seed-level test possible: one paired seed"
-    overall = pair["over_seeds"]["accuracy"]
-    assert (overall["t_p_value"], overall["standard_deviation"], overall["interval_over"]) == (None, None, "examples")
+    pair = compare(cells_of(make_record("p", "proposed_fw_lora"), make_record("b"))).pairs[0]
+    assert pair.seed_level_test == "no seed-level test possible: one paired seed"
+    tests = pair.over_seeds["accuracy"].tests
+    assert (tests.t_p_value, tests.standard_deviation, pair.primary.interval_over) == (None, None, "examples")
 
 
 def test_methods_without_a_common_seed_are_not_paired():
     cells = cells_of(make_record("p", "proposed_fw_lora", 1), make_record("b", seed=2))
-    document = compare(cells)
+    comparison = compare(cells)
+    (pair,) = comparison.pairs
+    assert (pair.primary, pair.per_seed, pair.training_time_ratio) == (None, (), None)
+    assert "no seed was run with both" in pair.seed_level_test
+    document = describe_comparison(comparison, cells)
     assert document["pairs"][0]["over_seeds"] == {} and document["holm"]["mcnemar"] == []
-    assert "no seed was run with both" in document["pairs"][0]["seed_level_test"]
-    assert any("unequal seeds" in warning and "0 can be paired" in warning for warning in find_warnings(cells))
+    assert "training_time_ratio" not in document["pairs"][0]
+    texts = [warning.text for warning in find_warnings(cells)]
+    assert any("unequal seeds" in text and "0 can be paired" in text for text in texts)
 
 
 @pytest.mark.parametrize(
@@ -294,7 +309,7 @@ def test_unequal_comparisons_are_flagged(paths, expected):
     baseline, proposed = make_record("b"), make_record("p", "proposed_fw_lora")
     assert find_warnings(cells_of(baseline, proposed)) == []
     (warning,) = find_warnings(cells_of(baseline, change(proposed, **paths)))
-    assert expected in warning and warning.startswith("glue/sst2, roberta-base, 0.2 %: ")
+    assert expected in warning.text and warning.cell == "glue/sst2, roberta-base, 0.2 %"
 
 
 def test_search_spaces_count_only_where_there_is_a_search():
@@ -303,7 +318,7 @@ def test_search_spaces_count_only_where_there_is_a_search():
     proposed = change(proposed, config__run__optuna__search_space=space)
     assert find_warnings(cells_of(baseline, proposed)) == []
     searching = [change(record, config__run__optuna__n_trials=5) for record in (baseline, proposed)]
-    assert any("optuna.search_space" in warning for warning in find_warnings(cells_of(*searching)))
+    assert any("optuna.search_space" in warning.text for warning in find_warnings(cells_of(*searching)))
 
 
 def test_a_control_that_wins_is_not_sold_as_the_method():
@@ -317,7 +332,7 @@ def test_a_control_that_wins_is_not_sold_as_the_method():
 def test_constant_predictions_are_counted_not_dropped():
     constant = change(make_record("b"), summary__eval_predictions=pack_classes(np.ones(400, dtype=int), 2))
     cells = cells_of(constant, make_record("p", "proposed_fw_lora"))
-    assert any("predicts one class" in warning for warning in find_warnings(cells))
+    assert any("predicts one class" in warning.text for warning in find_warnings(cells))
     assert [method["constant_predictions"] for method in describe_cells(cells)[0]["methods"]] == [1, 0]
 
 
@@ -390,14 +405,14 @@ def test_json_has_no_non_finite_numbers():
 
 def test_tables_hold_every_method_and_pair():
     cells = cells_of(*three_seeds())
-    document = compare(cells)
-    markdown = tables.render_markdown([], cells, document, ["something | unequal"])
+    comparison = compare(cells)
+    markdown = tables.render_markdown([], cells, comparison, [ComparisonWarning(None, "something | unequal")])
     group = cells[0].groups[2]
     row = f"| glue/sst2, roberta-base, 0.2 % | FW-LoRA | 3 | accuracy | {group.mean('eval_accuracy'):.4f} |"
     assert row in markdown
-    assert f"{document['pairs'][0]['over_seeds']['accuracy']['mean']:+.4f}" in markdown
+    assert f"{comparison.pairs[0].primary.tests.mean:+.4f}" in markdown
     assert "- something | unequal" in markdown
-    latex = tables.render_latex(cells, document)
+    latex = tables.render_latex(cells, comparison)
     assert r"glue/sst2, roberta-base, 0.2 \% & FW-LoRA & 3 & accuracy &" in latex
     assert latex.count(r"\toprule") == 2 and r"\begin{tabular}{llrlrrrrr}" in latex
     assert tables._escape_latex("a_b 1 -> 2 <0.001 -0.5 x-ray {%}") == (

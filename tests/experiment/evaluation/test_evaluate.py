@@ -18,6 +18,7 @@ from fwlora.experiment.errors import UserError
 from fwlora.experiment.evaluation.evaluate import collect_records, remove_stale_figures, write_files
 from fwlora.experiment.evaluation.request import parse_request
 from fwlora.experiment.tracking import wandb as wandb_store
+from fwlora.experiment.tracking.records import UnreadableRunsError
 from tests.helpers import evaluation_records as records
 from tests.helpers.paths import REPOSITORY as ROOT
 
@@ -156,7 +157,7 @@ def test_a_missing_configuration_file_matters_only_where_it_is_needed(tmp_path: 
 def test_unreadable_and_incomparable_runs_are_named_together():
     def load(run_ids):
         if "gone" in run_ids:
-            raise UserError("runs that cannot be read: `gone`: no files (there are `unfinished`)")
+            raise UnreadableRunsError({"gone": "no files (there are `unfinished`: 3)"})
         return [records.change(records.make_record(run_id), state="failed") for run_id in run_ids]
 
     with pytest.raises(UserError) as raised:

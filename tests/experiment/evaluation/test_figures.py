@@ -125,12 +125,11 @@ def test_bars_carry_their_values_and_one_point_per_seed():
 def test_difference_figure_shows_the_computed_intervals():
     given = [make_record(f"{m}{s}", m, s) for s in (1, 2) for m in ("baseline_lora", "proposed_fw_lora")]
     (cell,) = cells_of(*given)
-    (pair,) = compare([cell])["pairs"]
+    (pair,) = compare([cell]).pairs
     rows, height = cell_figures._arrange_differences(cell, [pair])
-    overall = pair["over_seeds"]["accuracy"]
     assert [row.kind for row in rows] == ["baseline", "seed", "seed"]
-    assert (rows[0].difference, rows[0].low) == (100 * overall["mean"], 100 * overall["low"])
-    assert rows[2].high == 100 * pair["per_seed"][1]["bootstrap"]["accuracy"]["high"]
+    assert (rows[0].difference, rows[0].low) == (100 * pair.primary.tests.mean, 100 * pair.primary.low)
+    assert rows[2].high == 100 * pair.per_seed[1].intervals["accuracy"].high
     assert sorted(row.position for row in rows) == [row.position for row in rows] and height > rows[-1].position
 
 
@@ -195,11 +194,11 @@ def test_pooled_and_budget_figures_show_the_computed_values():
     methods = ("baseline_lora", "proposed_fw_lora")
     given = [make_record(f"{m}{b}{s}", m, s, budget=b) for b in (0.2, 0.5) for s in (1, 2) for m in methods]
     cells = cells_of(*given)
-    (entry,) = compare(cells)["pooled"]
+    (entry,) = compare(cells).pooled
     figure = Figure()
     overview_figures._draw_pooled(figure, [entry])
     (label,) = figure.axes[0].get_yticklabels()
-    shown = f"{100 * entry['mean']:+.2f} [{100 * entry['low']:+.2f}, {100 * entry['high']:+.2f}], 2 cells, 4 pairs"
+    shown = f"{100 * entry.mean:+.2f} [{100 * entry.low:+.2f}, {100 * entry.high:+.2f}], 2 cells, 4 pairs"
     assert label.get_text() == f"FW-LoRA minus LoRA\n{shown}"
     figure = Figure()
     overview_figures._draw_budgets(figure, [cells])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fwlora.experiment.evaluation.compare import hypothesis_tests as statistics
+from fwlora.experiment.evaluation.compare import hypothesis_tests
 from fwlora.experiment.evaluation.compare.bootstrap import CONFUSION_METRICS
 
 
@@ -17,7 +17,7 @@ def test_mcnemar_of_a_hand_computed_case():
     labels = np.zeros(10, dtype=int)
     first = np.array([0, 0, 0, 0, 0, 0, 1, 1, 0, 1])
     second = np.array([1, 1, 1, 1, 1, 0, 0, 1, 0, 1])
-    result = statistics.mcnemar_exact(labels, first, second)
+    result = hypothesis_tests.mcnemar_exact(labels, first, second)
     assert (result.only_first_correct, result.only_second_correct) == (5, 1)
     # Six coin tosses, five or more alike on either side: 2 (C(6,5) + C(6,6)) / 2^6 = 14/64.
     assert result.p_value == pytest.approx(14 / 64, abs=1e-12)
@@ -25,7 +25,7 @@ def test_mcnemar_of_a_hand_computed_case():
 
 def test_mcnemar_without_disagreement_is_one():
     labels = np.array([0, 1, 1])
-    assert statistics.mcnemar_exact(labels, labels, labels).p_value == 1.0
+    assert hypothesis_tests.mcnemar_exact(labels, labels, labels).p_value == 1.0
 
 
 @pytest.mark.parametrize(
@@ -38,12 +38,12 @@ def test_sign_flip_p_value_equals_enumeration(differences: list[float]):
         for signs in itertools.product((1, -1), repeat=len(differences))
     ]
     expected = sum(value >= observed - 1e-12 for value in flipped) / len(flipped)
-    got = statistics.sign_flip_p_value(np.array(differences), np.random.default_rng(0))
+    got = hypothesis_tests.sign_flip_p_value(np.array(differences), np.random.default_rng(0))
     assert got == pytest.approx(expected, abs=1e-12)
 
 
 def test_seed_tests_of_a_hand_computed_case():
-    tests = statistics.compare_seeds(np.array([1.0, 2.0, 3.0]), np.random.default_rng(0))
+    tests = hypothesis_tests.compare_seeds(np.array([1.0, 2.0, 3.0]), np.random.default_rng(0))
     assert (tests.count, tests.mean, tests.standard_deviation, tests.wins) == (3, 2.0, 1.0, 3)
     assert tests.t_statistic == pytest.approx(2.0 * math.sqrt(3))
     # Student's t with two degrees of freedom: p = 1 - t / sqrt(2 + t²), here with t² = 12.
@@ -53,21 +53,21 @@ def test_seed_tests_of_a_hand_computed_case():
 
 
 def test_one_seed_allows_no_test():
-    tests = statistics.compare_seeds(np.array([0.5]), np.random.default_rng(0))
+    tests = hypothesis_tests.compare_seeds(np.array([0.5]), np.random.default_rng(0))
     assert tests.mean == 0.5
     assert (tests.standard_deviation, tests.t_p_value, tests.sign_flip_p_value) == (None, None, None)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1])
 def test_differences_that_do_not_vary_have_no_t_test(value: float):
-    tests = statistics.compare_seeds(np.full(4, value), np.random.default_rng(0))
+    tests = hypothesis_tests.compare_seeds(np.full(4, value), np.random.default_rng(0))
     assert (tests.t_statistic, tests.t_p_value) == (None, None)
     assert tests.sign_flip_p_value == pytest.approx(1.0 if value == 0 else 2 / 16)
 
 
 def test_rejection_rate_on_null_data_is_the_level():
     rng = np.random.default_rng(17)
-    p_values = [statistics.compare_seeds(rng.normal(size=7), rng) for _ in range(400)]
+    p_values = [hypothesis_tests.compare_seeds(rng.normal(size=7), rng) for _ in range(400)]
     for name in ("t_p_value", "sign_flip_p_value"):
         rate = np.mean([getattr(tests, name) <= 0.05 for tests in p_values])
         assert 0.02 < rate < 0.08
@@ -75,33 +75,39 @@ def test_rejection_rate_on_null_data_is_the_level():
 
 def test_holm_of_a_hand_computed_case():
     # Sorted: 0.01 x 4, 0.02 x 3, 0.03 x 2 (raised to 0.06 by the step before), 0.5 x 1.
-    assert statistics.holm_adjust([0.02, 0.5, 0.01, 0.03]) == pytest.approx([0.06, 0.5, 0.04, 0.06])
-    assert statistics.holm_adjust([0.6, 0.7]) == pytest.approx([1.0, 1.0])
-    assert statistics.holm_adjust([]) == []
+    assert hypothesis_tests.holm_adjust([0.02, 0.5, 0.01, 0.03]) == pytest.approx([0.06, 0.5, 0.04, 0.06])
+    assert hypothesis_tests.holm_adjust([0.6, 0.7]) == pytest.approx([1.0, 1.0])
+    assert hypothesis_tests.holm_adjust([]) == []
+    assert hypothesis_tests.holm_adjust([None, 0.02, None, 0.03]) == [
+        None,
+        pytest.approx(0.04),
+        None,
+        pytest.approx(0.04),
+    ]
 
 
 @pytest.mark.parametrize("differences", [[], [0.1, math.nan]])
 def test_differences_must_be_finite(differences: list[float]):
     with pytest.raises(ValueError, match="finite"):
-        statistics.compare_seeds(np.array(differences), np.random.default_rng(0))
+        hypothesis_tests.compare_seeds(np.array(differences), np.random.default_rng(0))
 
 
 def test_shapes_must_agree():
     with pytest.raises(ValueError, match="same shape"):
-        statistics.mcnemar_exact(np.zeros(3, dtype=int), np.zeros(3, dtype=int), np.zeros(4, dtype=int))
+        hypothesis_tests.mcnemar_exact(np.zeros(3, dtype=int), np.zeros(3, dtype=int), np.zeros(4, dtype=int))
 
 
 def test_effect_size_and_power_of_a_hand_computed_case():
-    tests = statistics.compare_seeds(np.array([1.0, 2.0, 3.0]), np.random.default_rng(0))
+    tests = hypothesis_tests.compare_seeds(np.array([1.0, 2.0, 3.0]), np.random.default_rng(0))
     # d = 2 / 1, Hedges' factor 1 - 3 / (4 · 2 - 1) = 4/7.
     assert tests.hedges_g == pytest.approx(2 * 4 / 7)
-    assert statistics.compare_seeds(np.array([1.0, 2.0]), np.random.default_rng(0)).hedges_g is None
+    assert hypothesis_tests.compare_seeds(np.array([1.0, 2.0]), np.random.default_rng(0)).hedges_g is None
     assert tests.minimum_detectable_difference is not None
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 5, 10, 30])
 def test_minimum_detectable_difference_is_found_in_four_studies_of_five(seeds: int):
-    difference = statistics.minimum_detectable_difference(1.7, seeds)
+    difference = hypothesis_tests.minimum_detectable_difference(1.7, seeds)
     rng = np.random.default_rng(seeds)
     p_values = stats.ttest_1samp(rng.normal(difference, 1.7, size=(40_000, seeds)), 0.0, axis=1).pvalue
     assert np.mean(p_values < 0.05) == pytest.approx(0.8, abs=0.01)
@@ -111,7 +117,7 @@ def test_minimum_detectable_difference_is_found_in_four_studies_of_five(seeds: i
     ("distance", "deviation", "strata"), [(1.0, 1.0, 1), (0.5, 1.0, 1), (0.4, 0.5, 6), (-2.0, 3.0, 2)]
 )
 def test_seeds_needed_are_enough_and_one_less_is_not(distance: float, deviation: float, strata: int):
-    needed = statistics.seeds_needed(distance, deviation, strata)
+    needed = hypothesis_tests.seeds_needed(distance, deviation, strata)
     assert needed is not None
     rng = np.random.default_rng(3)
 
@@ -127,15 +133,15 @@ def test_seeds_needed_are_enough_and_one_less_is_not(distance: float, deviation:
 
 
 def test_seeds_needed_at_the_edges():
-    assert statistics.seeds_needed(0.0, 1.0) is None
-    assert statistics.seeds_needed(1.0, 0.0) == 2
-    assert statistics.seeds_needed(50.0, 1.0) == 2
-    assert statistics.seeds_needed(0.01, 1.0) is None
+    assert hypothesis_tests.seeds_needed(0.0, 1.0) is None
+    assert hypothesis_tests.seeds_needed(1.0, 0.0) == 2
+    assert hypothesis_tests.seeds_needed(50.0, 1.0) == 2
+    assert hypothesis_tests.seeds_needed(0.01, 1.0) is None
 
 
 def test_stratified_mean_with_one_stratum_is_students_t():
     values = np.array([0.3, -0.1, 0.4, 0.2])
-    found = statistics.stratified_mean([values])
+    found = hypothesis_tests.stratified_mean([values])
     expected = stats.ttest_1samp(values, 0.1)
     assert found.interval(0.95) == pytest.approx(tuple(expected.confidence_interval(0.95)))
     assert found.p_value(0.1, "greater") == pytest.approx(stats.ttest_1samp(values, 0.1, alternative="greater").pvalue)
@@ -145,7 +151,7 @@ def test_stratified_mean_with_one_stratum_is_students_t():
 def test_stratified_mean_of_two_strata_has_welchs_degrees_of_freedom():
     rng = np.random.default_rng(1)
     first, second = rng.normal(1.0, 1.0, 5), rng.normal(3.0, 4.0, 8)
-    found = statistics.stratified_mean([first, -second])
+    found = hypothesis_tests.stratified_mean([first, -second])
     welch = stats.ttest_ind(first, second, equal_var=False)
     assert found.degrees_of_freedom == pytest.approx(welch.df)
     assert 2 * found.p_value(0.0, "less") == pytest.approx(welch.pvalue)
@@ -153,9 +159,9 @@ def test_stratified_mean_of_two_strata_has_welchs_degrees_of_freedom():
 
 
 def test_strata_without_spread_or_with_one_value():
-    assert statistics.stratified_mean([np.array([1.0, 1.0]), np.array([3.0, 3.0])]).interval(0.95) == (2.0, 2.0)
-    assert statistics.stratified_mean([np.array([1.0, 1.0])]).p_value(0.0, "greater") is None
-    alone = statistics.stratified_mean([np.array([1.0, 2.0]), np.array([3.0])])
+    assert hypothesis_tests.stratified_mean([np.array([1.0, 1.0]), np.array([3.0, 3.0])]).interval(0.95) == (2.0, 2.0)
+    assert hypothesis_tests.stratified_mean([np.array([1.0, 1.0])]).p_value(0.0, "greater") is None
+    alone = hypothesis_tests.stratified_mean([np.array([1.0, 2.0]), np.array([3.0])])
     assert (alone.estimate, alone.interval(0.95), alone.p_value(0.0, "less")) == (2.25, None, None)
 
 
@@ -172,7 +178,7 @@ def test_stratified_flips_of_a_hand_computed_case():
         ("less", np.mean([value <= sums[0] + 1e-12 for value in sums])),
         ("two-sided", 2 * np.mean([value >= sums[0] - 1e-12 for value in sums])),
     ):
-        got = statistics.stratified_sign_flip_p_value(strata, rng, alternative)
+        got = hypothesis_tests.stratified_sign_flip_p_value(strata, rng, alternative)
         assert got == pytest.approx(min(1.0, expected), abs=1e-12)
 
 
@@ -180,14 +186,14 @@ def test_cells_count_alike_however_many_seeds_they_have():
     strata = [np.array([0.5, 0.3]), np.array([-0.1, 0.4, 0.2, -0.3, 0.1, 0.2])]
     terms = np.concatenate([values / (values.size * math.sqrt(np.mean(values**2))) for values in strata])
     sums = [np.dot(signs, terms) for signs in itertools.product((1, -1), repeat=8)]
-    got = statistics.stratified_sign_flip_p_value(strata, np.random.default_rng(0), "greater")
+    got = hypothesis_tests.stratified_sign_flip_p_value(strata, np.random.default_rng(0), "greater")
     assert got == pytest.approx(np.mean(np.array(sums) >= sums[0] - 1e-12))
 
 
 def test_rounding_errors_are_no_differences():
     values = 0.1 + np.array([1e-17, -1e-17, 0.0, 2e-17])
-    assert statistics.compare_seeds(values, np.random.default_rng(0)).t_p_value is None
-    assert statistics.stratified_sign_flip_p_value([np.full(5, 1e-17)], np.random.default_rng(0)) == 1.0
+    assert hypothesis_tests.compare_seeds(values, np.random.default_rng(0)).t_p_value is None
+    assert hypothesis_tests.stratified_sign_flip_p_value([np.full(5, 1e-17)], np.random.default_rng(0)) == 1.0
 
 
 def test_differences_of_one_block_flip_together():
@@ -196,32 +202,34 @@ def test_differences_of_one_block_flip_together():
     by_seed = terms[0] + terms[1]
     sums = [np.dot(signs, by_seed) for signs in itertools.product((1, -1), repeat=3)]
     rng = np.random.default_rng(0)
-    got = statistics.stratified_sign_flip_p_value(strata, rng, blocks=[(1, 2, 3), (1, 2, 3)])
+    got = hypothesis_tests.stratified_sign_flip_p_value(strata, rng, blocks=[(1, 2, 3), (1, 2, 3)])
     assert got == pytest.approx(np.mean(np.abs(sums) >= abs(sums[0]) - 1e-12))
     # Copies of one cell tell nothing new, which flips one by one do not know.
     values = np.array([0.2, 0.3, 0.1, 0.25, -0.02])
-    alone = statistics.stratified_sign_flip_p_value([values], rng)
-    assert statistics.stratified_sign_flip_p_value([values] * 3, rng, blocks=[range(5)] * 3) == pytest.approx(alone)
-    assert statistics.stratified_sign_flip_p_value([values] * 3, rng) < 0.2 * alone
+    alone = hypothesis_tests.stratified_sign_flip_p_value([values], rng)
+    assert hypothesis_tests.stratified_sign_flip_p_value([values] * 3, rng, blocks=[range(5)] * 3) == pytest.approx(
+        alone
+    )
+    assert hypothesis_tests.stratified_sign_flip_p_value([values] * 3, rng) < 0.2 * alone
 
 
 def test_stratified_flips_do_not_depend_on_the_scale_of_a_cell():
     strata = [np.array([0.1, -0.2, 0.3]), np.array([5.0, 7.0, -1.0])]
     p_values = [
-        statistics.stratified_sign_flip_p_value([strata[0] * scale, strata[1]], np.random.default_rng(0))
+        hypothesis_tests.stratified_sign_flip_p_value([strata[0] * scale, strata[1]], np.random.default_rng(0))
         for scale in (1.0, 1e-3, 1e3)
     ]
     assert p_values[0] == p_values[1] == p_values[2]
-    with_zeros = statistics.stratified_sign_flip_p_value([np.zeros(3)], np.random.default_rng(0))
+    with_zeros = hypothesis_tests.stratified_sign_flip_p_value([np.zeros(3)], np.random.default_rng(0))
     assert with_zeros == 1.0
 
 
 def test_sampled_flips_agree_with_all_of_them():
     strata = [np.random.default_rng(2).normal(0.4, 1.0, 7) for _ in range(2)]
     rng = np.random.default_rng(0)
-    exact = statistics.stratified_sign_flip_p_value(strata, rng)
+    exact = hypothesis_tests.stratified_sign_flip_p_value(strata, rng)
     with_seventeenth = [*strata, np.zeros(3)]
-    assert statistics.stratified_sign_flip_p_value(with_seventeenth, rng) == pytest.approx(exact, abs=0.01)
+    assert hypothesis_tests.stratified_sign_flip_p_value(with_seventeenth, rng) == pytest.approx(exact, abs=0.01)
 
 
 def simulate_null_study(rng: np.random.Generator, shared: float) -> list[np.ndarray]:
@@ -254,7 +262,7 @@ def test_headline_test_rejects_one_null_study_in_twenty(shared: float):
     rng = np.random.default_rng(20_261_123)
     blocks = [[(task, seed) for seed in range(5)] for task in range(2) for _ in range(3)]
     p_values = [
-        statistics.stratified_sign_flip_p_value(simulate_null_study(rng, shared), rng, blocks=blocks)
+        hypothesis_tests.stratified_sign_flip_p_value(simulate_null_study(rng, shared), rng, blocks=blocks)
         for _ in range(1000)
     ]
     rate = float(np.mean(np.array(p_values) <= 0.05))

@@ -8,20 +8,29 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fwlora.experiment.evaluation.claims import verdicts
-from fwlora.experiment.evaluation.compare import hypothesis_tests as statistics
+from fwlora.experiment.evaluation.claims.verdicts import judge_claims
 from fwlora.experiment.evaluation.compare.bootstrap import resample_runs
 from fwlora.experiment.evaluation.compare.cells import group_cells
 from fwlora.experiment.evaluation.compare.comparisons import compare_pairs
 from fwlora.experiment.evaluation.compare.hypothesis_tests import (
     holm_adjust,
+    seeds_needed,
     stratified_mean,
     stratified_sign_flip_p_value,
 )
 from fwlora.experiment.evaluation.compare.runs import read_runs
 from fwlora.experiment.tracking.records import RunRecord, pack_classes
 from tests.helpers import evaluation_records as records
-from tests.helpers.verdict_runs import EXAMPLES, judge, make_claim, make_run, make_runs, with_times
+from tests.helpers.verdict_runs import (
+    EXAMPLES,
+    judge,
+    make_claim,
+    make_run,
+    make_runs,
+    reason_of,
+    remedy_of,
+    with_times,
+)
 
 
 def with_norms(factors) -> list[RunRecord]:
@@ -47,10 +56,10 @@ def with_norms(factors) -> list[RunRecord]:
 
 def test_a_clear_difference_is_supported_with_its_interval_and_test():
     differences = [80, 100, 90, 110, 95]
-    answer = judge(make_runs(differences), above=make_claim())
-    (finding,) = answer.findings
+    result = judge(make_runs(differences), above=make_claim())
+    (finding,) = result.findings
     points = np.array(differences) / EXAMPLES * 100
-    assert (answer.verdict, answer.reason, answer.decided_by) == ("supported", None, None)
+    assert (result.verdict, reason_of(result), remedy_of(result)) == ("supported", None, None)
     assert finding.value == pytest.approx(points.mean())
     assert (finding.test, finding.seeds) == ("paired t", (5,))
     assert finding.p_value == finding.p_value_holm == pytest.approx(stats.ttest_1samp(points, 0).pvalue)
@@ -58,35 +67,35 @@ def test_a_clear_difference_is_supported_with_its_interval_and_test():
 
 
 def test_a_clear_difference_the_other_way_is_refuted():
-    answer = judge(make_runs([-80, -100, -90, -110, -95]), above=make_claim())
-    assert (answer.verdict, answer.reason, answer.decided_by) == ("refuted", None, None)
+    result = judge(make_runs([-80, -100, -90, -110, -95]), above=make_claim())
+    assert (result.verdict, reason_of(result), remedy_of(result)) == ("refuted", None, None)
 
 
 def test_the_bound_is_what_is_tested():
     differences = [-4, -2, -6, -3, -5]  # -0.1 points
     given = make_runs(differences)
-    answer = judge(given, within=make_claim(at_least=-1.0))
+    result = judge(given, within=make_claim(at_least=-1.0))
     points = np.array(differences) / EXAMPLES * 100
-    assert answer.verdict == "supported"
-    assert answer.findings[0].p_value == pytest.approx(stats.ttest_1samp(points, -1.0).pvalue)
+    assert result.verdict == "supported"
+    assert result.findings[0].p_value == pytest.approx(stats.ttest_1samp(points, -1.0).pvalue)
     assert judge(given, above=make_claim(at_least=0.0)).verdict == "refuted"
     assert judge(given, above=make_claim(at_least=None, at_most=0.0)).verdict == "supported"
 
 
 def test_seeds_that_disagree_leave_it_undecided_and_say_how_many_would_do():
     differences = [300, -280, 290, -250, 200]
-    answer = judge(make_runs(differences), above=make_claim())
-    assert answer.verdict == "undecided" and "interval reaches across the bound" in answer.reason
+    result = judge(make_runs(differences), above=make_claim())
+    assert result.verdict == "undecided" and "interval reaches across the bound" in reason_of(result)
     values = np.array(differences) / EXAMPLES
     allowed = abs(values.mean()) / (stats.norm.ppf(0.975) + stats.norm.ppf(0.8))
-    needed = int(answer.decided_by.split("about ")[1].split(" ")[0])
+    needed = int(remedy_of(result).split("about ")[1].split(" ")[0])
     examples = np.arange(EXAMPLES)
     rights = [(3400 + 7 * seed, 3400 + 7 * seed + difference) for seed, difference in enumerate(differences)]
     by_example = np.mean([(examples < ours) * 1.0 - (examples < theirs) for theirs, ours in rights], axis=0)
     expected = values.var(ddof=1) / (allowed**2 - by_example.var() / EXAMPLES)
-    assert expected > statistics.seeds_needed(values.mean(), values.std(ddof=1)), "examples ask for more seeds"
+    assert expected > seeds_needed(values.mean(), values.std(ddof=1)), "examples ask for more seeds"
     assert needed == pytest.approx(expected, rel=0.1)
-    assert answer.decided_by.endswith("if the value is what it seems (power 80 %, one claim alone)")
+    assert remedy_of(result).endswith("if the value is what it seems (power 80 %, one claim alone)")
 
 
 def test_examples_that_cannot_tell_are_named_instead_of_seeds():
@@ -103,12 +112,12 @@ def test_examples_that_cannot_tell_are_named_instead_of_seeds():
                 "summary__final_eval_accuracy": float(np.mean(predictions == labels)),
             }
             given.append(make_run(role, seed, 3000, **paths))
-    answer = judge(given, above=make_claim())
-    assert answer.verdict == "undecided", "the seeds agree, but other examples might not"
-    assert answer.findings[0].p_value_holm < 0.05
-    assert "evaluation examples: seeds alone cannot" in answer.decided_by
+    result = judge(given, above=make_claim())
+    assert result.verdict == "undecided", "the seeds agree, but other examples might not"
+    assert result.findings[0].p_value_holm < 0.05
+    assert "evaluation examples: seeds alone cannot" in remedy_of(result)
     # Difference about 0.065 points, its standard error over examples sqrt(400)/4000 = 0.5 points.
-    needed = int(answer.decided_by.split("more than ")[1].split(" ")[0].replace(",", ""))
+    needed = int(remedy_of(result).split("more than ")[1].split(" ")[0].replace(",", ""))
     assert needed == pytest.approx(4000 * (2.8016 * 0.5 / 0.065) ** 2, rel=0.15)
 
 
@@ -116,8 +125,8 @@ def test_pooled_over_cells_uses_stratified_flips():
     differences = {0.1: [40, 70, 10, 55, 20], 0.2: [100, 60, 75, 90, 85], 0.5: [15, 30, 25, 60, 35]}
     cells = [(subset, budget, values) for subset in ("rte", "sst2") for budget, values in differences.items()]
     given = [run for subset, budget, values in cells for run in make_runs(values, budget=budget, subset=subset)]
-    answer = judge(given, above=make_claim())
-    (finding,) = answer.findings
+    result = judge(given, above=make_claim())
+    (finding,) = result.findings
     strata = [np.array(values) / EXAMPLES for _, _, values in cells]
     blocks = [[(subset, seed) for seed in range(5)] for subset, _, _ in cells]
     flips = [
@@ -129,7 +138,7 @@ def test_pooled_over_cells_uses_stratified_flips():
     assert min(flips) == 1 / 2**10 > stratified_mean(merged).p_value(0.0, "greater")
     assert finding.p_value == pytest.approx(2 * min(flips))
     assert finding.value == pytest.approx(100 * np.mean([values.mean() for values in strata]))
-    assert answer.verdict == "supported"
+    assert result.verdict == "supported"
 
 
 def test_budgets_of_one_data_set_are_one_observation_for_each_seed():
@@ -151,16 +160,18 @@ def test_budgets_of_one_data_set_are_one_observation_for_each_seed():
 def test_each_cell_has_to_hold():
     good, bad = [100, 90, 80, 110, 95], [-100, -90, -80, -110, -95]
     mixed = make_runs(good, budget=0.1) + make_runs(bad, budget=0.5)
-    answer = judge(mixed, each=make_claim(scope="each_cell"))
-    assert [finding.verdict for finding in answer.findings] == ["supported", "refuted"]
-    assert answer.verdict == "refuted"
+    result = judge(mixed, each=make_claim(scope="each_cell"))
+    assert [finding.verdict for finding in result.findings] == ["supported", "refuted"]
+    assert result.verdict == "refuted"
     half_open = make_runs(good, budget=0.1) + make_runs([100, -90, 10, -20, 5], budget=0.5)
-    answer = judge(half_open, each=make_claim(scope="each_cell"))
-    assert answer.verdict == "undecided" and answer.reason.startswith("glue/sst2, roberta-base, 0.5 %: the interval")
+    result = judge(half_open, each=make_claim(scope="each_cell"))
+    assert result.verdict == "undecided" and reason_of(result).startswith(
+        "glue/sst2, roberta-base, 0.5 %: the interval"
+    )
     only = judge(mixed, one=make_claim(scope="each_cell", budgets=[0.1]))
     assert only.verdict == "supported"
     none = judge(mixed, none=make_claim(budgets=[0.2]))
-    assert (none.verdict, none.reason) == ("undecided", "no runs at a budget of 0.2 %")
+    assert (none.verdict, reason_of(none)) == ("undecided", "no runs at a budget of 0.2 %")
 
 
 def test_holm_runs_over_all_claims():
@@ -176,9 +187,9 @@ def test_times_are_compared_as_ratios():
     times = {"lora": [100.0, 102.0, 98.0, 101.0], "proposed": [100.4, 102.7, 98.4, 101.6]}
     given = with_times(times)
     claim = make_claim(measure="training_time", at_least=None, at_most=1.01)
-    (finding,) = (answer := judge(given, time=claim)).findings
+    (finding,) = (result := judge(given, time=claim)).findings
     logs = np.log(np.array(times["proposed"]) / np.array(times["lora"]))
-    assert answer.verdict == "supported"
+    assert result.verdict == "supported"
     assert finding.value == pytest.approx(math.exp(logs.mean()))
     assert finding.p_value == pytest.approx(stats.ttest_1samp(logs, math.log(1.01)).pvalue)
     assert (finding.low, finding.high) == pytest.approx(
@@ -205,13 +216,13 @@ def test_a_share_of_a_gain_is_a_contrast_of_three():
         for seed in range(4)
     ]
     contrast = {"proposed": 1, "adalora": -0.8, "lora": -0.2}
-    answers = judge(
+    results = judge(
         given,
         gain=make_claim(contrast={"adalora": 1, "lora": -1}),
         share=make_claim(contrast=contrast, requires="gain"),
     )
     # 90 - 0.8 · 100 examples, and half an example on average.
-    assert answers["share"].findings[0].value == pytest.approx(100 * 10.5 / EXAMPLES)
+    assert results["share"].findings[0].value == pytest.approx(100 * 10.5 / EXAMPLES)
 
 
 @pytest.mark.parametrize(
@@ -219,43 +230,43 @@ def test_a_share_of_a_gain_is_a_contrast_of_three():
 )
 def test_a_claim_without_its_premise_is_not_supported(gains, verdict):
     given = make_runs(gains, role="adalora") + [make_run("proposed", s, 3700 + 7 * s) for s in range(4)]
-    answers = judge(
+    results = judge(
         given,
         premise=make_claim(contrast={"adalora": 1, "lora": -1}),
         claim=make_claim(contrast={"proposed": 1, "adalora": -0.5, "lora": -0.5}, requires="premise"),
     )
-    assert answers["premise"].verdict == verdict
-    assert answers["claim"].verdict == verdict
-    assert f"which is {verdict}" in answers["claim"].reason
+    assert results["premise"].verdict == verdict
+    assert results["claim"].verdict == verdict
+    assert f"which is {verdict}" in reason_of(results["claim"])
 
 
 def test_norms_are_compared_within_each_half_of_the_modules():
     given = with_norms([0.5, 0.6, 0.7, 0.99, 1.0, 1.0])
-    answers = judge(
+    results = judge(
         given,
         low=make_claim(measure="update_norm", modules="least_important", at_least=None, at_most=1.0),
         high=make_claim(measure="update_norm", modules="most_important", at_least=0.95),
     )
     drift = 1.001**1.5
-    assert answers["low"].findings[0].value == pytest.approx((0.5 * 0.6 * 0.7) ** (1 / 3) * drift)
-    assert answers["high"].findings[0].value == pytest.approx(0.99 ** (1 / 3) * drift)
-    assert (answers["low"].verdict, answers["high"].verdict) == ("supported", "supported")
+    assert results["low"].findings[0].value == pytest.approx((0.5 * 0.6 * 0.7) ** (1 / 3) * drift)
+    assert results["high"].findings[0].value == pytest.approx(0.99 ** (1 / 3) * drift)
+    assert (results["low"].verdict, results["high"].verdict) == ("supported", "supported")
 
 
 def test_norms_that_were_not_recorded_are_named():
     claim = make_claim(measure="update_norm", modules="least_important", at_least=None, at_most=1.0)
-    answer = judge(make_runs([10, 20]), low=claim)
-    assert "run proposed-sst2-0.2-0 recorded no importances" in answer.reason
+    result = judge(make_runs([10, 20]), low=claim)
+    assert "run proposed-sst2-0.2-0 recorded no importances" in reason_of(result)
     given = [records.change(run, summary__module_delta_norms=[0.0] * 6) for run in with_norms([1.0] * 6)]
-    assert "no module of seed 0 was updated by all methods" in judge(given, low=claim).reason
+    assert "no module of seed 0 was updated by all methods" in reason_of(judge(given, low=claim))
 
 
 def test_equal_scores_leave_no_rounding_error_to_test():
     roles = ("lora", "adalora", "proposed")
     given = [make_run(r, s, 3400 + 13 * s, subset=task) for task in ("sst2", "rte") for s in range(5) for r in roles]
-    answer = judge(given, share=make_claim(contrast={"proposed": 1, "adalora": -0.8, "lora": -0.2}))
-    assert (answer.verdict, answer.findings[0].value) == ("undecided", 0.0)
-    assert answer.reason == "no test is possible: the differences are the same for all seeds"
+    result = judge(given, share=make_claim(contrast={"proposed": 1, "adalora": -0.8, "lora": -0.2}))
+    assert (result.verdict, result.findings[0].value) == ("undecided", 0.0)
+    assert reason_of(result) == "no test is possible: the differences are the same for all seeds"
 
 
 def test_the_test_has_to_point_where_the_mean_does():
@@ -263,28 +274,28 @@ def test_the_test_has_to_point_where_the_mean_does():
     noise = [0, 4, -4, 6, -6, 2, -2, 1]
     given = [run for b in (0.1, 0.2, 0.3, 0.4, 0.5) for run in make_runs([-20 + n for n in noise], budget=b)]
     given += make_runs([430 + n for n in noise], subset="rte", budget=0.2)
-    answer = judge(given, above=make_claim())
-    (finding,) = answer.findings
+    result = judge(given, above=make_claim())
+    (finding,) = result.findings
     assert finding.value > 0 and finding.low > 0
-    assert answer.verdict == "undecided" and finding.p_value > 0.5
+    assert result.verdict == "undecided" and finding.p_value > 0.5
 
 
 def test_a_refuted_claim_stays_refuted_while_its_premise_is_open():
     given = make_runs([200, -190, 150, -180], role="adalora") + [
         make_run("proposed", s, 3000 + 9 * s) for s in range(4)
     ]
-    answers = judge(
+    results = judge(
         given,
         premise=make_claim(contrast={"adalora": 1, "lora": -1}),
         claim=make_claim(contrast={"proposed": 1, "lora": -1}, requires="premise"),
     )
-    assert (answers["premise"].verdict, answers["claim"].verdict) == ("undecided", "refuted")
+    assert (results["premise"].verdict, results["claim"].verdict) == ("undecided", "refuted")
     undecided = judge(
         given,
         premise=make_claim(contrast={"adalora": 1, "lora": -1}),
         claim=make_claim(contrast={"adalora": 1, "lora": -1}, requires="premise"),
     )
-    assert undecided["claim"].reason.endswith("which is undecided")
+    assert reason_of(undecided["claim"]).endswith("which is undecided")
 
 
 def test_every_cell_counts_alike_however_many_its_data_set_has():
@@ -323,29 +334,29 @@ def test_a_clear_interval_is_not_enough_where_holm_asks_for_more():
     alone = judge(given, a=make_claim())
     assert alone.findings[0].low > 0 and alone.findings[0].p_value > 0.05 / 3
     many = judge(given, **{f"c{i}": make_claim(at_least=-0.001 * i) for i in range(10)})
-    assert {answer.verdict for answer in many.values()} == {"undecided"}
-    assert all(answer.findings[0].low > 0 for answer in many.values())
-    assert many["c0"].reason == "the test does not reject the bound"
+    assert {result.verdict for result in many.values()} == {"undecided"}
+    assert all(result.findings[0].low > 0 for result in many.values())
+    assert reason_of(many["c0"]) == "the test does not reject the bound"
 
 
 def test_what_would_decide_a_claim_between_two_bounds_is_counted_from_the_nearer_one():
     logs = np.array([-0.02, 0.03, -0.01, 0.02, -0.015])
     logs += math.log(0.89) - logs.mean()
     given = with_times({"lora": [100.0] * 5, "proposed": (100 * np.exp(logs)).tolist()})
-    answer = judge(given, time=make_claim(measure="training_time", at_least=0.7, at_most=0.90))
+    result = judge(given, time=make_claim(measure="training_time", at_least=0.7, at_most=0.90))
     distance, deviation = math.log(0.90 / 0.89), float(logs.std(ddof=1))
     allowed = distance / (stats.norm.ppf(0.975) + stats.norm.ppf(0.8))
     by_interval = math.ceil(deviation**2 / allowed**2)
-    needed = max(statistics.seeds_needed(distance, deviation), by_interval)
-    assert answer.decided_by.startswith(f"about {needed} seeds, if")
+    needed = max(seeds_needed(distance, deviation), by_interval)
+    assert remedy_of(result).startswith(f"about {needed} seeds, if")
 
 
 def test_claims_and_statistics_give_one_interval_for_one_contrast():
     given = [run for budget in (0.1, 0.2) for run in make_runs([40, 70, 10, 55, 20], budget=budget)]
     runs = read_runs(given)
     cells, resampled = group_cells(runs), resample_runs(runs, 0, 500)
-    (finding,) = verdicts.judge_claims({"above": make_claim()}, cells, resampled, 0)[0].findings
-    (entry,) = compare_pairs(cells, resampled, 0)["pooled"]
+    (finding,) = judge_claims({"above": make_claim()}, cells, resampled, 0)[0].findings
+    (entry,) = compare_pairs(cells, resampled, 0).pooled
     assert (finding.value, finding.low, finding.high) == pytest.approx(
-        tuple(100 * entry[key] for key in ("mean", "low", "high"))
+        (100 * entry.mean, 100 * entry.low, 100 * entry.high)
     )

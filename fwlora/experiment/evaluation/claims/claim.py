@@ -8,14 +8,29 @@ from typing import Annotated, Any, Literal, get_args
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from yaml import YAMLError
 
 from fwlora.experiment.errors import UserError, describe_yaml_error
-from fwlora.experiment.evaluation.compare.cells import Cell, Role, budget_value
+from fwlora.experiment.evaluation.claims.measures import Unit, find_measure, known_measures
+from fwlora.experiment.evaluation.compare.cells import Cell
 from fwlora.experiment.evaluation.compare.contrasts import Half
+from fwlora.experiment.evaluation.compare.variants import known_roles
 
-Measure = Literal["quality", "training_time", "update_norm"]
+
+def _check_role(role: str) -> str:
+    if role not in (known := known_roles()):
+        raise ValueError(f"unknown role; known: {', '.join(known)}")
+    return role
+
+
+def _check_measure(name: str) -> str:
+    find_measure(name)
+    return name
+
+
+Role = Annotated[str, AfterValidator(_check_role)]
+MeasureName = Annotated[str, AfterValidator(_check_measure)]
 Number = Annotated[float, Field(strict=False, allow_inf_nan=False)]
 
 
@@ -45,11 +60,11 @@ class Claim(BaseModel):
         statement: the claim as one sentence.
         source: the part of the specification that makes it.
         quote: its words there.
-        measure: ``quality``, the primary metric in points; ``training_time``, a ratio of training times;
-            ``update_norm``, a ratio of ‖ΔW‖_F, geometric mean over modules.
+        measure: name of a measure; see :mod:`fwlora.experiment.evaluation.claims.measures`.
         contrast: weights of roles that sum to 0, such as ``{proposed: 1, lora: -1}``; for ratios, of logarithms.
-        at_least, at_most: what the contrast has to keep to, in points or as a ratio; one of them, or both.
-        modules: for ``update_norm``, the half of the modules by importance.
+        at_least: lower bound of the contrast, in the measure's unit; None where ``at_most`` is enough.
+        at_most: upper bound of the contrast, in the measure's unit; None where ``at_least`` is enough.
+        modules: the half of the modules by importance, for measures that need one.
         budgets: in per cent, the cells that the claim speaks of; null: all.
         scope: ``each_cell``: it has to hold in every cell; ``pooled``: in the mean over cells.
         requires: another claim's id, without which this one means nothing; that one requires none.
@@ -63,7 +78,7 @@ class Claim(BaseModel):
     statement: str = Field(min_length=1)
     source: Literal["hypothesis", "expected_result", "expected_conclusion", "design"]
     quote: str = Field(min_length=1)
-    measure: Measure
+    measure: MeasureName
     contrast: dict[Role, Number]
     at_least: Number | None = None
     at_most: Number | None = None
@@ -84,20 +99,26 @@ class Claim(BaseModel):
             raise ValueError(
                 f"contrast needs two roles or more whose weights are not 0 and sum to 0, got {self.contrast}"
             )
-        if (self.measure == "update_norm") != (self.modules is not None):
-            raise ValueError(f"modules goes with measure: update_norm, one of {', '.join(get_args(Half))}")
-        if self.measure != "quality" and any(b is not None and b <= 0 for b in (self.at_least, self.at_most)):
-            raise ValueError("a bound of a ratio must be positive")
+        if find_measure(self.measure).needs_modules != (self.modules is not None):
+            names = " or ".join(measure.name for measure in known_measures().values() if measure.needs_modules)
+            raise ValueError(f"modules goes with measure: {names}, one of {', '.join(get_args(Half))}")
+        for bound in self.bounds:
+            self.unit.check_bound(bound)
         return self
 
     def speaks_of(self, cell: Cell) -> bool:
         """Whether the cell has one of its budgets."""
-        percent = budget_value(cell.budget) if cell.budget.endswith("%") else None
-        return self.budgets is None or percent in self.budgets
+        return self.budgets is None or cell.budget.percent in self.budgets
 
     @property
-    def is_ratio(self) -> bool:
-        return self.measure != "quality"
+    def unit(self) -> Unit:
+        """Unit of its bounds and of the values that are compared with them."""
+        return find_measure(self.measure).unit
+
+    @property
+    def bounds(self) -> list[float]:
+        """The lower and the upper bound, those that it has."""
+        return [bound for bound in (self.at_least, self.at_most) if bound is not None]
 
 
 def load_claims(folder: Path) -> dict[str, Claim]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from fwlora.experiment.evaluation.claims.claim import Claim
+from fwlora.experiment.evaluation.claims.measures import find_measure
 from fwlora.experiment.evaluation.compare.bootstrap import ResampledRuns
-from fwlora.experiment.evaluation.compare.cells import ROLE_NAMES, Cell, Group, Role
+from fwlora.experiment.evaluation.compare.cells import Cell, Group
 from fwlora.experiment.evaluation.compare.comparability import (
     DECIDING_FACTS,
     find_disagreement,
@@ -18,15 +18,10 @@ from fwlora.experiment.evaluation.compare.contrasts import (
     Sample,
     Terms,
     Unmeasured,
-    sample_cost,
-    sample_quality,
-    sample_update_norm,
 )
-from fwlora.experiment.evaluation.compare.runs import EvaluatedRun
-
-_STRENGTH_SETTINGS = ("lambda_fw", "warmup_steps", "allocation")
-# The specification's own variant, which its claims speak of.
-_SPECIFIED = {"fw_lora.importance": '"sum"', "fw_lora.allocation": '"shrink"'}
+from fwlora.experiment.evaluation.compare.settings import format_setting
+from fwlora.experiment.evaluation.compare.variants import label_role
+from fwlora.experiment.methods import find_method
 
 
 def sample_claim(claim: Claim, cell: Cell, resampled: ResampledRuns) -> Sample:
@@ -45,43 +40,39 @@ def sample_claim(claim: Claim, cell: Cell, resampled: ResampledRuns) -> Sample:
         if disagreement := find_disagreement(run):
             raise Unmeasured(disagreement)
     _require_equal_strength(groups)
-    if claim.measure == "quality":
-        return sample_quality(cell, terms, resampled)
-    if claim.measure == "training_time":
-        return sample_cost(cell, terms)
-    assert claim.modules is not None, "checked when the claim was read"
-    return sample_update_norm(cell, terms, claim.modules)
+    return find_measure(claim.measure).sample(cell, terms, resampled, claim.modules)
 
 
-def _choose_group(cell: Cell, role: Role) -> Group:
+def _choose_group(cell: Cell, role: str) -> Group:
     groups = [group for group in cell.groups if group.role == role]
-    name = ROLE_NAMES.get(role, role)
+    name = label_role(role)
     if not groups:
         raise Unmeasured(f"no runs of {name}")
-    if role == "proposed":
-        own = [g for g in groups if all(g.settings.get(key, value) == value for key, value in _SPECIFIED.items())]
-        if not own:
-            variants = ", ".join(f"{key} = {groups[0].settings.get(key)}" for key in _SPECIFIED)
+    spec = find_method(groups[0].runs[0].method)
+    if groups[0].is_proposed and spec is not None:
+        claimed = spec.claimed_settings
+        matching = [g for g in groups if all(g.settings.get(key, value) == value for key, value in claimed.items())]
+        if not matching:
+            variants = ", ".join(f"{key} = {format_setting(groups[0].settings.get(key))}" for key in claimed)
             raise Unmeasured(f"{name} was run only as another variant than the specification's ({variants})")
-        groups = own
+        groups = matching
     if len(groups) > 1:
         raise Unmeasured(f"several variants of {name}; evaluate one of them at a time")
     return groups[0]
 
 
 def _require_equal_strength(groups: Sequence[Group]) -> None:
-    """The control is one only at the method's own strength, which a search may have set, for each seed."""
-    proposed, control = ([g for g in groups if g.role == role] for role in ("proposed", "control"))
-    if not proposed or not control:
+    """Raise unless the control has the proposed method's strength for every seed; a search may have set both."""
+    proposed = [group for group in groups if group.is_proposed]
+    controls = [group for group in groups if group.is_control]
+    if not proposed or not controls:
         return
-    ours, theirs = proposed[0].by_seed(), control[0].by_seed()
+    spec = find_method(proposed[0].runs[0].method)
+    keys = () if spec is None else (*spec.strength_settings, *spec.control_settings)
+    ours, theirs = proposed[0].by_seed(), controls[0].by_seed()
     for seed in sorted(ours.keys() & theirs.keys()):
-        for key in _STRENGTH_SETTINGS:
-            values = [_read_strength(run, key) for run in (ours[seed], theirs[seed])]
-            if values[0] != values[1]:
-                told = f"{values[1]} for {theirs[seed].run_id}, {values[0]} for {ours[seed].run_id}"
-                raise Unmeasured(f"the control's fw_lora.{key} is not the method's ({told})")
-
-
-def _read_strength(run: EvaluatedRun, key: str) -> Any:
-    return (run.record.config["run"].get("fw_lora") or {}).get(key)
+        for key in keys:
+            value, control_value = (run.recorded.get(key) for run in (ours[seed], theirs[seed]))
+            if value != control_value:
+                shown = f"{control_value} for {theirs[seed].run_id}, {value} for {ours[seed].run_id}"
+                raise Unmeasured(f"the control's {key} is not the method's ({shown})")

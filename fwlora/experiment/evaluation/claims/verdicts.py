@@ -19,7 +19,6 @@ import numpy as np
 
 from fwlora.experiment.evaluation.claims.claim import Claim
 from fwlora.experiment.evaluation.claims.samples import sample_claim
-from fwlora.experiment.evaluation.compare import hypothesis_tests as statistics
 from fwlora.experiment.evaluation.compare.bootstrap import ResampledRuns
 from fwlora.experiment.evaluation.compare.cells import Cell
 from fwlora.experiment.evaluation.compare.contrasts import (
@@ -30,7 +29,17 @@ from fwlora.experiment.evaluation.compare.contrasts import (
     estimate,
     share_seeds,
 )
-from fwlora.experiment.evaluation.compare.hypothesis_tests import LEVEL
+from fwlora.experiment.evaluation.compare.hypothesis_tests import (
+    LEVEL,
+    MOST_SEEDS,
+    POWER,
+    ROUNDING,
+    holm_adjust,
+    normal_quantile,
+    seeds_needed,
+    stratified_sign_flip_p_value,
+)
+from fwlora.experiment.evaluation.compare.results import Reason
 
 Verdict = Literal["supported", "refuted", "undecided"]
 
@@ -48,9 +57,9 @@ class Finding:
         test: name of the test; None where none is possible.
         p_value: two-sided, at the bound.
         p_value_holm: corrected over all claims' tests.
-        reason: why it is undecided; None where it is not.
-        decided_by: what would decide it; None likewise.
-        left_out: cells, or seeds of them, that the claim speaks of and that do not count, each with the reason.
+        reasons: why it is undecided; empty where it is decided.
+        remedies: what would decide it; empty likewise.
+        left_out: cells, or seeds of them, that the claim covers and that do not count, with the reasons.
     """
 
     cells: tuple[str, ...]
@@ -63,21 +72,35 @@ class Finding:
     test: str | None = None
     p_value: float | None = None
     p_value_holm: float | None = None
-    reason: str | None = None
-    decided_by: str | None = None
-    left_out: tuple[str, ...] = ()
+    reasons: tuple[Reason, ...] = ()
+    remedies: tuple[Reason, ...] = ()
+    left_out: tuple[Reason, ...] = ()
 
 
 @dataclass(frozen=True)
-class Answer:
-    """A claim's verdict, and the findings that it rests on."""
+class ClaimResult:
+    """A claim's verdict, and the findings that it rests on.
+
+    Attributes:
+        claim_id: name of the claim's file.
+        claim: what was judged.
+        verdict: over all findings.
+        reasons: why it is undecided, or what else than its findings decided it.
+        remedies: what would decide it; empty where it is decided.
+        findings: one per cell, or one over all cells; empty where no cell has one of the claim's budgets.
+    """
 
     claim_id: str
     claim: Claim
     verdict: Verdict
-    reason: str | None
-    decided_by: str | None
+    reasons: tuple[Reason, ...]
+    remedies: tuple[Reason, ...]
     findings: tuple[Finding, ...]
+
+
+def join_reasons(reasons: Sequence[Reason]) -> str | None:
+    """Return all reasons in one line; None where there are none."""
+    return "; ".join(str(reason) for reason in reasons) or None
 
 
 @dataclass(frozen=True)
@@ -91,33 +114,29 @@ class _Measured:
     supports: bool
     p_value: float | None
     test: str | None
-    left_out: tuple[str, ...]
+    left_out: tuple[Reason, ...]
 
 
 def judge_claims(
     claims: Mapping[str, Claim], cells: Sequence[Cell], resampled: ResampledRuns, rng_seed: int
-) -> list[Answer]:
-    """Every claim's answer, in the order of ``claims``."""
+) -> list[ClaimResult]:
+    """Judge every claim, in the order of ``claims``."""
     measured = {
         name: [_measure(claim, group, resampled, rng_seed) for group in _split_cells(claim, cells)]
         for name, claim in claims.items()
     }
-    tested = [
-        unit
-        for units in measured.values()
-        for unit in units
-        if isinstance(unit, _Measured) and unit.p_value is not None
-    ]
-    corrected = statistics.holm_adjust([unit.p_value for unit in tested if unit.p_value is not None])
-    holm = {id(unit): value for unit, value in zip(tested, corrected, strict=True)}
-    answers: dict[str, Answer] = {}
+    units = [unit for each in measured.values() for unit in each]
+    p_values = [unit.p_value if isinstance(unit, _Measured) else None for unit in units]
+    tests = len([p_value for p_value in p_values if p_value is not None])
+    adjusted = iter(holm_adjust(p_values))
+    results: dict[str, ClaimResult] = {}
     for name, claim in claims.items():
-        findings = [
-            _conclude(unit, holm.get(id(unit)), len(tested)) if isinstance(unit, _Measured) else unit
-            for unit in measured[name]
-        ]
-        answers[name] = _answer(name, claim, tuple(findings), cells)
-    return [_with_requirement(answer, answers) for answer in answers.values()]
+        findings = []
+        for unit in measured[name]:
+            p_value_holm = next(adjusted)
+            findings.append(_conclude(unit, p_value_holm, tests) if isinstance(unit, _Measured) else unit)
+        results[name] = _combine(name, claim, tuple(findings), cells)
+    return [_apply_requirement(result, results) for result in results.values()]
 
 
 def _split_cells(claim: Claim, cells: Sequence[Cell]) -> list[list[Cell]]:
@@ -129,37 +148,26 @@ def _split_cells(claim: Claim, cells: Sequence[Cell]) -> list[list[Cell]]:
 
 
 def _measure(claim: Claim, cells: Sequence[Cell], resampled: ResampledRuns, rng_seed: int) -> _Measured | Finding:
-    samples, left_out = [], []
+    samples: list[Sample] = []
+    left_out: list[Reason] = []
     for cell in cells:
         try:
             samples.append(sample_claim(claim, cell, resampled))
         except Unmeasured as reason:
-            left_out.append(f"{cell.name}: {reason}")
+            left_out.append(Reason(cell.name, str(reason)))
     if not samples:
         return Finding(
             cells=tuple(cell.name for cell in cells),
-            reason="; ".join(left_out),
-            decided_by="such runs, with equal settings and the same seeds, two at least",
+            reasons=tuple(left_out),
+            remedies=(Reason(None, "such runs, with equal settings and the same seeds, two at least"),),
         )
     samples, without = share_seeds(samples)
     found = estimate(samples, rng_seed)
-    low, high = _to_scale(claim, claim.at_least, -math.inf), _to_scale(claim, claim.at_most, math.inf)
+    low = -math.inf if claim.at_least is None else claim.unit.to_scale(claim.at_least)
+    high = math.inf if claim.at_most is None else claim.unit.to_scale(claim.at_most)
     supports = low < found.mean < high
     test, p_value = _test(claim, samples, found, (low, high), supports, rng_seed)
     return _Measured(claim, tuple(samples), found, (low, high), supports, p_value, test, (*left_out, *without))
-
-
-def _to_scale(claim: Claim, bound: float | None, without: float) -> float:
-    """Points to fractions, ratios to logarithms."""
-    if bound is None:
-        return without
-    return math.log(bound) if claim.is_ratio else bound / 100
-
-
-def _from_scale(claim: Claim, value: float | None) -> float | None:
-    if value is None:
-        return None
-    return math.exp(value) if claim.is_ratio else 100 * value
 
 
 def _test(
@@ -177,7 +185,7 @@ def _test(
     """
     if any(len(sample.seeds) < 2 for sample in samples) or found.seeds.degrees_of_freedom is None:
         return None, None
-    flips = found.seeds.strata > 1 and not claim.is_ratio
+    flips = found.seeds.strata > 1 and claim.unit.has_sign_flips
 
     def one_sided(bound: float, alternative: Literal["greater", "less"]) -> float:
         by_mean = found.seeds.p_value(bound, alternative)
@@ -187,7 +195,7 @@ def _test(
         rng = np.random.default_rng(rng_seed)
         shifted = [np.round(sample.values - bound, 12) for sample in samples]
         blocks = blocks_of(samples)
-        return max(by_mean, statistics.stratified_sign_flip_p_value(shifted, rng, alternative, blocks=blocks))
+        return max(by_mean, stratified_sign_flip_p_value(shifted, rng, alternative, blocks=blocks))
 
     low, high = bounds
     finite = [math.isfinite(bound) for bound in bounds]
@@ -201,13 +209,13 @@ def _test(
 
 
 def _conclude(unit: _Measured, p_value_holm: float | None, tests: int) -> Finding:
-    claim, found = unit.claim, unit.estimate
+    found, from_scale = unit.estimate, unit.claim.unit.from_scale
     finding = Finding(
         cells=tuple(sample.cell for sample in unit.samples),
         seeds=tuple(len(sample.seeds) for sample in unit.samples),
-        value=_from_scale(claim, found.mean),
-        low=_from_scale(claim, found.low),
-        high=_from_scale(claim, found.high),
+        value=from_scale(found.mean),
+        low=None if found.low is None else from_scale(found.low),
+        high=None if found.high is None else from_scale(found.high),
         interval_over=found.interval_over,
         test=unit.test,
         p_value=unit.p_value,
@@ -215,11 +223,10 @@ def _conclude(unit: _Measured, p_value_holm: float | None, tests: int) -> Findin
         left_out=unit.left_out,
     )
     if any(len(sample.seeds) < 2 for sample in unit.samples):
-        reason = "no seed-level test possible: one paired seed"
-        return replace(finding, reason=reason, decided_by="two seeds at least")
+        return _leave_open(finding, "no seed-level test possible: one paired seed", "two seeds at least")
     if unit.test is None:
         reason = "no test is possible: the differences are the same for all seeds"
-        return replace(finding, reason=reason, decided_by="runs whose scores differ between seeds")
+        return _leave_open(finding, reason, "runs whose scores differ between seeds")
     assert found.low is not None and found.high is not None, "seeds that can be tested give an interval"
     low, high = unit.bounds
     within, beyond = low <= found.low and found.high <= high, found.high < low or high < found.low
@@ -229,7 +236,11 @@ def _conclude(unit: _Measured, p_value_holm: float | None, tests: int) -> Findin
     if significant and not unit.supports and beyond:
         return replace(finding, verdict="refuted")
     reason = "the interval reaches across the bound" if not (within or beyond) else "the test does not reject the bound"
-    return replace(finding, reason=reason, decided_by=_say_needs(unit, tests))
+    return _leave_open(finding, reason, _say_needs(unit, tests))
+
+
+def _leave_open(finding: Finding, reason: str, remedy: str) -> Finding:
+    return replace(finding, reasons=(Reason(None, reason),), remedies=(Reason(None, remedy),))
 
 
 def _say_needs(unit: _Measured, tests: int) -> str:
@@ -241,9 +252,9 @@ def _say_needs(unit: _Measured, tests: int) -> str:
     found, deviation = unit.estimate, unit.estimate.seeds.deviation
     assert deviation is not None, "what was tested has two seeds or more"
     distance = min(abs(found.mean - bound) for bound in unit.bounds if math.isfinite(bound))
-    if distance <= statistics.ROUNDING:
+    if distance <= ROUNDING:
         return "nothing, if the value lies on the bound itself"
-    allowed = distance / (statistics.normal_quantile(1 - LEVEL / 2) + statistics.normal_quantile(statistics.POWER))
+    allowed = distance / (normal_quantile(1 - LEVEL / 2) + normal_quantile(POWER))
     if found.examples_error >= allowed:
         smallest = min(sample.examples for sample in unit.samples)
         needed = math.ceil(smallest * (found.examples_error / allowed) ** 2)
@@ -251,35 +262,42 @@ def _say_needs(unit: _Measured, tests: int) -> str:
             f"more than {needed:,} evaluation examples: seeds alone cannot, the value is too close to the bound for "
             f"the variance of {smallest:,} examples"
         )
-    by_test = statistics.seeds_needed(distance, deviation, found.seeds.strata)
+    by_test = seeds_needed(distance, deviation, found.seeds.strata)
     by_interval = math.ceil(deviation**2 / (allowed**2 - found.examples_error**2))
-    if by_test is None or by_interval > statistics.MOST_SEEDS:
-        return f"more than {statistics.MOST_SEEDS:,} seeds: the value is too close to the bound"
+    if by_test is None or by_interval > MOST_SEEDS:
+        return f"more than {MOST_SEEDS:,} seeds: the value is too close to the bound"
     seeds, now = max(by_test, by_interval), max(len(sample.seeds) for sample in unit.samples)
     each = " in each cell" if len(unit.samples) > 1 else ""
     if seeds <= now:
         return f"more seeds than {now}{each}: the correction over {tests} tests asks for more than one claim alone"
-    power = f"power {100 * statistics.POWER:.0f} %, one claim alone"
+    power = f"power {100 * POWER:.0f} %, one claim alone"
     return f"about {seeds} seeds{each}, if the value is what it seems ({power})"
 
 
-def _answer(name: str, claim: Claim, findings: tuple[Finding, ...], cells: Sequence[Cell]) -> Answer:
+def _combine(name: str, claim: Claim, findings: tuple[Finding, ...], cells: Sequence[Cell]) -> ClaimResult:
+    """Combine the findings of all cells: one refuted finding refutes, one open finding leaves the claim undecided."""
     if not findings:
         budgets = ", ".join(f"{budget:g} %" for budget in claim.budgets or ())
-        return Answer(name, claim, "undecided", f"no runs at a budget of {budgets}", "runs at that budget", ())
+        reason, remedy = Reason(None, f"no runs at a budget of {budgets}"), Reason(None, "runs at that budget")
+        return ClaimResult(name, claim, "undecided", (reason,), (remedy,), ())
     verdicts = {finding.verdict for finding in findings}
     verdict: Verdict = "refuted" if "refuted" in verdicts else "undecided" if "undecided" in verdicts else "supported"
-    open_ones = [finding for finding in findings if finding.verdict == verdict == "undecided"]
-
-    def join(texts: Sequence[tuple[Finding, str | None]]) -> str | None:
-        several = len(findings) > 1
-        return "; ".join(f"{f.cells[0]}: {text}" if several else str(text) for f, text in texts if text) or None
-
     if verdict == "supported" and (missing := _find_missing_tasks(claim, findings, cells)):
-        said = f"it speaks of {' and '.join(missing)} as well, of which there are no such runs"
-        return Answer(name, claim, "undecided", said, f"runs on {' and '.join(missing)}", findings)
-    reason = join([(finding, finding.reason) for finding in open_ones])
-    return Answer(name, claim, verdict, reason, join([(f, f.decided_by) for f in open_ones]), findings)
+        tasks = " and ".join(missing)
+        reason = Reason(None, f"it speaks of {tasks} as well, of which there are no such runs")
+        return ClaimResult(name, claim, "undecided", (reason,), (Reason(None, f"runs on {tasks}"),), findings)
+    open_findings = [finding for finding in findings if finding.verdict == verdict == "undecided"]
+    if len(findings) > 1:
+        reasons = [_name_cell(finding, finding.reasons) for finding in open_findings]
+        remedies = [_name_cell(finding, finding.remedies) for finding in open_findings]
+    else:
+        reasons = [reason for finding in open_findings for reason in finding.reasons]
+        remedies = [remedy for finding in open_findings for remedy in finding.remedies]
+    return ClaimResult(name, claim, verdict, tuple(reasons), tuple(remedies), findings)
+
+
+def _name_cell(finding: Finding, reasons: Sequence[Reason]) -> Reason:
+    return Reason(finding.cells[0], join_reasons(reasons) or "")
 
 
 def _find_missing_tasks(claim: Claim, findings: Sequence[Finding], cells: Sequence[Cell]) -> list[str]:
@@ -291,16 +309,17 @@ def _find_missing_tasks(claim: Claim, findings: Sequence[Finding], cells: Sequen
     return [task for task in claim.about.tasks if task not in found] if found else []
 
 
-def _with_requirement(answer: Answer, answers: Mapping[str, Answer]) -> Answer:
-    """A claim whose premise is refuted is refuted; one whose premise is open is not supported yet."""
-    if answer.claim.requires is None:
-        return answer
-    premise = answers[answer.claim.requires]
-    said = f"it rests on “{premise.claim.statement}”, which is {premise.verdict}"
+def _apply_requirement(result: ClaimResult, results: Mapping[str, ClaimResult]) -> ClaimResult:
+    """Refute a claim whose premise is refuted; leave one open whose premise is open."""
+    if result.claim.requires is None:
+        return result
+    premise = results[result.claim.requires]
+    rests_on = f"it rests on “{premise.claim.statement}”, which is {premise.verdict}"
     if premise.verdict == "refuted":
-        return replace(answer, verdict="refuted", reason=said, decided_by=None)
-    if premise.verdict == "undecided" and answer.verdict == "supported":
-        return replace(answer, verdict="undecided", reason=said, decided_by=premise.decided_by)
-    if premise.verdict == "undecided" and answer.verdict == "undecided":
-        return replace(answer, reason=f"{answer.reason}; and {said}")
-    return answer
+        return replace(result, verdict="refuted", reasons=(Reason(None, rests_on),), remedies=())
+    if premise.verdict == "undecided" and result.verdict == "supported":
+        return replace(result, verdict="undecided", reasons=(Reason(None, rests_on),), remedies=premise.remedies)
+    if premise.verdict == "undecided" and result.verdict == "undecided":
+        *others, last = result.reasons
+        return replace(result, reasons=(*others, replace(last, text=f"{last.text}; and {rests_on}")))
+    return result

@@ -6,49 +6,55 @@ cell that record the same settings but for the seed. Nothing here reads a run's 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 
-from fwlora.experiment.evaluation.compare.runs import EvaluatedRun, name_cell
+from fwlora.experiment.evaluation.compare.runs import Budget, EvaluatedRun
+from fwlora.experiment.evaluation.compare.settings import list_distinct, shorten_setting
+from fwlora.experiment.methods import Side, Variant
 from fwlora.experiment.tracking import metrics
 
-# What a group is compared as. The control is uniform shrinkage: the proposed method without its Fisher weighting.
-Role = Literal["lora", "adalora", "other", "control", "proposed"]
-ROLES: tuple[Role, ...] = get_args(Role)
-ROLE_NAMES: Mapping[str, str] = {
-    "lora": "LoRA",
-    "adalora": "AdaLoRA",
-    "control": "uniform shrinkage",
-    "proposed": "FW-LoRA",
-}
-_ROLE_OF_METHOD: Mapping[str, Role] = {"baseline_lora": "lora", "adalora": "adalora"}
-_IMPORTANCE = "fw_lora.importance"
-_LONGEST_VALUE_IN_LABEL = 24
+_SIDES: tuple[Side, ...] = ("baseline", "control", "proposed")
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs with equal settings, ascending in seed."""
+    """Runs with equal settings, ascending in seed.
+
+    Attributes:
+        label: the variant's label, with the settings that tell it from other groups of the variant.
+        variant: what the runs are compared as.
+        runs: at least one.
+    """
 
     label: str
-    role: Role
+    variant: Variant
     runs: tuple[EvaluatedRun, ...]
 
     @property
-    def settings(self) -> Mapping[str, str]:
+    def role(self) -> str:
+        """The name that claims use for the variant."""
+        return self.variant.role
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
         """What all its runs have in common; see :class:`EvaluatedRun`."""
         return self.runs[0].settings
 
     @property
     def is_proposed(self) -> bool:
-        return self.role == "proposed"
+        """Whether it is compared with all groups of other sides."""
+        return self.variant.side == "proposed"
+
+    @property
+    def is_control(self) -> bool:
+        """Whether it is the control of a proposed method."""
+        return self.variant.side == "control"
 
     def by_seed(self) -> dict[int, EvaluatedRun]:
         """Its runs by seed."""
@@ -83,7 +89,7 @@ class Cell:
     condition: str
     data: str
     model: str
-    budget: str
+    budget: Budget
     primary: str
     groups: tuple[Group, ...]
 
@@ -107,27 +113,25 @@ class Cell:
                 yield from ((first, other) for other in self.groups if not other.is_proposed)
 
 
-def role_of(run: EvaluatedRun) -> Role:
-    """The role that a run's settings give it."""
-    if run.method.startswith("proposed"):
-        return "control" if run.settings.get(_IMPORTANCE) == '"none"' else "proposed"
-    return _ROLE_OF_METHOD.get(run.method, "other")
-
-
 def group_cells(runs: Sequence[EvaluatedRun]) -> list[Cell]:
-    """Cells in order of data set, model and budget, each with its groups; independent of the order of ``runs``."""
-    keys = sorted({run.cell_key for run in runs}, key=lambda key: (*key[:3], budget_value(key[3]), key[3]))
-    shown = _name_data({key[0] for key in keys})
-    plain = [name_cell((shown[key[0]], *key[1:]), with_pretrained_id=False) for key in keys]
+    """Group runs into cells in order of data set, model and budget; the order of ``runs`` does not matter."""
+    keys = sorted(
+        {run.cell_key for run in runs},
+        key=lambda key: (key.data, key.model, key.pretrained, key.budget.number, str(key.budget)),
+    )
+    shown = _name_data({key.data for key in keys})
+    displayed = [replace(key, data=shown[key.data]) for key in keys]
+    plain = [key.display() for key in displayed]
     cells: list[Cell] = []
-    for key, name in zip(keys, plain, strict=True):
-        data, model, budget = shown[key[0]], key[1], key[3]
-        name = name if plain.count(name) == 1 else name_cell((data, *key[1:]), with_pretrained_id=True)
+    for key, display, name in zip(keys, displayed, plain, strict=True):
+        name = name if plain.count(name) == 1 else display.display(with_pretrained_id=True)
         members = [run for run in runs if run.cell_key == key]
         condition = re.sub(r"[^A-Za-z0-9.]+", "-", name.replace(" %", "pct")).strip("-.")
         taken = sum(cell.condition == condition for cell in cells)
         condition = f"{condition}-{taken + 1}" if taken else condition
-        cells.append(Cell(name, condition, data, model, budget, members[0].primary, _group_runs(members)))
+        cells.append(
+            Cell(name, condition, display.data, key.model, key.budget, members[0].primary, _group_runs(members))
+        )
     return cells
 
 
@@ -138,32 +142,19 @@ def _name_data(names: Iterable[str]) -> dict[str, str]:
     return {name: end if ends.count(end) == 1 else name for name, end in short.items()}
 
 
-def budget_value(budget: str) -> float:
-    """The number in ``0.2 %`` or ``rank 8``; 0 where there is none."""
-    return float(re.sub(r"[^0-9.]", "", budget) or 0)
-
-
-def shorten_setting(value: str | None) -> str:
-    """A setting's JSON text for a label: a long one by its hash, a missing one as ``unset``."""
-    if value is None:
-        return "unset"
-    text = value.strip('"')
-    return text if len(text) <= _LONGEST_VALUE_IN_LABEL else "#" + hashlib.sha256(text.encode()).hexdigest()[:6]
-
-
 def _group_runs(runs: Sequence[EvaluatedRun]) -> tuple[Group, ...]:
-    by_settings: dict[tuple[Any, ...], list[EvaluatedRun]] = {}
-    for run in sorted(runs, key=lambda run: run.seed):
-        by_settings.setdefault(tuple(run.settings.items()), []).append(run)
+    ordered = sorted(runs, key=lambda run: run.seed)
     groups = []
-    for members in by_settings.values():
-        role, method = role_of(members[0]), members[0].method
-        firsts = [each[0] for each in by_settings.values()]
-        alike = [run.settings for run in firsts if (role_of(run), run.method) == (role, method)]
-        differing = sorted(
-            key for key in {key for settings in alike for key in settings} if len({v.get(key) for v in alike}) > 1
-        )
-        parts = [f"{key}={shorten_setting(members[0].settings.get(key))}" for key in differing]
-        label = ROLE_NAMES.get(role, json.dumps(method).strip('"')) + (f" ({', '.join(parts)})" if parts else "")
-        groups.append(Group(label, role, tuple(members)))
-    return tuple(sorted(groups, key=lambda group: (ROLES.index(group.role), group.label)))
+    for settings in list_distinct(run.settings for run in ordered):
+        members = tuple(run for run in ordered if run.settings == settings)
+        first = members[0]
+        kind = (first.variant.role, first.method)
+        alike = list_distinct(run.settings for run in ordered if (run.variant.role, run.method) == kind)
+        differing = [
+            key
+            for key in sorted({key for other in alike for key in other})
+            if len(list_distinct(other.get(key) for other in alike)) > 1
+        ]
+        parts = ", ".join(f"{key}={shorten_setting(settings.get(key))}" for key in differing)
+        groups.append(Group(first.variant.label + (f" ({parts})" if parts else ""), first.variant, members))
+    return tuple(sorted(groups, key=lambda each: (_SIDES.index(each.variant.side), each.variant.style, each.label)))

@@ -2,37 +2,40 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from fwlora.experiment.evaluation.compare.bootstrap import CONFUSION_METRICS, confusion_matrix
-from fwlora.experiment.evaluation.compare.cells import Cell, Group, shorten_setting
+from fwlora.experiment.evaluation.compare.cells import Cell, Group
+from fwlora.experiment.evaluation.compare.results import ComparisonWarning
 from fwlora.experiment.evaluation.compare.runs import EvaluatedRun, as_finite
+from fwlora.experiment.evaluation.compare.settings import list_distinct, shorten_setting
+from fwlora.experiment.methods import find_method
+from fwlora.experiment.settings.schema import METHOD_NODES
 from fwlora.experiment.tracking import metrics
 
-_METHOD_SETTINGS = ("method", "fw_lora.", "adalora.")
+_METHOD_SETTINGS = ("method", *(f"{node}." for node in METHOD_NODES))
 _SETTING_KINDS = {"optuna": "search", "dataset": "data", "training": "training settings", "model": "model settings"}
 _LEAST_BUDGET_SHARE = 0.95
 _LARGEST_DISAGREEMENT = 1e-4
-_POOLED_SETTINGS = ("fw_lora.lambda_fw", "training.learning_rate", "training.epochs", "training.batch_size")
+_POOLED_SETTINGS = ("training.learning_rate", "training.epochs", "training.batch_size")
 # Facts whose difference is not the method's; versions and commits are told, and decide nothing.
 DECIDING_FACTS = ("precision", "steps", "encoder weights", "engine", "data")
 
 
-def find_warnings(cells: Sequence[Cell]) -> list[str]:
-    """What makes a comparison unequal or its numbers doubtful, one sentence each."""
-    found: list[str] = []
+def find_warnings(cells: Sequence[Cell]) -> list[ComparisonWarning]:
+    """List what makes a comparison unequal or its numbers doubtful."""
+    warnings: list[ComparisonWarning] = []
     for cell in cells:
         problems = find_unequal_settings(cell.groups) + find_unequal_facts(cell.runs) + _find_unequal_seeds(cell)
         problems += [problem for run in cell.runs for problem in _find_doubts(run)]
-        found.extend(f"{cell.name}: {problem}" for problem in problems)
-    return found + _find_unequal_methods(cells)
+        warnings.extend(ComparisonWarning(cell.name, problem) for problem in problems)
+    return warnings + _find_unequal_methods(cells)
 
 
-def _find_unequal_methods(cells: Sequence[Cell]) -> list[str]:
+def _find_unequal_methods(cells: Sequence[Cell]) -> list[ComparisonWarning]:
     """Settings of one method that differ between the cells over which it is pooled."""
     found = []
     by_label: dict[str, list[tuple[Cell, Group]]] = {}
@@ -40,25 +43,30 @@ def _find_unequal_methods(cells: Sequence[Cell]) -> list[str]:
         for group in cell.groups:
             by_label.setdefault(group.label, []).append((cell, group))
     for label, members in by_label.items():
-        keys = {key for _, group in members for key in group.settings if key in _POOLED_SETTINGS}
+        spec = find_method(members[0][1].runs[0].method)
+        pooled = _POOLED_SETTINGS + (() if spec is None else spec.strength_settings)
+        keys = {key for _, group in members for key in group.settings if key in pooled}
         for key in sorted(keys):
-            values = {group.settings.get(key): cell.name for cell, group in reversed(members)}
-            if len(values) > 1:
-                told = "; ".join(f"{shorten_setting(value)} in {name}" for value, name in reversed(values.items()))
-                found.append(f"{label} is pooled over cells with unlike {key}: {told}")
+            values = [group.settings.get(key) for _, group in members]
+            distinct = list_distinct(values)
+            if len(distinct) > 1:
+                cells_of = [members[values.index(value)][0].name for value in distinct]
+                shown = zip(distinct, cells_of, strict=True)
+                where = "; ".join(f"{shorten_setting(value)} in {name}" for value, name in shown)
+                found.append(ComparisonWarning(None, f"{label} is pooled over cells with unlike {key}: {where}"))
     return found
 
 
 def find_unequal_settings(groups: Sequence[Group]) -> list[str]:
     """Settings, other than the method's own, in which groups of a cell differ, one sentence each."""
     settings = [group.settings for group in groups]
-    searches = any(int(json.loads(each.get("optuna.n_trials", "0"))) > 0 for each in settings)
+    searches = any((group.runs[0].run.optuna.n_trials or 0) > 0 for group in groups)
     found = []
     for key in sorted({key for each in settings for key in each}):
         kind = _SETTING_KINDS.get(key.split(".", 1)[0])
         if key.startswith(_METHOD_SETTINGS) or (kind == "search" and not searches):
             continue
-        if len({each.get(key) for each in settings}) > 1:
+        if len(list_distinct(each.get(key) for each in settings)) > 1:
             values = (f"{shorten_setting(group.settings.get(key))} for {group.label}" for group in groups)
             found.append(f"unequal {kind or 'settings'}: {key} is {', '.join(values)}")
     return found
@@ -87,10 +95,11 @@ def find_unequal_facts(runs: Sequence[EvaluatedRun], kinds: Sequence[str] | None
 
 def _read_facts(run: EvaluatedRun) -> dict[str, Any]:
     config, summary = run.record.config, run.record.summary
-    resolved, environment = run.record.resolved, run.record.environment
+    facts, environment = run.facts, run.facts.environment
+    fingerprints = {"eval_fingerprint": facts.eval_fingerprint, "train_fingerprint": facts.train_fingerprint}
     return {
-        "precision": resolved.get("precision"),
-        **{f"data ({key})": value for key, value in sorted(resolved.items()) if "fingerprint" in key},
+        "precision": facts.precision,
+        **{f"data ({name})": value for name, value in fingerprints.items() if value is not None},
         "steps": summary.get(metrics.TOTAL_STEPS),
         "encoder weights": summary.get(metrics.ENCODER_FINGERPRINT),
         **{f"engine ({key})": (config.get("engine") or {}).get(key) for key in ("fast", "cuda_graphs")},

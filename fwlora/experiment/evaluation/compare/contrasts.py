@@ -17,6 +17,7 @@ from fwlora.experiment.evaluation.compare.bootstrap import (
 )
 from fwlora.experiment.evaluation.compare.cells import Cell, Group
 from fwlora.experiment.evaluation.compare.hypothesis_tests import StratifiedMean, stratified_mean
+from fwlora.experiment.evaluation.compare.results import Reason
 from fwlora.experiment.evaluation.compare.runs import EvaluatedRun, as_finite
 from fwlora.experiment.tracking import metrics
 
@@ -133,16 +134,22 @@ def sample_update_norm(cell: Cell, terms: Terms, half: Half) -> Sample:
     return _sample_logarithms(cell, terms, read, metrics.MODULE_DELTA_NORMS)
 
 
-def share_seeds(samples: Sequence[Sample]) -> tuple[list[Sample], list[str]]:
-    """Samples of which those of one data set have the same seeds, and what was left out for it, in words.
+def share_seeds(samples: Sequence[Sample]) -> tuple[list[Sample], list[Reason]]:
+    """Restrict samples of one data set to their common seeds.
 
-    What is said of seeds takes a data set and seed for one observation, so cells of a data set are restricted to the
-    seeds that all of them have, if those are two at least. Cells of a single seed are left out where others have more:
-    they would forbid every test.
+    Inference over seeds treats (data set, seed) as one observation, so cells of a data set are restricted to the seeds
+    that all of them have, if there are two or more. Cells of a single seed are left out where others have more, as no
+    test is possible with them.
+
+    Args:
+        samples: one per cell.
+
+    Returns:
+        The samples that are kept, and what was left out with the reason.
     """
-    left_out = []
+    left_out: list[Reason] = []
     if any(len(sample.seeds) > 1 for sample in samples):
-        left_out += [f"{sample.cell}: one paired seed" for sample in samples if len(sample.seeds) == 1]
+        left_out += [Reason(sample.cell, "one paired seed") for sample in samples if len(sample.seeds) == 1]
         samples = [sample for sample in samples if len(sample.seeds) > 1]
     kept = []
     for sample in samples:
@@ -150,7 +157,7 @@ def share_seeds(samples: Sequence[Sample]) -> tuple[list[Sample], list[str]]:
         places = [place for place, seed in enumerate(sample.seeds) if seed in shared]
         if 2 <= len(places) < len(sample.seeds):
             extra = ", ".join(str(seed) for seed in sample.seeds if seed not in shared)
-            left_out.append(f"{sample.cell}: seeds {extra}, which its other budgets do not have")
+            left_out.append(Reason(sample.cell, f"seeds {extra}, which its other budgets do not have"))
             rows = None if sample.resampled is None else sample.resampled[places]
             seeds = tuple(sample.seeds[place] for place in places)
             sample = replace(sample, seeds=seeds, values=sample.values[places], resampled=rows)
@@ -233,7 +240,7 @@ def _make_sample(
 
 
 def _machine(run: EvaluatedRun) -> str:
-    return f"{run.record.environment.get('device')}, {run.record.environment.get('threads')} threads"
+    return f"{run.facts.environment.get('device')}, {run.facts.environment.get('threads')} threads"
 
 
 def _modules(run: EvaluatedRun, metric: str) -> dict[str, float]:

@@ -294,8 +294,15 @@ def seeds_needed(distance: float, deviation: float, strata: int = 1) -> int | No
     return 2 + bisect.bisect_left(range(2, MOST_SEEDS), True, key=suffice)
 
 
-def holm_adjust(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values in the given order: ``max over j <= i of min(1, (m - j) p_(j))``, j from 0."""
-    if not p_values:
-        return []
-    return [float(p) for p in multipletests(list(p_values), method="holm")[1]]
+def holm_adjust(p_values: Sequence[float | None]) -> list[float | None]:
+    """Adjust p-values by Holm's method: ``max over j <= i of min(1, (m - j) p_(j))``, j from 0.
+
+    Args:
+        p_values: of one family; None for a test that was not made, which does not count.
+
+    Returns:
+        Adjusted p-values in the order of ``p_values``, None where they are None.
+    """
+    known = [p_value for p_value in p_values if p_value is not None]
+    adjusted = iter(multipletests(known, method="holm")[1] if known else ())
+    return [None if p_value is None else float(next(adjusted)) for p_value in p_values]

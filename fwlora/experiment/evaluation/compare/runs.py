@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import zlib
 from collections.abc import Mapping, Sequence
@@ -12,9 +11,13 @@ from typing import Any
 import numpy as np
 
 from fwlora.experiment.errors import UserError
-from fwlora.experiment.settings.schema import SEARCHABLE
+from fwlora.experiment.evaluation.compare.settings import flatten_settings, list_distinct, read_settings
+from fwlora.experiment.evaluation.compare.variants import find_variant
+from fwlora.experiment.methods import Variant
+from fwlora.experiment.settings.schema import SEARCHABLE, RunSettings
 from fwlora.experiment.tracking import metrics
-from fwlora.experiment.tracking.records import RunRecord, canonicalise, unpack_classes
+from fwlora.experiment.tracking.facts import RunFacts
+from fwlora.experiment.tracking.records import RunRecord, unpack_classes
 
 _UNFINISHED = {
     "running": "is unfinished: it still runs, or its server lost sight of it; wait for it, or run it again",
@@ -34,26 +37,79 @@ COST_NAMES = (
 
 
 @dataclass(frozen=True)
+class Budget:
+    """How many adapter parameters a run may have: a share of the encoder's, or a rank for every matrix.
+
+    Attributes:
+        percent: of the encoder's parameters; None where the rank decides.
+        rank: None where the share decides, and where none is recorded.
+        searched: whether a search chose the rank.
+    """
+
+    percent: float | None = None
+    rank: int | None = None
+    searched: bool = False
+
+    @property
+    def number(self) -> float:
+        """The per cent, or the rank; 0 where none is known."""
+        return self.percent if self.percent is not None else float(self.rank or 0)
+
+    def __str__(self) -> str:
+        if self.percent is not None:
+            return f"{self.percent:g} %"
+        return f"rank {'searched' if self.searched else self.rank}"
+
+
+@dataclass(frozen=True)
+class CellKey:
+    """What runs must have in common to be compared.
+
+    Attributes:
+        data: data set and subset, as recorded.
+        model: the model's name.
+        pretrained: id of the pretrained weights.
+        budget: of adapter parameters.
+    """
+
+    data: str
+    model: str
+    pretrained: str
+    budget: Budget
+
+    def display(self, with_pretrained_id: bool = False) -> str:
+        """Write ``glue/cola, roberta-base, 0.2 %``."""
+        return ", ".join((self.data, self.pretrained if with_pretrained_id else self.model, str(self.budget)))
+
+
+@dataclass(frozen=True)
 class EvaluatedRun:
     """A record that can be compared.
 
     Attributes:
-        record: where it comes from.
+        record: as read.
         seed: ``training.seed``.
-        method: as in the settings.
-        settings: the run node flattened to dotted keys, without run id, seed and what a search replaced.
-        cell_key: data set, model name, pretrained id and budget, as recorded.
+        variant: what it is compared as.
+        run: its settings.
+        facts: what the program found out when it trained the run.
+        recorded: every setting by dotted key.
+        settings: those of ``recorded`` that define a group: without run id, seed and what a search replaced.
+        cell_key: what it can be compared in.
         primary: the task metric that is compared, such as ``matthews_correlation``.
         values: final metrics by eval name (``eval_accuracy``), and costs; all finite.
-        labels, predictions: classes of the eval split, shape ``(n,)``.
+        labels: gold classes of the evaluation split, shape ``(n,)``.
+        predictions: predicted classes, shape ``(n,)``.
         label_names: one per class.
     """
 
     record: RunRecord
     seed: int
-    method: str
-    settings: Mapping[str, str]
-    cell_key: tuple[str, str, str, str]
+    variant: Variant
+    run: RunSettings
+    facts: RunFacts
+    recorded: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    cell_key: CellKey
     primary: str
     values: Mapping[str, float]
     labels: np.ndarray
@@ -62,7 +118,13 @@ class EvaluatedRun:
 
     @property
     def run_id(self) -> str:
+        """The id that it was started under."""
         return self.record.run_id
+
+    @property
+    def method(self) -> str:
+        """The method's name in its settings."""
+        return self.run.method
 
 
 def as_finite(value: Any) -> float | None:
@@ -70,18 +132,6 @@ def as_finite(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return None
     return float(value)
-
-
-def flatten_settings(node: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Dotted keys to JSON text; null counts as absent, 1.0 as 1, the search space as one value."""
-    flat: dict[str, str] = {}
-    for key, value in node.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and name != "optuna.search_space":
-            flat.update(flatten_settings(value, f"{name}."))
-        elif value is not None:
-            flat[name] = json.dumps(canonicalise(value), sort_keys=True, ensure_ascii=False)
-    return flat
 
 
 def read_runs(records: Sequence[RunRecord]) -> list[EvaluatedRun]:
@@ -101,8 +151,8 @@ def read_runs(records: Sequence[RunRecord]) -> list[EvaluatedRun]:
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             found = [f"records what src.train does not write ({type(error).__name__}: {error}); leave it out"]
         problems.extend(f"run {record.run_id!r} {problem} (read from {record.source})" for problem in found)
-    for data in sorted({run.cell_key[0] for run in runs}):
-        problems.extend(_find_data_problems(data, [run for run in runs if run.cell_key[0] == data]))
+    for data in sorted({run.cell_key.data for run in runs}):
+        problems.extend(_find_data_problems(data, [run for run in runs if run.cell_key.data == data]))
     problems.extend(_find_repetitions(runs))
     if problems:
         raise UserError.collect("cannot evaluate, nothing was written", problems)
@@ -110,7 +160,11 @@ def read_runs(records: Sequence[RunRecord]) -> list[EvaluatedRun]:
 
 
 def _primary_eval_name(record: RunRecord) -> str | None:
-    return record.summary.get(metrics.PRIMARY_METRIC) or record.resolved.get(metrics.PRIMARY_METRIC)
+    return record.summary.get(metrics.PRIMARY_METRIC) or _read_facts(record).primary_metric
+
+
+def _read_facts(record: RunRecord) -> RunFacts:
+    return RunFacts.from_record(record.config.get("resolved"))
 
 
 def _find_problems(record: RunRecord) -> list[str]:
@@ -149,7 +203,7 @@ def _find_prediction_problems(record: RunRecord) -> list[str]:
     summary = record.summary
     names = (metrics.EVAL_FINGERPRINT, metrics.EVAL_LABELS, metrics.EVAL_PREDICTIONS)
     missing = [f"has no {name}" for name in names if not summary.get(name)]
-    num_classes = len(record.resolved.get("label_names") or ())
+    num_classes = len(_read_facts(record).label_names)
     if num_classes < 2:
         missing.append("records no label names (config.resolved.label_names)")
     if missing:
@@ -166,32 +220,39 @@ def _find_prediction_problems(record: RunRecord) -> list[str]:
 
 
 def _read_run(record: RunRecord) -> EvaluatedRun:
-    run, summary = record.config["run"], record.summary
-    model, dataset, optuna = run.get("model") or {}, run["dataset"], run.get("optuna") or {}
-    rank_leads = model.get("budget_mode") == "rank" or model.get("parameter_budget_percent") is None
-    rank = (model.get("lora") or {}).get("rank")
-    if rank_leads and optuna.get("n_trials") and "lora_rank" in (optuna.get("search_space") or {}):
-        rank = "searched"
-    budget = f"rank {rank}" if rank_leads else f"{float(model['parameter_budget_percent']):g} %"
-    data = "/".join(str(part) for part in (dataset["name"], dataset.get("subset")) if part)
-    pretrained = str(model.get("pretrained_id") or model.get("name"))
+    node, summary = record.config["run"], record.summary
+    run, facts, recorded = read_settings(node), _read_facts(record), flatten_settings(node)
     task_values = {
         metrics.eval_name(name): metrics.final_name(metrics.eval_name(name)) for name in metrics.TASK_METRICS
     }
-    recorded = {**task_values, **{name: name for name in COST_NAMES}, "eval_loss": metrics.final_name("eval_loss")}
-    values = {name: as_finite(summary.get(source)) for name, source in recorded.items()}
+    sources = {**task_values, **{name: name for name in COST_NAMES}, "eval_loss": metrics.final_name("eval_loss")}
+    values = {name: as_finite(summary.get(source)) for name, source in sources.items()}
     return EvaluatedRun(
         record=record,
-        seed=_whole(run["training"]["seed"]),
-        method=str(run["method"]),
-        settings=_comparable_settings(run),
-        cell_key=(data, str(model.get("name") or pretrained), pretrained, budget),
+        seed=_whole(run.training.seed),
+        variant=find_variant(run),
+        run=run,
+        facts=facts,
+        recorded=recorded,
+        settings=_comparable_settings(run, recorded),
+        cell_key=_find_cell(run),
         primary=str(_primary_eval_name(record)).removeprefix(metrics.eval_name("")),
         values={name: value for name, value in values.items() if value is not None},
         labels=unpack_classes(summary[metrics.EVAL_LABELS]),
         predictions=unpack_classes(summary[metrics.EVAL_PREDICTIONS]),
-        label_names=tuple(str(name) for name in record.resolved["label_names"]),
+        label_names=facts.label_names,
     )
+
+
+def _find_cell(run: RunSettings) -> CellKey:
+    model, dataset = run.model, run.dataset
+    if model.budget_mode == "rank" or model.parameter_budget_percent is None:
+        budget = Budget(rank=model.lora.rank, searched="lora_rank" in _searched_names(run))
+    else:
+        budget = Budget(percent=float(f"{float(model.parameter_budget_percent):g}"))
+    data = "/".join(str(part) for part in (dataset.name, dataset.subset) if part)
+    pretrained = str(model.pretrained_id or model.name)
+    return CellKey(data, str(model.name or pretrained), pretrained, budget)
 
 
 def _whole(seed: Any) -> int:
@@ -200,15 +261,17 @@ def _whole(seed: Any) -> int:
     return int(seed)
 
 
-def _comparable_settings(run: Mapping[str, Any]) -> dict[str, str]:
-    settings = flatten_settings(run)
-    optuna = run.get("optuna") or {}
+def _searched_names(run: RunSettings) -> set[str]:
+    return set(run.optuna.search_space or {}) if run.optuna.n_trials else set()
+
+
+def _comparable_settings(run: RunSettings, recorded: Mapping[str, Any]) -> dict[str, Any]:
     # What a search found is a result of the run, not a setting: it may differ between seeds of one group.
-    names = set(optuna.get("search_space") or {}) if optuna.get("n_trials") else set()
-    if settings.get("model.budget_mode") != '"rank"':
+    names = _searched_names(run)
+    if run.model.budget_mode != "rank":
         names.discard("lora_rank")
     searched = {".".join(SEARCHABLE[name]) for name in names & SEARCHABLE.keys()}
-    return {key: value for key, value in sorted(settings.items()) if key not in _IDENTITY and key not in searched}
+    return {key: value for key, value in sorted(recorded.items()) if key not in _IDENTITY and key not in searched}
 
 
 def _find_data_problems(data: str, runs: Sequence[EvaluatedRun]) -> list[str]:
@@ -227,19 +290,12 @@ def _find_data_problems(data: str, runs: Sequence[EvaluatedRun]) -> list[str]:
 
 
 def _find_repetitions(runs: Sequence[EvaluatedRun]) -> list[str]:
-    same: dict[tuple[Any, ...], list[EvaluatedRun]] = {}
-    for run in runs:
-        same.setdefault((run.cell_key, tuple(run.settings.items()), run.seed), []).append(run)
-    found = []
-    for (key, _, _), alike in same.items():
+    problems = []
+    identities = [(run.cell_key, run.seed, run.settings) for run in runs]
+    for identity in list_distinct(identities):
+        alike = [run for run, other in zip(runs, identities, strict=True) if other == identity]
         if len(alike) > 1:
             names = ", ".join(run.run_id for run in alike)
-            cell = name_cell(key, with_pretrained_id=False)
-            found.append(f"{cell}: runs {names} record the same settings and the same seed; pass one of them")
-    return found
-
-
-def name_cell(key: tuple[str, str, str, str], with_pretrained_id: bool) -> str:
-    """``glue/cola, roberta-base, 0.2 %``."""
-    data, model, pretrained, budget = key
-    return ", ".join((data, pretrained if with_pretrained_id else model, budget))
+            cell = identity[0].display()
+            problems.append(f"{cell}: runs {names} record the same settings and the same seed; pass one of them")
+    return problems

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from fwlora.experiment.evaluation.compare.cells import Cell
+from fwlora.experiment.evaluation.compare.results import Comparison, PairComparison
 from fwlora.experiment.evaluation.figures.run import history_column
 from fwlora.experiment.evaluation.figures.style import (
     COLOURS,
@@ -33,9 +34,9 @@ _ROW_HEIGHT_INCH = 0.24
 _ROWS_PER_TEXT_LINE = 0.58
 
 
-def draw_cell(cell: Cell, statistics: Mapping[str, Any]) -> dict[str, Drawing]:
+def draw_cell(cell: Cell, comparison: Comparison) -> dict[str, Drawing]:
     """The figures of one cell by topic."""
-    pairs = [pair for pair in statistics["pairs"] if pair["cell"] == cell.name and pair["seeds"]]
+    pairs = [pair for pair in comparison.pairs if pair.cell == cell.name and pair.seeds]
     longest = max(len(line) for group in cell.groups for line in _wrap(group.label).split("\n"))
     width = max(4.2, 1.2 + len(cell.groups) * max(1.2, 0.075 * longest))
     drawn: dict[str, Drawing] = {}
@@ -220,29 +221,30 @@ class _DifferenceRow:
     high: float
 
 
-def _arrange_differences(cell: Cell, pairs: Sequence[Mapping[str, Any]]) -> tuple[list[_DifferenceRow], float]:
+def _arrange_differences(cell: Cell, pairs: Sequence[PairComparison]) -> tuple[list[_DifferenceRow], float]:
     """Rows from top to bottom with room for their labels, and the height of all of them in rows."""
     rows: list[_DifferenceRow] = []
     position = 0.0
     for pair in pairs:
-        overall = pair["over_seeds"][cell.primary]
-        mean, low, high = (100 * overall[key] for key in ("mean", "low", "high"))
-        names = "\nminus ".join(_wrap(pair[side], 36) for side in ("first", "second"))
+        overall = pair.primary
+        assert overall is not None, "only pairs with seeds are drawn"
+        mean, low, high = (100 * value for value in (overall.tests.mean, overall.low, overall.high))
+        names = "\nminus ".join(_wrap(label, 36) for label in (pair.first, pair.second))
         label = f"{names}\n{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
         half = _ROWS_PER_TEXT_LINE * (label.count("\n") + 1) / 2
         position += half + 0.2
-        rows.append(_DifferenceRow(position, label, pair["second_is"], mean, low, high))
+        rows.append(_DifferenceRow(position, label, pair.second_is, mean, low, high))
         position += half + 0.2
-        for seed in pair["per_seed"] if len(pair["seeds"]) > 1 else ():
-            one = seed["bootstrap"][cell.primary]
-            values = (100 * one[key] for key in ("difference", "low", "high"))
-            rows.append(_DifferenceRow(position + 0.3, f"seed {seed['seed']}", "seed", *values))
+        for seed in pair.per_seed if len(pair.seeds) > 1 else ():
+            one = seed.intervals[cell.primary]
+            values = (100 * value for value in (one.difference, one.low, one.high))
+            rows.append(_DifferenceRow(position + 0.3, f"seed {seed.seed}", "seed", *values))
             position += 1.0
     return rows, position
 
 
 def _draw_differences(
-    figure: Figure, cell: Cell, pairs: Sequence[Mapping[str, Any]], rows: Sequence[_DifferenceRow]
+    figure: Figure, cell: Cell, pairs: Sequence[PairComparison], rows: Sequence[_DifferenceRow]
 ) -> None:
     axes = figure.subplots()
     colours = {"baseline": COLOURS[0], "control": COLOURS[4], "seed": GREY}
@@ -258,11 +260,12 @@ def _draw_differences(
     axes.set_ylim(rows[-1].position + 1.0, 0.0)
     axes.set_xlabel(f"difference in {display_metric(cell.primary)}, in points, 95 % interval")
     axes.set_title(textwrap.fill(cell.name, 60))
-    several = any(len(pair["seeds"]) > 1 for pair in pairs)
+    several = any(len(pair.seeds) > 1 for pair in pairs)
     over = "mean over seeds, interval over seeds and examples" if several else "one seed, interval over examples only"
     handles = [Line2D([], [], color=COLOURS[0], marker="D", linewidth=2, label=over)]
-    if any(pair["second_is"] == "control" for pair in pairs):
-        handles.append(Line2D([], [], color=COLOURS[4], marker="D", linewidth=2, label="against uniform shrinkage"))
+    if any(pair.second_is == "control" for pair in pairs):
+        control = next(group.variant.label for group in cell.groups if group.is_control)
+        handles.append(Line2D([], [], color=COLOURS[4], marker="D", linewidth=2, label=f"against {control}"))
     if several:
         text = "one seed, interval over examples"
         handles.append(Line2D([], [], color=GREY, marker="o", markersize=4, linewidth=0.8, label=text))

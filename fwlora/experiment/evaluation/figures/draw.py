@@ -77,8 +77,8 @@ def draw_figures(evidence: Evidence, workers: int = 1) -> Figures:
 def _draw(evidence: Evidence, draw_all: Callable[..., Iterable[Mapping[str, Drawing]]]) -> Figures:
     runs = draw_all(run_figures.draw_run, evidence.runs)
     # Cells are drawn here meanwhile: each holds all of its runs, which would be in memory twice.
-    cells = {cell.condition: cell_figures.draw_cell(cell, evidence.statistics) for cell in evidence.cells}
-    overview = overview_figures.draw_overview(evidence.cells, evidence.statistics)
+    cells = {cell.condition: cell_figures.draw_cell(cell, evidence.comparison) for cell in evidence.cells}
+    overview = overview_figures.draw_overview(evidence.cells, evidence.comparison)
     return Figures(overview, cells, dict(zip((run.run_id for run in evidence.runs), runs, strict=True)))
 
 

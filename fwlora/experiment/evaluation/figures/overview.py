@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from fwlora.experiment.evaluation.compare.cells import Cell, budget_value
+from fwlora.experiment.evaluation.compare.cells import Cell
+from fwlora.experiment.evaluation.compare.results import Comparison, PooledComparison
 from fwlora.experiment.evaluation.figures.style import COLOURS, GREY, Drawing, display_metric, render, style_groups
 
 
-def draw_overview(cells: Sequence[Cell], statistics: Mapping[str, Any]) -> dict[str, Drawing]:
+def draw_overview(cells: Sequence[Cell], comparison: Comparison) -> dict[str, Drawing]:
     """Figures by topic; quality against budget for every data set and model with two budgets or more."""
     drawn: dict[str, Drawing] = {}
-    pooled = [entry for entry in statistics["pooled"] if len(entry["cells"]) > 1]
+    pooled = [entry for entry in comparison.pooled if len(entry.cells) > 1]
     if pooled:
         draw = partial(_draw_pooled, pooled=pooled)
         caption = "Mean difference over all cells, every cell counting alike, with 95 % intervals"
         drawn["pooled_difference"] = render(draw, 6.4, 1.6 + 0.5 * len(pooled), caption)
     series: dict[tuple[str, str], list[Cell]] = {}
     for cell in cells:
-        if cell.budget.endswith("%"):
+        if cell.budget.percent is not None:
             series.setdefault((cell.data, cell.model), []).append(cell)
     rows = [members for members in series.values() if len(members) > 1]
     if rows:
@@ -33,28 +33,28 @@ def draw_overview(cells: Sequence[Cell], statistics: Mapping[str, Any]) -> dict[
     return drawn
 
 
-def _draw_pooled(figure: Figure, pooled: Sequence[Mapping[str, Any]]) -> None:
+def _draw_pooled(figure: Figure, pooled: Sequence[PooledComparison]) -> None:
     axes = figure.subplots()
     for position, entry in enumerate(pooled):
-        mean, low, high = (100 * entry[key] for key in ("mean", "low", "high"))
+        mean, low, high = (100 * value for value in (entry.mean, entry.low, entry.high))
         reach = [[max(0.0, mean - low)], [max(0.0, high - mean)]]
         axes.errorbar(mean, position, xerr=reach, fmt="D", capsize=4, linewidth=2, color=COLOURS[0])
     axes.axvline(0.0, color="black", linewidth=1.0, linestyle="--")
     labels = [
-        f"{entry['first']} minus {entry['second']}\n{100 * entry['mean']:+.2f} "
-        f"[{100 * entry['low']:+.2f}, {100 * entry['high']:+.2f}], {len(entry['cells'])} cells, {entry['pairs']} pairs"
+        f"{entry.first} minus {entry.second}\n{100 * entry.mean:+.2f} "
+        f"[{100 * entry.low:+.2f}, {100 * entry.high:+.2f}], {len(entry.cells)} cells, {entry.pairs} pairs"
         for entry in pooled
     ]
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.4, -0.6)
-    over = {entry["interval_over"] for entry in pooled}
+    over = {entry.interval_over for entry in pooled}
     axes.set_xlabel(f"difference in points of the primary metric,\n95 % interval over {' / '.join(sorted(over))}")
 
 
 def _draw_budgets(figure: Figure, rows: Sequence[Sequence[Cell]]) -> None:
     handles: dict[str, Line2D] = {}
     for axes, cells in zip(np.atleast_1d(figure.subplots(1, len(rows))), rows, strict=True):
-        budgets = [budget_value(cell.budget) for cell in cells]
+        budgets = [cell.budget.number for cell in cells]
         labels = list(dict.fromkeys(group.label for cell in cells for group in cell.groups))
         first = {group.label: group for cell in reversed(cells) for group in cell.groups}
         styles = style_groups([first[label] for label in labels])
@@ -69,7 +69,7 @@ def _draw_budgets(figure: Figure, rows: Sequence[Sequence[Cell]]) -> None:
                     axes.plot([place] * len(values), values, ".", color=styles[label]["color"], markersize=3, alpha=0.7)
             handles.setdefault(label, Line2D([], [], label=label, **styles[label]))
         axes.set_xscale("log")
-        axes.set_xticks(budgets, [cell.budget for cell in cells])
+        axes.set_xticks(budgets, [str(cell.budget) for cell in cells])
         axes.minorticks_off()
         axes.set_xlabel("adapter parameters, of the encoder's")
         axes.set_ylabel(f"{display_metric(cells[0].primary)}, last epoch")

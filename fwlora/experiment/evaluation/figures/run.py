@@ -27,6 +27,7 @@ from fwlora.experiment.evaluation.figures.style import (
     smoothing_window,
     thin_curve,
 )
+from fwlora.experiment.methods import find_method
 from fwlora.experiment.tracking import metrics
 
 _ANNOTATED_MODULES = 200
@@ -81,7 +82,8 @@ def draw_run(run: EvaluatedRun) -> dict[str, Drawing]:
 
 def changes_ranks(run: EvaluatedRun) -> bool:
     """Whether the method moves ranks between modules while it trains."""
-    return run.method == "adalora" or run.settings.get("fw_lora.allocation") == '"reallocate"'
+    spec = find_method(run.method)
+    return spec is not None and spec.changes_ranks(run.run)
 
 
 def history_column(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-from fwlora.experiment.evaluation.compare.cells import Group, Role
+from fwlora.experiment.evaluation.compare.cells import Group
+from fwlora.experiment.evaluation.compare.variants import UNREGISTERED_STYLE
 from fwlora.experiment.evaluation.figures.font import font_families
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers; yellow is left out, it vanishes in print.
@@ -26,7 +27,6 @@ GREY = "#666666"
 MISSING = "#DDDDDD"
 MOST_POINTS = 1_000  # of a curve: a page holds many
 
-_STYLE_ORDER: tuple[Role, ...] = ("lora", "adalora", "proposed", "control", "other")
 _STYLE: Any = {
     "pdf.fonttype": 42,
     "pdf.compression": 6,
@@ -112,11 +112,11 @@ def style_groups(groups: Sequence[Group]) -> dict[str, dict[str, Any]]:
     styles: dict[str, dict[str, Any]] = {}
     taken: list[int] = []
     for group in groups:
-        own = _STYLE_ORDER.index(group.role)
-        free = (place for place in (own, *range(len(_STYLE_ORDER), len(COLOURS)), *range(own)) if place not in taken)
-        place = next(free, len(taken) % len(COLOURS))
-        taken.append(place)
-        styles[group.label] = {"color": COLOURS[place], "marker": MARKERS[place], "linestyle": LINE_STYLES[place]}
+        own = group.variant.style % len(COLOURS)
+        candidates = (own, *range(UNREGISTERED_STYLE + 1, len(COLOURS)), *range(own))
+        style = next((each for each in candidates if each not in taken), len(taken) % len(COLOURS))
+        taken.append(style)
+        styles[group.label] = {"color": COLOURS[style], "marker": MARKERS[style], "linestyle": LINE_STYLES[style]}
     return styles
 
 

@@ -8,8 +8,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from fwlora.experiment.evaluation.claims.verdicts import Answer
+import numpy as np
+
+from fwlora.experiment.evaluation.claims.verdicts import ClaimResult, Finding, join_reasons
 from fwlora.experiment.evaluation.compare.bootstrap import confusion_matrix
+from fwlora.experiment.evaluation.compare.cells import Cell, Group
+from fwlora.experiment.evaluation.compare.results import (
+    Comparison,
+    MeanDifference,
+    PairComparison,
+    PooledComparison,
+    SeedComparison,
+    TimeRatio,
+)
 from fwlora.experiment.evaluation.compare.runs import EvaluatedRun, as_finite
 from fwlora.experiment.tracking import metrics
 
@@ -67,23 +78,168 @@ def epoch_rows(run: EvaluatedRun) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key not in step_only} for row in rows]
 
 
-def describe_answers(answers: Sequence[Answer]) -> dict[str, Any]:
-    """The content of ``claims.json``: per claim the verdict and what it rests on; values are points, or ratios."""
-    return {answer.claim_id: _describe_answer(answer) for answer in answers}
-
-
-def _describe_answer(answer: Answer) -> dict[str, Any]:
-    claim = answer.claim
-    stated = claim.model_dump(exclude={"order"}, exclude_none=True)
-    findings = [{key: value for key, value in asdict(each).items() if value is not None} for each in answer.findings]
+def describe_comparison(comparison: Comparison, cells: Sequence[Cell]) -> dict[str, Any]:
+    """Build ``statistics.json``."""
     return {
-        "verdict": answer.verdict,
-        "reason": answer.reason,
-        "decided_by": answer.decided_by,
-        "unit": "ratio" if claim.is_ratio else "points",
-        "claim": stated,
-        "findings": findings,
+        "difference": "first minus second, as fractions",
+        "confidence": comparison.confidence,
+        "level": comparison.level,
+        "power": comparison.power,
+        "resamples": comparison.resamples,
+        "rng_seed": comparison.rng_seed,
+        "cells": describe_cells(cells),
+        "pooled": [_describe_pooled(entry) for entry in comparison.pooled],
+        "pairs": [_describe_pair(pair) for pair in comparison.pairs],
+        "holm": _describe_corrections(comparison),
     }
+
+
+def describe_cells(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """List means and standard deviations over seeds of every group, per cell."""
+    return [
+        {
+            "cell": cell.name,
+            "primary_metric": cell.primary_eval_name,
+            "methods": [_describe_group(cell, group) for group in cell.groups],
+        }
+        for cell in cells
+    ]
+
+
+def _describe_group(cell: Cell, group: Group) -> dict[str, Any]:
+    metric = cell.primary_eval_name
+    return {
+        "method": group.label,
+        "role": group.role,
+        "run_ids": [run.run_id for run in group.runs],
+        "seeds": [run.seed for run in group.runs],
+        "n": len(group.runs),
+        "mean": group.mean(metric),
+        "sd": group.standard_deviation(metric),
+        "accuracy_mean": group.mean("eval_accuracy"),
+        "training_time_s_mean": group.mean(metrics.TRAINING_TIME_S),
+        "training_time_s_sd": group.standard_deviation(metrics.TRAINING_TIME_S),
+        "params_adapter": group.mean(metrics.PARAMS_ADAPTER),
+        "params_adapter_final": group.mean(metrics.PARAMS_ADAPTER_FINAL),
+        "constant_predictions": sum(bool(np.ptp(run.predictions) == 0) for run in group.runs),
+    }
+
+
+def _describe_pooled(entry: PooledComparison) -> dict[str, Any]:
+    return {
+        "first": entry.first,
+        "second": entry.second,
+        "cells": list(entry.cells),
+        "pairs": entry.pairs,
+        "mean": entry.mean,
+        "low": entry.low,
+        "high": entry.high,
+        "interval_over": entry.interval_over,
+        "left_out": [str(reason) for reason in entry.left_out],
+        "test": entry.test,
+        "p_value": entry.p_value,
+        "p_value_independent": entry.p_value_independent,
+    }
+
+
+def _describe_pair(pair: PairComparison) -> dict[str, Any]:
+    measured: dict[str, Any] = {}
+    if pair.training_time_ratio is not None:
+        measured["improvement_rate"] = pair.improvement_rate
+        measured["training_time_ratio"] = _describe_time_ratio(pair.training_time_ratio)
+    return {
+        "cell": pair.cell,
+        "first": pair.first,
+        "second": pair.second,
+        "second_is": pair.second_is,
+        "primary_metric": pair.primary_metric,
+        "seeds": list(pair.seeds),
+        "seed_level_test": pair.seed_level_test,
+        **measured,
+        "per_seed": [_describe_seed(seed) for seed in pair.per_seed],
+        "over_seeds": {name: _describe_mean(difference) for name, difference in (pair.over_seeds or {}).items()},
+    }
+
+
+def _describe_time_ratio(time: TimeRatio) -> dict[str, Any]:
+    described = asdict(time)
+    return described if time.reason else {key: value for key, value in described.items() if key != "reason"}
+
+
+def _describe_mean(difference: MeanDifference) -> dict[str, Any]:
+    return {
+        **asdict(difference.tests),
+        "low": difference.low,
+        "high": difference.high,
+        "interval_over": difference.interval_over,
+    }
+
+
+def _describe_seed(seed: SeedComparison) -> dict[str, Any]:
+    return {
+        "seed": seed.seed,
+        "first_run_id": seed.first_run_id,
+        "second_run_id": seed.second_run_id,
+        "mcnemar": asdict(seed.mcnemar),
+        "bootstrap": {name: asdict(interval) for name, interval in seed.intervals.items()},
+    }
+
+
+def _describe_corrections(comparison: Comparison) -> dict[str, list[dict[str, Any]]]:
+    """List each family of tests with p-values before and after Holm's correction."""
+    families: dict[str, list[dict[str, Any]]] = {"headline": [], "paired_t": [], "sign_flip": [], "mcnemar": []}
+
+    def note(family: str, names: Mapping[str, Any], p_value: float | None, p_value_holm: float | None) -> None:
+        if p_value is not None:
+            families[family].append({**names, "p_value": p_value, "p_value_holm": p_value_holm})
+
+    for entry in comparison.pooled:
+        note("headline", {"first": entry.first, "second": entry.second}, entry.p_value, entry.p_value_holm)
+    for pair in comparison.pairs:
+        names = {"cell": pair.cell, "first": pair.first, "second": pair.second}
+        if pair.primary is not None:
+            tests = pair.primary.tests
+            note("paired_t", names, tests.t_p_value, pair.t_p_value_holm)
+            note("sign_flip", names, tests.sign_flip_p_value, pair.sign_flip_p_value_holm)
+        for seed in pair.per_seed:
+            note("mcnemar", {**names, "seed": seed.seed}, seed.mcnemar.p_value, seed.mcnemar_p_value_holm)
+    return families
+
+
+def describe_claim_results(results: Sequence[ClaimResult]) -> dict[str, Any]:
+    """Build ``claims.json``: per claim the verdict and its findings, whose values are points or ratios."""
+    return {result.claim_id: _describe_claim_result(result) for result in results}
+
+
+def _describe_claim_result(result: ClaimResult) -> dict[str, Any]:
+    claim = result.claim
+    return {
+        "verdict": result.verdict,
+        "reason": join_reasons(result.reasons),
+        "decided_by": join_reasons(result.remedies),
+        "unit": claim.unit.name,
+        "claim": claim.model_dump(exclude={"order"}, exclude_none=True),
+        "findings": [_describe_finding(finding) for finding in result.findings],
+    }
+
+
+def _describe_finding(finding: Finding) -> dict[str, Any]:
+    described = {
+        "cells": finding.cells,
+        "seeds": finding.seeds,
+        "verdict": finding.verdict,
+        "value": finding.value,
+        "low": finding.low,
+        "high": finding.high,
+        "interval_over": finding.interval_over,
+        "test": finding.test,
+        "p_value": finding.p_value,
+        "p_value_holm": finding.p_value_holm,
+        "reason": join_reasons(finding.reasons),
+        "decided_by": join_reasons(finding.remedies),
+        "left_out": [str(reason) for reason in finding.left_out],
+    }
+    return {key: value for key, value in described.items() if value is not None}
 
 
 def _without_non_finite(value: Any) -> Any:

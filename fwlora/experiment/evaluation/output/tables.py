@@ -6,13 +6,13 @@ import csv
 import io
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import pandas
 
-from fwlora.experiment.evaluation.claims.verdicts import Answer, Finding
+from fwlora.experiment.evaluation.claims.verdicts import ClaimResult, Finding, join_reasons
 from fwlora.experiment.evaluation.compare.cells import Cell, Group
+from fwlora.experiment.evaluation.compare.results import Comparison, ComparisonWarning
 from fwlora.experiment.tracking import metrics
 
 _NOTHING = "-"
@@ -44,86 +44,89 @@ def render_text_table(cells: Sequence[Cell]) -> str:
     return "\n".join(lines)
 
 
-def render_verdicts(answers: Sequence[Answer]) -> list[str]:
+def render_verdicts(results: Sequence[ClaimResult]) -> list[str]:
     """A line or two per claim, for a terminal."""
     lines = []
-    for answer in answers:
-        lines.append(f"{answer.verdict.upper():<9}  {answer.claim.statement}: {describe_findings(answer)}")
-        text = " ".join(_explain(answer))
+    for result in results:
+        lines.append(f"{result.verdict.upper():<9}  {result.claim.statement}: {describe_findings(result)}")
+        text = " ".join(_explain(result))
         lines += textwrap.wrap(text, _TERMINAL_WIDTH, initial_indent=" " * 11, subsequent_indent=" " * 11)
     return lines
 
 
-def _explain(answer: Answer) -> list[str]:
+def _explain(result: ClaimResult) -> list[str]:
     """Why it is undecided, what would decide it, and what it leaves out, a sentence each."""
-    said = [f"because {answer.reason}."] if answer.reason else []
-    said += [f"Decided by: {answer.decided_by}."] if answer.decided_by else []
-    return said + [f"Without {cell}." for finding in answer.findings for cell in finding.left_out]
+    sentences = [f"because {join_reasons(result.reasons)}."] if result.reasons else []
+    sentences += [f"Decided by: {join_reasons(result.remedies)}."] if result.remedies else []
+    return sentences + [f"Without {left_out}." for finding in result.findings for left_out in finding.left_out]
 
 
-def describe_findings(answer: Answer) -> str:
+def describe_findings(result: ClaimResult) -> str:
     """The measured values behind a verdict: ``+0.12 points [-0.40, +0.65], p = 0.412``, cell by cell if several."""
-    if not answer.findings:
+    if not result.findings:
         return "not measured"
-    several = len(answer.findings) > 1
+    several = len(result.findings) > 1
     return "; ".join(
-        f"{finding.cells[0]}: {format_finding(answer, finding)}" if several else format_finding(answer, finding)
-        for finding in answer.findings
+        f"{finding.cells[0]}: {format_finding(result, finding)}" if several else format_finding(result, finding)
+        for finding in result.findings
     )
 
 
-def format_finding(answer: Answer, finding: Finding) -> str:
+def format_finding(result: ClaimResult, finding: Finding) -> str:
     """One value with its interval and corrected p-value."""
     if finding.value is None:
         return "not measured"
-    number, unit = ("{:.4f}", "") if answer.claim.is_ratio else ("{:+.2f}", " points")
-    text = number.format(finding.value) + unit
+    unit = result.claim.unit
+    text = unit.format(finding.value) + unit.suffix
     if finding.low is not None and finding.high is not None:
-        text += f" [{number.format(finding.low)}, {number.format(finding.high)}]"
+        text += f" [{unit.format(finding.low)}, {unit.format(finding.high)}]"
     if finding.p_value_holm is not None:
         text += f", p = {format_p_value(finding.p_value_holm)}".replace("= <", "< ")
     return text
 
 
 def render_markdown(
-    answers: Sequence[Answer], cells: Sequence[Cell], statistics: Mapping[str, Any], warnings: Sequence[str]
+    results: Sequence[ClaimResult],
+    cells: Sequence[Cell],
+    comparison: Comparison,
+    warnings: Sequence[ComparisonWarning],
 ) -> str:
     """Verdicts, the table of methods, paired differences and warnings."""
     parts = ["# Comparison"]
-    if answers:
+    if results:
         header = ["claim", "verdict", "measured", "why, and what would decide it"]
         rows = [
             [
-                answer.claim.statement,
-                answer.verdict,
-                describe_findings(answer),
-                " ".join(_explain(answer)),
+                result.claim.statement,
+                result.verdict,
+                describe_findings(result),
+                " ".join(_explain(result)),
             ]
-            for answer in answers
+            for result in results
         ]
         parts += ["## Claims", _markdown_table(header, rows)]
     parts += ["## Methods", _markdown_table(*method_rows(cells))]
-    if statistics["pairs"]:
-        parts += ["## Paired differences (first minus second)", _markdown_table(*pair_rows(statistics))]
-        parts.append(describe_statistics(statistics))
+    if comparison.pairs:
+        parts += ["## Paired differences (first minus second)", _markdown_table(*pair_rows(comparison))]
+        parts.append(explain_intervals(comparison))
     if warnings:
         parts += ["## Warnings", "\n".join(f"- {warning}" for warning in warnings)]
     return "\n\n".join(parts) + "\n"
 
 
-def describe_statistics(statistics: Mapping[str, Any]) -> str:
+def explain_intervals(comparison: Comparison) -> str:
     """How intervals and p-values in the table of differences were made."""
     return (
-        f"Intervals: {statistics['confidence']:.0%} percentile bootstrap, {statistics['resamples']} resamples, over "
+        f"Intervals: {comparison.confidence:.0%} percentile bootstrap, {comparison.resamples} resamples, over "
         "seeds and examples (examples alone for one seed). p-values: over seeds; Holm: over all pairs. MDD: the true "
-        f"difference that a t-test at {statistics['level']:.0%} finds with probability {statistics['power']:.0%}."
+        f"difference that a t-test at {comparison.level:.0%} finds with probability {comparison.power:.0%}."
     )
 
 
-def render_latex(cells: Sequence[Cell], statistics: Mapping[str, Any]) -> str:
+def render_latex(cells: Sequence[Cell], comparison: Comparison) -> str:
     """Two ``booktabs`` tables: methods, and paired differences."""
     parts = ["% needs \\usepackage{booktabs}"]
-    for header, rows in (method_rows(cells), pair_rows(statistics)):
+    for header, rows in (method_rows(cells), pair_rows(comparison)):
         if rows:
             escaped = [[_escape_latex(text) for text in row] for row in rows]
             frame = pandas.DataFrame(escaped, columns=[_escape_latex(name) for name in header])
@@ -182,7 +185,7 @@ def _method_values(cell: Cell, group: Group) -> list[str]:
     ]
 
 
-def pair_rows(statistics: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+def pair_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Header and one row per pair of methods in a cell."""
     header = [
         "cell",
@@ -199,26 +202,23 @@ def pair_rows(statistics: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
         "g",
         "MDD",
     ]
-    adjusted = {(test["cell"], test["first"], test["second"]): test for test in statistics["holm"]["paired_t"]}
     rows = []
-    for pair in statistics["pairs"]:
-        names = [pair["cell"], pair["first"], pair["second"]]
-        test = pair["over_seeds"].get(pair["primary_metric"])
-        if test is None:
-            rows.append([*names, pair["primary_metric"], "0", *[_NOTHING] * 8])
+    for pair in comparison.pairs:
+        names = [pair.cell, pair.first, pair.second, pair.primary_metric]
+        if pair.primary is None:
+            rows.append([*names, "0", *[_NOTHING] * 8])
             continue
-        holm = adjusted.get((names[0], names[1], names[2]), {}).get("p_value_holm")
+        tests = pair.primary.tests
         rows.append(
             [
                 *names,
-                pair["primary_metric"],
-                str(test["count"]),
-                f"{test['mean']:+.4f}",
-                f"[{test['low']:+.4f}, {test['high']:+.4f}]",
-                f"{test['wins']}/{test['count']}",
-                *(format_p_value(value) for value in (test["t_p_value"], test["sign_flip_p_value"], holm)),
-                _number(test["hedges_g"], 2),
-                _number(test["minimum_detectable_difference"], 4),
+                str(tests.count),
+                f"{tests.mean:+.4f}",
+                f"[{pair.primary.low:+.4f}, {pair.primary.high:+.4f}]",
+                f"{tests.wins}/{tests.count}",
+                *(format_p_value(value) for value in (tests.t_p_value, tests.sign_flip_p_value, pair.t_p_value_holm)),
+                _number(tests.hedges_g, 2),
+                _number(tests.minimum_detectable_difference, 4),
             ]
         )
     return header, rows

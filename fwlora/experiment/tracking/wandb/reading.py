@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from fwlora.experiment.errors import UserError
-from fwlora.experiment.tracking.records import RunRecord, RunState
+from fwlora.experiment.tracking.records import RunRecord, RunState, UnreadableRunsError
 from fwlora.experiment.tracking.wandb.files import read_files
 from fwlora.experiment.tracking.wandb.raw_run import RawRun, Unavailable
 from fwlora.experiment.tracking.wandb.session import end_session, explain, one_line, open_session
@@ -44,7 +44,7 @@ def load_records(
         One record per id; its ``state`` says whether it has ended, and how.
 
     Raises:
-        UserError: lists every run that was found nowhere, where it was looked for and the remedy.
+        UnreadableRunsError: lists every run that was found nowhere, where it was looked for and the remedy.
     """
     if source not in ("auto", "api", "files"):
         raise UserError(f"`source` is {source!r}; it must be auto, api or files")
@@ -72,9 +72,9 @@ def load_records(
             collect(lambda run_id: _read_api(api, run_id, entity, project), missing, PARALLEL_READS)
         except Unavailable as reason:
             unreachable.append(f"W&B could not be asked: {reason}")
-    problems = [f"`{run_id}`: {'; '.join(reasons[run_id]) or 'not read'}" for run_id in wanted if run_id not in found]
-    if problems:
-        raise UserError.collect("runs that cannot be read", problems + unreachable)
+    unread = {run_id: "; ".join(reasons[run_id]) or "not read" for run_id in wanted if run_id not in found}
+    if unread:
+        raise UnreadableRunsError(unread, unreachable)
     return [found[run_id] for run_id in run_ids]
 
 

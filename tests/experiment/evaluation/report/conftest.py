@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from fwlora.experiment.evaluation.compare.results import ComparisonWarning
 from fwlora.experiment.evaluation.evidence import Evidence, gather_evidence
 from fwlora.experiment.evaluation.figures import style as figure_style
 from fwlora.experiment.evaluation.figures.style import Drawing
@@ -38,7 +39,7 @@ def evidence() -> Evidence:
     runs[0] = change(runs[0], config__resolved__command=HOSTILE, summary__params_adapter_final=200_000)
     hostile = CLAIMS["above-lora"].model_copy(update={"statement": HOSTILE, "quote": HOSTILE})
     found = gather_evidence(runs, {**CLAIMS, "above-lora": hostile}, resamples=200)
-    return replace(found, warnings=[*found.warnings, HOSTILE])
+    return replace(found, warnings=[*found.warnings, ComparisonWarning(None, HOSTILE)])
 
 
 @pytest.fixture(scope="session")

@@ -63,23 +63,23 @@ def opened(browser: Any, address: str) -> Iterator[Opened]:
     assert {url.partition("#")[0] for url in requests if not url.startswith("data:")} == {address}
 
 
-def column_values(page: Any, table: str, place: int) -> list[float | None]:
-    script = f"rows => rows.map(row => row.cells[{place}].dataset.value)"
+def column_values(page: Any, table: str, index: int) -> list[float | None]:
+    script = f"rows => rows.map(row => row.cells[{index}].dataset.value)"
     values = page.locator(f"#{table} tbody tr").evaluate_all(script)
     return [float(value) if value else None for value in values]
 
 
 def test_verdicts_come_first_and_are_seen_at_once(opened: Opened, evidence: Evidence):
     board = opened.page.locator(".board > li")
-    assert board.count() == len(evidence.answers)
+    assert board.count() == len(evidence.claim_results)
     assert opened.page.locator("h2").first.inner_text() == "Verdicts"
     assert board.first.bounding_box()["y"] < 500
-    for place, answer in enumerate(evidence.answers):
-        item = board.nth(place)
-        assert item.locator(".badge").inner_text() == answer.verdict
+    for index, result in enumerate(evidence.claim_results):
+        item = board.nth(index)
+        assert item.locator(".badge").inner_text() == result.verdict
         shape = item.locator(".badge svg").bounding_box()
         assert shape["width"] > 10 and shape["height"] > 10
-        assert item.locator("svg.strip").count() == sum(finding.value is not None for finding in answer.findings)
+        assert item.locator("svg.strip").count() == sum(finding.value is not None for finding in result.findings)
     # Colour is not alone: every verdict has a drawing of its own.
     icons = [opened.page.locator(f"#icon-{name}").inner_html() for name in ("supported", "refuted", "undecided")]
     assert len(set(icons)) == 3
@@ -87,15 +87,15 @@ def test_verdicts_come_first_and_are_seen_at_once(opened: Opened, evidence: Evid
 
 def test_headers_sort_by_number_both_ways(opened: Opened):
     page = opened.page
-    for table, place in (("methods-table", 4), ("pairs-table", 2), ("pooled-table", 3)):
-        header = page.locator(f"#{table} thead th").nth(place)
-        values = column_values(page, table, place)
+    for table, index in (("methods-table", 4), ("pairs-table", 2), ("pooled-table", 3)):
+        header = page.locator(f"#{table} thead th").nth(index)
+        values = column_values(page, table, index)
         assert header.get_attribute("aria-sort") == "none"
         header.locator("button").click()
-        assert column_values(page, table, place) == sorted(values)
+        assert column_values(page, table, index) == sorted(values)
         assert header.get_attribute("aria-sort") == "ascending"
         header.locator("button").click()
-        assert column_values(page, table, place) == sorted(values, reverse=True)
+        assert column_values(page, table, index) == sorted(values, reverse=True)
         assert header.get_attribute("aria-sort") == "descending"
         assert page.locator(f"#{table} th[aria-sort=ascending], #{table} th[aria-sort=descending]").count() == 1
 

@@ -14,12 +14,14 @@ from urllib.parse import unquote
 import pytest
 
 from fwlora.experiment.evaluation.claims.verdicts import Finding
+from fwlora.experiment.evaluation.compare.results import Reason
 from fwlora.experiment.evaluation.evidence import Evidence, gather_evidence
 from fwlora.experiment.evaluation.figures.draw import Figures
 from fwlora.experiment.evaluation.figures.style import Drawing
-from fwlora.experiment.evaluation.report import render as report
+from fwlora.experiment.evaluation.report.claims import GroupedReason, arrange_strip, format_finding, group_reasons
 from fwlora.experiment.evaluation.report.figures import _compact_path, compact_svg
-from fwlora.experiment.evaluation.report.render import arrange_strip, render_report
+from fwlora.experiment.evaluation.report.render import render_report
+from fwlora.experiment.evaluation.report.text import name_anchors, typeset
 from tests.helpers.evaluation_records import change, make_record
 from tests.helpers.pages import (
     CLAIMS,
@@ -72,19 +74,19 @@ def test_structure_is_that_of_a_document(page: Page):
 
 def test_every_claim_warning_and_run_is_there(page: Page, evidence: Evidence):
     text = page.text
-    for answer in evidence.answers:
-        assert report.typeset(answer.claim.statement) in text
-        assert answer.claim.quote in text
-        for finding in answer.findings:
-            assert report._format_finding(answer, finding) in text
+    for result in evidence.claim_results:
+        assert typeset(result.claim.statement) in text
+        assert result.claim.quote in text
+        for finding in result.findings:
+            assert format_finding(result, finding) in text
     tally = re.search(r"(\d+) supported\s+(\d+) refuted\s+(\d+) undecided", " ".join(text.split()))
-    verdicts = [answer.verdict for answer in evidence.answers]
+    verdicts = [result.verdict for result in evidence.claim_results]
     assert tally and [int(count) for count in tally.groups()] == [
         verdicts.count(name) for name in ("supported", "refuted", "undecided")
     ]
     assert len(set(verdicts)) > 1
     for warning in evidence.warnings:
-        assert report.typeset(re.sub(r"^glue/\w+, roberta-base, 0.2 %: ", "", warning)) in text
+        assert typeset(warning.text) in text
     for run in evidence.runs:
         assert text.count(run.run_id) >= 3
     assert len([given for given in page.all("details") if given.get("class") == "run"]) == len(evidence.runs) == 12
@@ -108,20 +110,23 @@ def test_numbers_are_those_of_the_statistics(page: Page, evidence: Evidence):
     assert page.column("methods-table", 8)[0] == ("248,000", "248000.0")
     assert ("248,000 → 224,000", "224000.0") in page.column("methods-table", 8)
 
-    pairs = evidence.statistics["pairs"]
-    tests = [pair["over_seeds"][pair["primary_metric"]] for pair in pairs]
+    pairs = evidence.comparison.pairs
     shown = page.column("pairs-table", 2)
-    assert [float(value or "") for _, value in shown] == [test["mean"] for test in tests]
-    for (text, _), test in zip(shown, tests, strict=True):
-        expected = f"{100 * test['mean']:+.2f} [{100 * test['low']:+.2f}, {100 * test['high']:+.2f}]"
-        assert text == expected.replace("-", "−")
+    assert [float(value or "") for _, value in shown] == [pair.primary.tests.mean for pair in pairs]
+    for (text, _), pair in zip(shown, pairs, strict=True):
+        difference = pair.primary
+        interval = f"[{100 * difference.low:+.2f}, {100 * difference.high:+.2f}]"
+        assert text == f"{100 * difference.tests.mean:+.2f} {interval}".replace("-", "−")
     holm = [float(value or "") for _, value in page.column("pairs-table", 7)]
-    assert holm == [test["p_value_holm"] for test in evidence.statistics["holm"]["paired_t"]]
+    assert holm == [pair.t_p_value_holm for pair in pairs]
     ratios = [float(value or "") for _, value in page.column("pairs-table", 10)]
-    assert ratios == [pair["training_time_ratio"]["ratio"] for pair in pairs]
-    pooled = evidence.statistics["pooled"]
-    assert [float(value or "") for _, value in page.column("pooled-table", 3)] == [entry["mean"] for entry in pooled]
-    seeds = [seed["mcnemar"]["p_value"] for pair in pairs for seed in pair["per_seed"]]
+    assert ratios == [pair.training_time_ratio.ratio for pair in pairs]
+    pooled = evidence.comparison.pooled
+    assert [float(value or "") for _, value in page.column("pooled-table", 3)] == [entry.mean for entry in pooled]
+    assert [float(value or "") for _, value in page.column("pooled-table", 7)] == [
+        entry.p_value_holm for entry in pooled
+    ]
+    seeds = [seed.mcnemar.p_value for pair in pairs for seed in pair.per_seed]
     assert [float(value or "") for _, value in page.column("seeds-table", 6)] == seeds
 
 
@@ -226,9 +231,9 @@ def test_cells_that_a_verdict_leaves_out_are_named():
 
 
 def strip_of(evidence: Evidence, claim_id: str, **finding: Any):
-    answer = next(answer for answer in evidence.answers if answer.claim_id == claim_id)
+    result = next(result for result in evidence.claim_results if result.claim_id == claim_id)
     found = Finding(cells=("c",), **finding)
-    return arrange_strip(replace(answer, findings=(found,)), found)
+    return arrange_strip(replace(result, findings=(found,)), found)
 
 
 def test_strip_of_a_difference(evidence: Evidence):
@@ -256,10 +261,10 @@ def test_strip_of_a_ratio_is_one_of_logarithms(evidence: Evidence):
 
 
 def test_texts_are_typeset_and_names_left_alone():
-    assert report.typeset("-0.30 points [-1, +2]") == "−0.30 points [−1, +2]"
-    assert report.typeset("roberta-base-110M--CoLA--0 5e-05") == "roberta-base-110M--CoLA--0 5e-05"
-    assert report.typeset("AdaLoRA's 80% of 0.2 %") == "AdaLoRA’s 80\u00a0% of 0.2\u00a0%"
-    assert report.name_anchors("run", ["a b", "a-b", "ü", "a/b"]) == {
+    assert typeset("-0.30 points [-1, +2]") == "−0.30 points [−1, +2]"
+    assert typeset("roberta-base-110M--CoLA--0 5e-05") == "roberta-base-110M--CoLA--0 5e-05"
+    assert typeset("AdaLoRA's 80% of 0.2 %") == "AdaLoRA’s 80\u00a0% of 0.2\u00a0%"
+    assert name_anchors("run", ["a b", "a-b", "ü", "a/b"]) == {
         "a b": "run-a-b",
         "a-b": "run-a-b-2",
         "ü": "run--",
@@ -267,12 +272,13 @@ def test_texts_are_typeset_and_names_left_alone():
     }
 
 
-def test_reasons_are_told_once(evidence: Evidence):
-    one, two = (cell.name for cell in evidence.cells)
-    text = f"{one}: no runs of LoRA; of any kind; {two}: no runs of LoRA; of any kind"
-    assert report.split_reasons(text, evidence.cells) == [("No runs of LoRA; of any kind", [one, two])]
-    assert report.split_reasons("two seeds at least", evidence.cells) == [("Two seeds at least", [])]
-    assert report.split_reasons(None, evidence.cells) == []
+def test_equal_reasons_are_grouped():
+    reasons = [Reason("a", "no runs; of any kind"), Reason(None, "one seed"), Reason("b", "no runs; of any kind")]
+    assert group_reasons(reasons) == [
+        GroupedReason("No runs; of any kind", ("a", "b")),
+        GroupedReason("One seed", ()),
+    ]
+    assert group_reasons([]) == []
 
 
 def test_a_compacted_figure_takes_less_text(drawing: Drawing):

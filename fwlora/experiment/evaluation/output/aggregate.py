@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from fwlora.experiment.evaluation.compare.cells import Cell
+from fwlora.experiment.evaluation.compare.comparisons import improvement_rate
+from fwlora.experiment.evaluation.compare.results import ComparisonWarning
 from fwlora.experiment.evaluation.compare.runs import COST_NAMES
 from fwlora.experiment.tracking import metrics
 
@@ -17,7 +19,7 @@ _METRIC_ORDER = (
 )
 
 
-def aggregate(cells: Sequence[Cell], warnings: Sequence[str]) -> dict[str, Any]:
+def aggregate(cells: Sequence[Cell], warnings: Sequence[ComparisonWarning]) -> dict[str, Any]:
     """The content of ``aggregated_metrics.json``.
 
     ``best_*`` is the highest final primary metric of a single run, the control counted among the baselines; ``gap`` is
@@ -38,13 +40,8 @@ def aggregate(cells: Sequence[Cell], warnings: Sequence[str]) -> dict[str, Any]:
         "cells": [
             {"cell": cell.name, "primary_metric": cell.primary_eval_name, **_describe_best(cell)} for cell in cells
         ],
-        "warnings": list(warnings),
+        "warnings": [str(warning) for warning in warnings],
     }
-
-
-def improvement_rate(proposed: float, baseline: float) -> float | None:
-    """``(proposed - baseline) / baseline``; None where the baseline is not positive and a rate means nothing."""
-    return (proposed - baseline) / baseline if baseline > 0 else None
 
 
 def _describe_best(cell: Cell) -> dict[str, Any]:
