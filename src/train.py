@@ -21,11 +21,14 @@ from omegaconf import DictConfig
 from fwlora.adapters import save_adapter
 from fwlora.config import RankPlan
 from fwlora.experiment.data.batching import TokenizedSplit
+from fwlora.experiment.data.text import TaskData
 from fwlora.experiment.engine.device import choose_device, choose_precision, keep_freed_memory, name_device
 from fwlora.experiment.engine.distributed import Processes, is_main_process
 from fwlora.experiment.engine.loop import Execution, Task, TrainingResult, train
 from fwlora.experiment.engine.meters import DivergedError
 from fwlora.experiment.errors import UserError, user_errors_exit
+from fwlora.experiment.modeling.build import AdaptedModel, check_max_length, final_adapter_parameters, load_tokenizer
+from fwlora.experiment.paths import CONFIG_DIR, REPOSITORY
 from fwlora.experiment.search import InfeasibleTrial, SearchResult, search, trial_settings
 from fwlora.experiment.settings.hydra_arguments import enter_program, restore_command, settings_of
 from fwlora.experiment.settings.resolve import check_schedules, fit_trial_to_data
@@ -35,18 +38,8 @@ from fwlora.experiment.tracking.environment import describe_environment
 from fwlora.experiment.tracking.records import pack_classes
 from fwlora.experiment.tracking.tracker import NullTracker, Tracker, metrics
 from fwlora.experiment.tracking.wandb import WandbTarget, start_tracker
-from src.model import (
-    AdaptedModel,
-    build_model,
-    check_max_length,
-    final_adapter_parameters,
-    load_tokenizer,
-    plan_adapters,
-)
-from src.preprocess import TaskData, draw_subset, load_task, split_heldout, tokenize
-
-REPOSITORY = Path(__file__).resolve().parent.parent
-CONFIG_DIR = REPOSITORY / "config"
+from src.model import build_model, plan_adapters
+from src.preprocess import load_task, tokenize_search_task, tokenize_task
 
 
 @dataclass(frozen=True)
@@ -83,9 +76,7 @@ def run_training(settings: ProgramSettings, command: str | None = None) -> None:
     describe(settings, prepared)
     total_steps = run.training.total_steps(len(prepared.data.train.labels))
     if run.model.lora.enabled and run.optuna.n_trials == 0:
-        warning = check_schedules(run, total_steps)
-        if warning:
-            announce(warning)
+        check_schedules(run, total_steps)
     directory = Path(settings.results_dir) / run.run_id
     target = WandbTarget(settings.wandb.entity, settings.wandb.project, settings.wandb.mode, settings.wandb.required)
     config = {**settings.model_dump(), "resolved": resolved_facts(settings, prepared, command)}
@@ -173,10 +164,7 @@ def resolved_facts(settings: ProgramSettings, prepared: Prepared, command: str |
 
 def run_search(run: RunSettings, prepared: Prepared) -> SearchResult:
     """Trials on a fixed part of train, scored on another; the reported split is never looked at."""
-    rest, heldout = split_heldout(prepared.data.train, run.optuna.heldout_fraction, run.optuna.heldout_seed)
-    rest = draw_subset(rest, run.optuna.train_examples, run.dataset.subset_seed)
-    train_split = tokenize(rest, prepared.tokenizer, run.dataset)
-    heldout_split = tokenize(heldout, prepared.tokenizer, run.dataset)
+    train_split, heldout_split = tokenize_search_task(prepared.data, prepared.tokenizer, run)
     announce(
         f"search: {run.optuna.n_trials} trials of {run.optuna.epochs} epoch(s) on {len(train_split)} training "
         f"examples, objective {prepared.task.task_metric} on {len(heldout_split)} held-out ones"
@@ -220,8 +208,7 @@ def train_and_record(
     directory: Path | None,
 ) -> None:
     """The training that counts. Its adapter is saved under ``directory``, unless that is None."""
-    train_split = tokenize(prepared.data.train, prepared.tokenizer, run.dataset)
-    eval_split = tokenize(prepared.data.evaluation, prepared.tokenizer, run.dataset)
+    train_split, eval_split = tokenize_task(prepared.data, prepared.tokenizer, run.dataset)
     total_steps = run.training.total_steps(len(train_split))
     if found:
         check_schedules(run, total_steps)

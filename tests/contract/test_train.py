@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification
 
 import src.train
 from fwlora.adapters import find_adapter_pairs
+from fwlora.experiment.data.tokenization import tokenize
 from fwlora.experiment.engine.loop import Evaluation, TrainingResult, evaluate
 from fwlora.experiment.errors import UserError
 from fwlora.experiment.fused.forward import PlainClassifier
@@ -155,7 +156,7 @@ def test_reported_values_are_the_last_epochs_even_where_another_was_better(tiny_
     run = compose("comparative-1-roberta-base-110M--CoLA-GLUE", tiny_roberta, tiny_glue)
     prepared = src.train.prepare(run)
     adapted = build_model(run.run, prepared.plan, 2, 1, 900, torch.device("cpu"))
-    split = src.train.tokenize(prepared.data.evaluation, prepared.tokenizer, run.run.dataset).select(np.array([0, 1]))
+    split = tokenize(prepared.data.evaluation, prepared.tokenizer, run.run.dataset).select(np.array([0, 1]))
     summary = src.train.summarise(result, adapted, prepared, split, 0.0)
     assert (summary["final_eval_accuracy"], summary["best_eval_accuracy"]) == (0.8, 0.9)
     assert (summary["final_eval_loss"], summary["best_eval_loss"]) == (0.5, 0.3)
@@ -178,7 +179,7 @@ def test_settings_of_the_method_reach_it(tiny_roberta, tiny_glue, recorded):
 def test_saved_checkpoint_predicts_what_was_recorded(method, tiny_roberta, tiny_glue, recorded, tmp_path):
     settings, tracker = full_run(method, tiny_roberta, tiny_glue, recorded, "run.training.mixed_precision=fp32")
     prepared = src.train.prepare(settings)
-    split = src.train.tokenize(prepared.data.evaluation, prepared.tokenizer, settings.run.dataset)
+    split = tokenize(prepared.data.evaluation, prepared.tokenizer, settings.run.dataset)
     base = AutoModelForSequenceClassification.from_pretrained(tiny_roberta)
     model = PeftModel.from_pretrained(base, tmp_path / "results" / settings.run.run_id / "checkpoint")
     again = evaluate(PlainClassifier(model), split, 32, prepared.task, prepared.execution)

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-CONFIG_DIR = REPOSITORY / "config"
+from fwlora.experiment.paths import CONFIG_DIR, REPOSITORY
+
 HELPERS = Path(__file__).resolve().parent
+
+__all__ = ["CONFIG_DIR", "HELPERS", "REPOSITORY"]

@@ -19,9 +19,7 @@ from fwlora.experiment.study.spec import (
     plan_study,
     run_study,
 )
-from tests.helpers.paths import REPOSITORY
-
-CONFIG_DIR = REPOSITORY / "config"
+from tests.helpers.paths import CONFIG_DIR, REPOSITORY
 
 
 @pytest.mark.parametrize("name", known_studies(CONFIG_DIR))
@@ -33,15 +31,15 @@ def test_every_study_can_be_planned(name):
 
 
 def test_quickstart_compares_the_three_methods_with_a_short_warmup():
+    from fwlora.experiment.data.acceptability import generate_task
     from fwlora.experiment.settings.hydra_arguments import compose_settings
-    from src.preprocess import load_task
 
     planned = plan_study(load_study("quickstart", CONFIG_DIR), CONFIG_DIR, {})
     runs = [compose_settings(run.arguments, CONFIG_DIR, {}).run for run in planned]
     assert [run.method for run in runs] == ["baseline_lora", "adalora", "proposed_fw_lora"]
     shared = [run.model_dump(include={"model", "dataset", "training", "optuna"}) for run in runs]
     assert shared[0] == shared[1] == shared[2]
-    steps = runs[2].training.total_steps(len(load_task(runs[2].dataset).train.labels))
+    steps = runs[2].training.total_steps(len(generate_task()["train"]))
     assert 0 < runs[2].fw_lora.warmup_steps <= 0.2 * steps
 
 

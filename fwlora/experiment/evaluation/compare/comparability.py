@@ -12,11 +12,9 @@ from fwlora.experiment.evaluation.compare.cells import Cell, Group
 from fwlora.experiment.evaluation.compare.results import ComparisonWarning
 from fwlora.experiment.evaluation.compare.runs import EvaluatedRun, as_finite
 from fwlora.experiment.evaluation.compare.settings import list_distinct, shorten_setting
-from fwlora.experiment.methods import find_method
-from fwlora.experiment.settings.schema import METHOD_NODES
+from fwlora.experiment.methods import find_method, method_nodes
 from fwlora.experiment.tracking import metrics
 
-_METHOD_SETTINGS = ("method", *(f"{node}." for node in METHOD_NODES))
 _SETTING_KINDS = {"optuna": "search", "dataset": "data", "training": "training settings", "model": "model settings"}
 _MIN_BUDGET_SHARE = 0.95
 _MAX_DISAGREEMENT = 1e-4
@@ -60,11 +58,12 @@ def _find_unequal_methods(cells: Sequence[Cell]) -> list[ComparisonWarning]:
 def find_unequal_settings(groups: Sequence[Group]) -> list[str]:
     """Settings, other than the method's own, in which groups of a cell differ, one sentence each."""
     settings = [group.settings for group in groups]
+    method_settings = ("method", *(f"{node}." for node in method_nodes()))
     searches = any((group.runs[0].run.optuna.n_trials or 0) > 0 for group in groups)
     found = []
     for key in sorted({key for each in settings for key in each}):
         kind = _SETTING_KINDS.get(key.split(".", 1)[0])
-        if key.startswith(_METHOD_SETTINGS) or (kind == "search" and not searches):
+        if key.startswith(method_settings) or (kind == "search" and not searches):
             continue
         if len(list_distinct(each.get(key) for each in settings)) > 1:
             values = (f"{shorten_setting(group.settings.get(key))} for {group.label}" for group in groups)

@@ -14,7 +14,7 @@ from fwlora.experiment.errors import UserError
 from fwlora.experiment.evaluation.compare.settings import flatten_settings, list_distinct, read_settings
 from fwlora.experiment.evaluation.compare.variants import find_variant
 from fwlora.experiment.methods import Variant
-from fwlora.experiment.settings.schema import SEARCHABLE, RunSettings
+from fwlora.experiment.settings.schema import RunSettings, searchable_paths
 from fwlora.experiment.tracking import metrics
 from fwlora.experiment.tracking.facts import RunFacts
 from fwlora.experiment.tracking.records import RunRecord, unpack_classes
@@ -270,7 +270,7 @@ def _comparable_settings(run: RunSettings, recorded: Mapping[str, Any]) -> dict[
     names = _searched_names(run)
     if run.model.budget_mode != "rank":
         names.discard("lora_rank")
-    searched = {".".join(SEARCHABLE[name]) for name in names & SEARCHABLE.keys()}
+    searched = {".".join(path) for name, path in searchable_paths().items() if name in names}
     return {key: value for key, value in sorted(recorded.items()) if key not in _IDENTITY and key not in searched}
 
 

@@ -10,12 +10,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
+from fwlora.experiment.data.tokenization import tokenize
 from fwlora.experiment.engine.loop import Execution, evaluate
 from fwlora.experiment.errors import UserError
 from fwlora.experiment.fused.forward import PlainClassifier
+from fwlora.experiment.modeling.build import load_tokenizer
 from fwlora.experiment.settings.hydra_arguments import compose_settings
-from src.model import build_model, load_tokenizer, plan_adapters
-from src.preprocess import load_task, tokenize
+from src.model import build_model, plan_adapters
+from src.preprocess import load_task
 from src.train import prepare, run_training
 from tests.helpers.paths import CONFIG_DIR
 

@@ -1,0 +1,11 @@
+"""Folders that the program reads and writes, each defined here alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+# The checkout; of an installed package the folder that holds the package.
+REPOSITORY = Path(__file__).resolve().parents[2]
+CONFIG_DIR = REPOSITORY / "config"
+# Relative to the working folder: models, data sets and tokens.
+CACHE_DIR = ".cache/"
