@@ -90,7 +90,6 @@ class EvaluatedRun:
         record: as read.
         seed: ``training.seed``.
         variant: what it is compared as.
-        run: its settings.
         facts: what the program found out when it trained the run.
         recorded: every setting by dotted key.
         settings: those of ``recorded`` that define a group: without run id, seed and what a search replaced.
@@ -105,7 +104,6 @@ class EvaluatedRun:
     record: RunRecord
     seed: int
     variant: Variant
-    run: RunSettings
     facts: RunFacts
     recorded: Mapping[str, Any]
     settings: Mapping[str, Any]
@@ -122,9 +120,14 @@ class EvaluatedRun:
         return self.record.run_id
 
     @property
+    def run(self) -> RunSettings:
+        """Its settings; read anew each time, as the class depends on the methods of this process."""
+        return read_settings(self.record.config["run"])
+
+    @property
     def method(self) -> str:
         """The method's name in its settings."""
-        return self.run.method
+        return str(self.recorded["method"])
 
 
 def as_finite(value: Any) -> float | None:
@@ -231,7 +234,6 @@ def _read_run(record: RunRecord) -> EvaluatedRun:
         record=record,
         seed=_whole(run.training.seed),
         variant=find_variant(run),
-        run=run,
         facts=facts,
         recorded=recorded,
         settings=_comparable_settings(run, recorded),
