@@ -1,4 +1,4 @@
-"""Records of runs, checked and read into what a comparison needs. Nothing here reads a run's name."""
+"""Check records of runs, and read what a comparison needs; names of runs do not matter."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ class EvaluatedRun:
 
 
 def as_finite(value: Any) -> float | None:
-    """The number, or None for what is missing, text ("NaN" as W&B returns it), boolean or not finite."""
+    """Return the number; None for what is missing, text ("NaN" as W&B returns it), boolean or not finite."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return None
     return float(value)
@@ -277,7 +277,7 @@ def _comparable_settings(run: RunSettings, recorded: Mapping[str, Any]) -> dict[
 
 
 def _find_data_problems(data: str, runs: Sequence[EvaluatedRun]) -> list[str]:
-    """What keeps runs of one data set from being compared, or pooled, with each other."""
+    """Find what forbids to compare, or pool, runs of one data set."""
     found = []
     checks = {
         "were evaluated on different examples (eval_fingerprint)": lambda run: run.record.summary["eval_fingerprint"],
