@@ -3,26 +3,25 @@
 1. Encoder: ``run.model.pretrained_id`` (RoBERTa-base as specified), float32, under a new classification head.
 2. Ranks: LoRA's adapters of every targeted matrix may have ``parameter_budget_percent`` per cent of the encoder's
    parameters together; :func:`fwlora.plan_ranks` solves for the largest ranks within it, as equal as possible.
-3. Method: adapters on these matrices, the same for LoRA and FW-LoRA; AdaLoRA has triplets of the same budget.
+3. Method: :mod:`fwlora.experiment.methods` has a file for each. LoRA trains adapters s B A of these ranks. FW-LoRA
+   trains the same adapters; after its Fisher warm-up a term shrinks the updates of unimportant matrices. AdaLoRA starts
+   with more triplets and prunes them down to the budget.
 
 For equal seeds every method starts from the same head, and LoRA and FW-LoRA from the same adapters.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-from fwlora.adalora import AdaLora, attach_adalora, plan_adalora
-from fwlora.adapters import TargetModuleError, encoder_parameter_count, find_adapter_pairs, find_target_matrices
+from fwlora.adapters import TargetModuleError, encoder_parameter_count, find_target_matrices
 from fwlora.budget import BudgetError, adapter_cost
-from fwlora.config import FisherWeighting, RankPlan, attach_lora, plan_ranks
+from fwlora.config import RankPlan, plan_ranks
 from fwlora.experiment.errors import UserError
-from fwlora.experiment.methods import Method
-from fwlora.experiment.methods.adalora import AdaLoraMethod
-from fwlora.experiment.methods.fw_lora import FwLoraMethod
+from fwlora.experiment.methods import Method, get_method
 from fwlora.experiment.methods.lora import LoraMethod
 from fwlora.experiment.modeling.build import (
     AdaptedModel,
@@ -33,7 +32,6 @@ from fwlora.experiment.modeling.build import (
 )
 from fwlora.experiment.modeling.pretrained import fingerprint_weights
 from fwlora.experiment.settings.schema import ModelSettings, RunSettings
-from fwlora.regularizer import FisherWeightedLora
 
 # A separate seed for adapter initialisation, so that the head is the same for every method.
 ADAPTER_SEED_OFFSET = 1_000_003
@@ -62,6 +60,29 @@ def plan_adapters(settings: ModelSettings) -> RankPlan:
         raise UserError(f"run.model.parameter_budget_percent: {error}") from None
 
 
+def attach_method(
+    model: nn.Module, run: RunSettings, plan: RankPlan, heads: Sequence[str], total_steps: int, device: torch.device
+) -> tuple[nn.Module, Method]:
+    """Attach the method that ``run.method`` names; with ``model.lora.enabled`` false train the head alone.
+
+    Args:
+        model: encoder and head, on the CPU.
+        run: the node ``run``.
+        plan: a rank for every targeted matrix.
+        heads: names of the modules that make up the head, trained in full by every method.
+        total_steps: optimizer steps of the training to come.
+        device: where the model is trained.
+
+    Returns:
+        The adapted model on the device, and what the training loop calls.
+    """
+    if not run.model.lora.enabled:
+        train_head_only(model, heads)
+        return model.to(device), LoraMethod([])
+    spec = get_method(run.method)
+    return spec.attach(model, plan, run, head_modules=heads, total_steps=total_steps, device=device)
+
+
 def build_model(
     run: RunSettings, plan: RankPlan, num_classes: int, pad_token_id: int, total_steps: int, device: torch.device
 ) -> AdaptedModel:
@@ -83,48 +104,5 @@ def build_model(
     unadapted_parameters = sum(parameter.numel() for parameter in model.parameters())
     fingerprint = fingerprint_weights(model, heads)
     torch.manual_seed(run.training.seed + ADAPTER_SEED_OFFSET)
-    adapted, method = _attach(model, run, plan, heads, total_steps, device)
+    adapted, method = attach_method(model, run, plan, heads, total_steps, device)
     return AdaptedModel(adapted, method, count_parameters(adapted, method, plan, unadapted_parameters), fingerprint)
-
-
-def _attach(
-    model: nn.Module, run: RunSettings, plan: RankPlan, heads: list[str], total_steps: int, device: torch.device
-) -> tuple[nn.Module, Method]:
-    lora = run.model.lora
-    if not lora.enabled:
-        train_head_only(model, heads)
-        return model.to(device), LoraMethod([])
-    options: dict[str, Any] = {
-        "scaling": lora.scaling,
-        "dropout": lora.dropout,
-        "head_modules": heads,
-        "task_type": "SEQ_CLS",
-    }
-    if run.method == "adalora":
-        assert run.adalora is not None
-        try:
-            adalora_plan = plan_adalora(plan.matrices, plan.budget, plan.mean_rank, run.adalora.init_rank_factor)
-            schedule = run.adalora.peft_schedule()
-            adapted = attach_adalora(
-                model, plan.matrices, adalora_plan, total_steps=total_steps, schedule=schedule, **options
-            ).to(device)
-            return adapted, AdaLoraMethod(AdaLora(adapted, adalora_plan))
-        except ValueError as error:
-            raise UserError(f"run.adalora with {total_steps} optimiser steps: {error}") from None
-    adapted = attach_lora(model, plan.ranks, **options).to(device)
-    if run.method == "baseline_lora":
-        return adapted, LoraMethod(find_adapter_pairs(adapted))
-    assert run.fw_lora is not None
-    options = FisherWeighting(
-        strength=run.fw_lora.lambda_fw,
-        warmup_steps=run.fw_lora.warmup_steps,
-        decay=run.fw_lora.fisher_alpha,
-        estimator=run.fw_lora.estimator,
-        sketch_size=run.fw_lora.sketch_size,
-        fisher_every=run.fw_lora.fisher_every,
-        importance=run.fw_lora.importance,
-        allocation=run.fw_lora.allocation,
-        max_rank_factor=run.fw_lora.max_rank_factor,
-        seed=run.training.seed,
-    )
-    return adapted, FwLoraMethod(FisherWeightedLora(adapted, options))

@@ -76,9 +76,7 @@ def run_training(settings: ProgramSettings, command: str | None = None) -> None:
     describe(settings, prepared)
     total_steps = run.training.total_steps(len(prepared.data.train.labels))
     if run.model.lora.enabled and run.optuna.n_trials == 0:
-        warning = check_schedules(run, total_steps)
-        if warning:
-            announce(warning)
+        check_schedules(run, total_steps)
     directory = Path(settings.results_dir) / run.run_id
     target = WandbTarget(settings.wandb.entity, settings.wandb.project, settings.wandb.mode, settings.wandb.required)
     config = {**settings.model_dump(), "resolved": resolved_facts(settings, prepared, command)}

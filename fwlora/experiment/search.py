@@ -9,6 +9,7 @@ from typing import Any
 import optuna
 
 from fwlora.experiment.errors import UserError
+from fwlora.experiment.methods import get_method
 from fwlora.experiment.settings.schema import Categorical, IntRange, LogUniform, RunSettings
 
 
@@ -108,9 +109,7 @@ def search(
 
 
 def trial_settings(candidate: RunSettings, run_examples: int, trial_examples: int) -> RunSettings:
-    """A trial's settings: the search's epochs and seed, and schedules that keep their share of the steps.
-
-    These are FW-LoRA's warm-up and AdaLoRA's ``tinit`` and ``tfinal``.
+    """Return a trial's settings: the search's epochs and seed, and the method's schedule at its share of the steps.
 
     Args:
         candidate: the run's settings with sampled values.
@@ -124,25 +123,14 @@ def trial_settings(candidate: RunSettings, run_examples: int, trial_examples: in
     searched = "epochs" in candidate.optuna.search_space
     epochs = candidate.training.epochs if searched else candidate.optuna.epochs
     training = candidate.training.model_copy(update={"epochs": epochs, "seed": candidate.optuna.seed})
-    trial = candidate.model_copy(update={"training": training})
     run_steps, trial_steps = candidate.training.total_steps(run_examples), training.total_steps(trial_examples)
     if trial_steps < 2:
         raise InfeasibleTrial(f"a trial of {trial_steps} step has no room for a warm-up or a schedule")
-    if candidate.fw_lora is not None:
-        warmup_steps = candidate.fw_lora.warmup_steps
-        if warmup_steps >= run_steps:
-            raise InfeasibleTrial(f"warmup_steps {warmup_steps} >= the run's {run_steps} steps")
-        scaled = min(max(1, round(warmup_steps * trial_steps / run_steps)), trial_steps - 1)
-        return trial.model_copy(update={"fw_lora": candidate.fw_lora.model_copy(update={"warmup_steps": scaled})})
-    if candidate.adalora is not None:
-        tinit, tfinal = candidate.adalora.tinit, candidate.adalora.tfinal
-        if tinit >= run_steps - tfinal:
-            raise InfeasibleTrial(f"tinit {tinit} and tfinal {tfinal} leave no step of the run's {run_steps}")
-        scaled_final = min(int(tfinal * trial_steps / run_steps), trial_steps - 2)
-        scaled_init = min(int(tinit * trial_steps / run_steps), trial_steps - scaled_final - 1)
-        schedule = candidate.adalora.model_copy(update={"tinit": scaled_init, "tfinal": scaled_final})
-        return trial.model_copy(update={"adalora": schedule})
-    return trial
+    try:
+        rescaled = get_method(candidate.method).rescale(candidate, run_steps, trial_steps)
+    except ValueError as error:
+        raise InfeasibleTrial(str(error)) from None
+    return rescaled.model_copy(update={"training": training})
 
 
 def _suggest(trial: optuna.Trial, name: str, distribution: Any) -> Any:

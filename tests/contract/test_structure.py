@@ -134,6 +134,7 @@ def test_wheel_holds_the_library_alone(tmp_path):
     assert {"fwlora/py.typed", "fwlora/budget.py", "fwlora/experiment/engine/loop.py"} <= set(names)
     parts = ("page.html.jinja", "macros.jinja", "report.css", "report.js")
     assert {f"fwlora/experiment/evaluation/report/{part}" for part in parts} <= set(names)
+    assert "fwlora/experiment/evaluation/output/statistics.schema.json" in names
 
 
 def test_no_document_or_file_carries_a_download_address_or_this_machine():

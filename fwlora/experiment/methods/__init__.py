@@ -10,7 +10,9 @@ from fwlora.experiment.methods.base import (
     Side,
     Variant,
     find_method,
+    get_method,
     known_methods,
+    method_nodes,
     register_method,
     unregister_method,
 )
@@ -22,7 +24,9 @@ __all__ = [
     "Side",
     "Variant",
     "find_method",
+    "get_method",
     "known_methods",
+    "method_nodes",
     "register_method",
     "unregister_method",
 ]

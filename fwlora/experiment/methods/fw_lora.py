@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+import logging
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from fwlora.experiment.methods.base import Method, MethodSpec, Variant, register_method
+from pydantic import Field
+
+from fwlora.experiment.errors import UserError
+from fwlora.experiment.methods.base import Method, MethodSpec, Variant, peft_options, register_method
+from fwlora.experiment.settings.base import Fraction, Searchable, SettingsNode
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import torch
+    from torch import Tensor, nn
     from torch.optim import Optimizer
 
+    from fwlora.config import RankPlan
     from fwlora.estimators import PassRecorder
     from fwlora.experiment.settings.schema import RunSettings
     from fwlora.regularizer import FisherWeightedLora
+
+logger = logging.getLogger(__name__)
+
+
+class FwLoraSettings(SettingsNode):
+    """``fw_lora``: see :class:`fwlora.FisherWeighting`. ``warmup_steps`` is the Fisher warm-up, in optimiser steps."""
+
+    lambda_fw: Annotated[float, Field(ge=0), Searchable()]
+    warmup_steps: Annotated[int, Field(ge=1), Searchable()]
+    fisher_alpha: Annotated[Fraction, Searchable()]
+    estimator: Literal["exact", "sketch", "adapter"] = "sketch"
+    sketch_size: int = Field(default=16, ge=1)
+    fisher_every: int = Field(default=4, ge=1)
+    importance: Literal["sum", "max", "mean", "none"] = "sum"
+    allocation: Literal["shrink", "reallocate"] = "shrink"
+    max_rank_factor: float = Field(default=2.0, ge=1)
 
 
 class FwLoraMethod(Method):
@@ -64,6 +87,8 @@ class FwLoraSpec(MethodSpec):
     """The proposed method; with ``importance: none`` its control, which shrinks uniformly."""
 
     name = "proposed_fw_lora"
+    settings_node = "fw_lora"
+    Settings = FwLoraSettings
     variants = (
         Variant("proposed", "FW-LoRA", "proposed", 2),
         Variant("control", "uniform shrinkage", "control", 3),
@@ -75,11 +100,79 @@ class FwLoraSpec(MethodSpec):
     def variant(self, run: RunSettings) -> Variant:
         """FW-LoRA, or uniform shrinkage."""
         proposed, control = self.variants
-        return control if run.fw_lora is not None and run.fw_lora.importance == "none" else proposed
+        settings = run.method_settings
+        return control if isinstance(settings, FwLoraSettings) and settings.importance == "none" else proposed
+
+    def attach(
+        self,
+        model: nn.Module,
+        plan: RankPlan,
+        run: RunSettings,
+        *,
+        head_modules: Sequence[str],
+        total_steps: int,
+        device: torch.device,
+    ) -> tuple[nn.Module, Method]:
+        """Add the adapters of plain LoRA, and shrink their updates by importance after the Fisher warm-up."""
+        from fwlora.config import FisherWeighting, attach_lora
+        from fwlora.regularizer import FisherWeightedLora
+
+        adapted = attach_lora(model, plan.ranks, **peft_options(run, head_modules)).to(device)
+        settings = _settings_of(run)
+        weighting = FisherWeighting(
+            strength=settings.lambda_fw,
+            warmup_steps=settings.warmup_steps,
+            decay=settings.fisher_alpha,
+            estimator=settings.estimator,
+            sketch_size=settings.sketch_size,
+            fisher_every=settings.fisher_every,
+            importance=settings.importance,
+            allocation=settings.allocation,
+            max_rank_factor=settings.max_rank_factor,
+            seed=run.training.seed,
+        )
+        return adapted, FwLoraMethod(FisherWeightedLora(adapted, weighting))
+
+    def check(self, run: RunSettings, total_steps: int) -> None:
+        """Check that the Fisher warm-up ends, since FW-LoRA is plain LoRA until then; warn if it takes over half."""
+        warmup_steps = _settings_of(run).warmup_steps
+        if warmup_steps >= total_steps:
+            raise UserError(
+                f"run.fw_lora.warmup_steps is {warmup_steps}, but the run has {total_steps} optimiser steps: "
+                "importances would never be used and FW-LoRA would be LoRA; set run.fw_lora.warmup_steps below "
+                f"{total_steps}, or lower run.training.batch_size"
+            )
+        if 2 * warmup_steps > total_steps:
+            logger.warning(
+                "warning: the Fisher warm-up takes %d of %d optimiser steps; "
+                "shrinkage acts in less than half of the run",
+                warmup_steps,
+                total_steps,
+            )
+
+    def rescale(self, run: RunSettings, steps: int, new_steps: int) -> RunSettings:
+        """Keep the Fisher warm-up's share of the steps."""
+        warmup_steps = _settings_of(run).warmup_steps
+        if warmup_steps >= steps:
+            raise ValueError(f"warmup_steps {warmup_steps} >= the run's {steps} steps")
+        return run.with_method_settings(
+            warmup_steps=min(max(1, round(warmup_steps * new_steps / steps)), new_steps - 1)
+        )
+
+    def limit_to_trial(self, run: RunSettings) -> RunSettings:
+        """Measure in the first step and shrink in the second."""
+        return run.with_method_settings(warmup_steps=1)
 
     def changes_ranks(self, run: RunSettings) -> bool:
         """Only where ranks are reallocated after the Fisher warm-up."""
-        return run.fw_lora is not None and run.fw_lora.allocation == "reallocate"
+        settings = run.method_settings
+        return isinstance(settings, FwLoraSettings) and settings.allocation == "reallocate"
+
+
+def _settings_of(run: RunSettings) -> FwLoraSettings:
+    settings = run.method_settings
+    assert isinstance(settings, FwLoraSettings)
+    return settings
 
 
 register_method(FwLoraSpec())

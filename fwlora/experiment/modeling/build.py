@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,7 @@ def load_classifier(settings: ModelSettings, num_classes: int, pad_token_id: int
         raise UserError(f"{where}: its weights do not fit {type(model).__name__}: {error}") from None
 
 
-def train_head_only(model: nn.Module, heads: list[str]) -> None:
+def train_head_only(model: nn.Module, heads: Sequence[str]) -> None:
     """Freeze everything but the modules of the head."""
     model.requires_grad_(False)
     for name in heads:

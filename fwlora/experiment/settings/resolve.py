@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from fwlora.experiment.errors import UserError
-from fwlora.experiment.settings.schema import METHOD_NODES, ProgramSettings, RunSettings
+from fwlora.experiment.errors import UserError, describe_validation_error
+from fwlora.experiment.methods import get_method, method_nodes
+from fwlora.experiment.settings.schema import ProgramSettings, RunSettings, program_settings_class
 
 TRIAL_BATCHES = 2
 
@@ -17,7 +17,7 @@ TRIAL_BATCHES = 2
 def resolve_settings(
     composed: Mapping[str, Any], *, file_id: str, file_seed: int | None, defaults: Mapping[str, Any]
 ) -> ProgramSettings:
-    """Validates the composed configuration and applies what follows from it.
+    """Validate the composed configuration and apply what follows from it.
 
     A seed other than the file's is added to the run id, so that two seeds never share a folder or a W&B run; nodes of
     other methods are dropped; trial mode is limited.
@@ -35,10 +35,9 @@ def resolve_settings(
     run = composed.get("run")
     if not isinstance(run, Mapping):
         raise UserError(f"config/runs/{file_id}.yaml: holds {run!r}, not a mapping of settings")
-    run = dict(run)
-    problems = _drop_foreign_nodes(run, defaults["run"])
+    run, problems = _drop_foreign_nodes(run, defaults["run"])
     if isinstance(run.get("optuna"), Mapping):
-        run["optuna"] = _normalise_search_space(run["optuna"])
+        run["optuna"] = _normalize_search_space(run["optuna"])
     training = run.get("training")
     seed = training.get("seed") if isinstance(training, Mapping) else None
     run_id = run.get("run_id")
@@ -46,31 +45,25 @@ def resolve_settings(
         run["run_id"] = f"{run_id}-s{seed}"
     # Pipelines may pass `results_dir=` with nothing behind it; that means the default.
     composed["results_dir"] = composed.get("results_dir") or defaults["results_dir"]
+    settings, settings_class = None, program_settings_class()
     try:
-        settings = ProgramSettings.model_validate({**composed, "run": run})
+        settings = settings_class.model_validate({**composed, "run": run})
     except ValidationError as error:
-        problems += [_describe(item) for item in error.errors()]
-        raise UserError.collect(f"config/runs/{file_id}.yaml and its overrides", problems) from None
-    if problems:
+        problems += describe_validation_error(error, settings_class)
+    if settings is None or problems:
         raise UserError.collect(f"config/runs/{file_id}.yaml and its overrides", problems)
     return limit_to_trial(settings) if settings.mode == "trial" else settings
 
 
 def limit_to_trial(settings: ProgramSettings) -> ProgramSettings:
-    """Trial mode: one epoch of two batches, W&B disabled, no search; every path of a full run is still taken."""
-    run = settings.run
-    batch_size = run.training.batch_size
-    limits: dict[str, Any] = {
+    """Apply trial mode: one epoch of two batches, W&B disabled, no search; every path of a full run is still taken."""
+    run = get_method(settings.run.method).limit_to_trial(settings.run)
+    examples = TRIAL_BATCHES * run.training.batch_size
+    limits = {
         "training": run.training.model_copy(update={"epochs": 1, "gradient_accumulation_steps": 1}),
-        "dataset": run.dataset.model_copy(
-            update={"train_examples": TRIAL_BATCHES * batch_size, "eval_examples": TRIAL_BATCHES * batch_size}
-        ),
+        "dataset": run.dataset.model_copy(update={"train_examples": examples, "eval_examples": examples}),
         "optuna": run.optuna.model_copy(update={"n_trials": 0}),
     }
-    if run.fw_lora:
-        limits["fw_lora"] = run.fw_lora.model_copy(update={"warmup_steps": 1})
-    if run.adalora:
-        limits["adalora"] = run.adalora.model_copy(update={"tinit": 0, "tfinal": 0, "deltaT": 1})
     return settings.model_copy(
         update={
             "run": run.model_copy(update=limits),
@@ -80,7 +73,12 @@ def limit_to_trial(settings: ProgramSettings) -> ProgramSettings:
 
 
 def fit_trial_to_data(settings: ProgramSettings, examples: int) -> ProgramSettings:
-    """A trial of data that make a single batch takes smaller ones: warm-up and shrinkage need a step each."""
+    """Make the batches of a trial smaller if the data fill only one: a method's phases need a step each.
+
+    Args:
+        settings: of trial mode.
+        examples: training examples that there are.
+    """
     training = settings.run.training
     if training.total_steps(examples) >= TRIAL_BATCHES or examples < TRIAL_BATCHES:
         return settings
@@ -88,58 +86,35 @@ def fit_trial_to_data(settings: ProgramSettings, examples: int) -> ProgramSettin
     return settings.model_copy(update={"run": settings.run.model_copy(update={"training": smaller})})
 
 
-def check_schedules(run: RunSettings, total_steps: int) -> str | None:
-    """Whether the method's schedule fits the run; a warning where it barely does.
+def check_schedules(run: RunSettings, total_steps: int) -> None:
+    """Check that the method's schedule fits the run; log a warning where it barely does.
 
     Raises:
-        UserError: a Fisher warm-up that never ends, or an AdaLoRA schedule without steps to allocate in.
+        UserError: it does not fit ``total_steps`` optimizer steps.
     """
-    if run.adalora is not None:
-        tinit, tfinal = run.adalora.tinit, run.adalora.tfinal
-        if tinit >= total_steps - tfinal or total_steps - tfinal < 2:
-            raise UserError(
-                f"run.adalora: tinit = {tinit} and tfinal = {tfinal} of {total_steps} optimiser steps leave AdaLoRA "
-                "no steps to allocate ranks in; lower them, or lower run.training.batch_size"
-            )
-    return check_fisher_warmup(run.fw_lora.warmup_steps, total_steps) if run.fw_lora else None
+    get_method(run.method).check(run, total_steps)
 
 
-def check_fisher_warmup(warmup_steps: int, total_steps: int) -> str | None:
-    """A warning where the Fisher warm-up takes more than half of the run.
+def _drop_foreign_nodes(run: Mapping[str, Any], run_defaults: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Drop the nodes of other methods that hold their defaults.
 
-    Raises:
-        UserError: the warm-up never ends, so that FW-LoRA would silently be LoRA.
+    Returns:
+        The remaining run node, and a line for each value of another method that differs from its default.
     """
-    if warmup_steps >= total_steps:
-        raise UserError(
-            f"run.fw_lora.warmup_steps is {warmup_steps}, but the run has {total_steps} optimiser steps: importances "
-            f"would never be used and FW-LoRA would be LoRA; set run.fw_lora.warmup_steps below {total_steps}, or "
-            "lower run.training.batch_size"
-        )
-    if 2 * warmup_steps > total_steps:
-        return (
-            f"warning: the Fisher warm-up takes {warmup_steps} of {total_steps} optimiser steps; "
-            "shrinkage acts in less than half of the run"
-        )
-    return None
-
-
-def _drop_foreign_nodes(run: dict[str, Any], run_defaults: Mapping[str, Any]) -> list[str]:
+    foreign = {node: spec.name for node, spec in method_nodes().items() if spec.name != run.get("method")}
     problems = []
-    for node, method in METHOD_NODES.items():
-        if run.get("method") == method or node not in run:
-            continue
-        given = run.pop(node)
+    for node, method in foreign.items():
+        given = run.get(node)
         given = given if isinstance(given, Mapping) else {"(not a section)": given} if given else {}
         default = run_defaults.get(node) or {}
         changed = sorted(key for key, value in given.items() if key not in default or default[key] != value)
         problems += [
             f"run.{node}.{key} = {given[key]!r} is read by {method} only, not by {run.get('method')}" for key in changed
         ]
-    return problems
+    return {key: value for key, value in run.items() if key not in foreign}, problems
 
 
-def _normalise_search_space(optuna: Mapping[str, Any]) -> dict[str, Any]:
+def _normalize_search_space(optuna: Mapping[str, Any]) -> dict[str, Any]:
     space = optuna.get("search_space") or {}
     if not isinstance(space, Mapping):
         return dict(optuna)
@@ -151,41 +126,3 @@ def _normalise_search_space(optuna: Mapping[str, Any]) -> dict[str, Any]:
         for name, entry in space.items()
     }
     return {**optuna, "search_space": renamed}
-
-
-def _describe(item: Any) -> str:
-    """One line for one pydantic error: key path, value, what is accepted."""
-    tags = {"loguniform", "uniform", "int", "categorical"}
-    parts = [str(part) for part in item["loc"]]
-    if "search_space" in parts:
-        after = parts.index("search_space") + 2
-        parts = parts[:after] + [part for part in parts[after:] if part not in tags]
-    path = ".".join(parts) or "settings"
-    if item["type"] == "extra_forbidden":
-        known = _known_keys(parts[:-1])
-        near = difflib.get_close_matches(parts[-1], known, n=1)
-        hint = f"did you mean `{near[0]}`?" if near else f"known here: {', '.join(known)}" if known else ""
-        return f"{path}: unknown key" + (f"; {hint}" if hint else "")
-    if item["type"] == "missing":
-        return f"{path}: missing"
-    if item["type"] == "union_tag_invalid":
-        return f"{path}.type = {item['ctx']['tag']!r}: choose one of {', '.join(sorted(tags))}"
-    if item["type"] == "union_tag_not_found":
-        return f"{path}.type: missing; choose one of {', '.join(sorted(tags))}"
-    message = item["msg"].removeprefix("Value error, ")
-    if item["type"] == "value_error":
-        return f"{path}: {message}"
-    return f"{path} = {item['input']!r}: {message[0].lower()}{message[1:]}"
-
-
-def _known_keys(parents: list[str]) -> list[str]:
-    model: Any = ProgramSettings
-    for part in parents:
-        field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
-        if field is None:
-            return []
-        options = [field.annotation, *get_args(field.annotation)]
-        model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
-        if model is None:
-            return []
-    return list(model.model_fields)

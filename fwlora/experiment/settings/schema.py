@@ -4,33 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import cache
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, create_model, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from fwlora.experiment.methods.base import find_method, known_methods, method_nodes
+from fwlora.experiment.settings.base import Fraction, Searchable, Seed, SettingsNode, find_searchable
 
 FORBIDDEN_IN_RUN_IDS = set("\":<>|*?/\\\r\n#%;,'")
 RESERVED_RUN_IDS = {".", "..", "comparison"}
 
-MethodName = Literal["baseline_lora", "adalora", "proposed_fw_lora"]
-# The node of a run that only one method reads.
-METHOD_NODES: dict[str, str] = {"fw_lora": "proposed_fw_lora", "adalora": "adalora"}
 
-
-class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
-
-
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-
-
-class LoraSettings(_Settings):
+class LoraSettings(SettingsNode):
     """``model.lora``. ``alpha / rank`` is the scaling of every method's updates."""
 
     enabled: bool
-    rank: int = Field(ge=1)
-    alpha: float = Field(gt=0)
-    dropout: Fraction
+    rank: Annotated[int, Field(ge=1), Searchable("lora_rank")]
+    alpha: Annotated[float, Field(gt=0), Searchable("lora_alpha")]
+    dropout: Annotated[Fraction, Searchable("lora_dropout")]
     target_modules: list[str] = Field(min_length=1)
 
     @property
@@ -38,7 +31,7 @@ class LoraSettings(_Settings):
         return self.alpha / self.rank
 
 
-class ModelSettings(_Settings):
+class ModelSettings(SettingsNode):
     """``model``. ``budget_mode`` says whether the parameter budget or ``lora.rank`` fixes the ranks."""
 
     name: str
@@ -49,7 +42,7 @@ class ModelSettings(_Settings):
     lora: LoraSettings
 
 
-class DatasetSettings(_Settings):
+class DatasetSettings(SettingsNode):
     """``dataset``. ``train_examples`` limits training to a fixed random part, the same for every training seed."""
 
     name: str = Field(min_length=1)
@@ -67,22 +60,22 @@ class DatasetSettings(_Settings):
     subset_seed: Seed
 
 
-class TrainingSettings(_Settings):
+class TrainingSettings(SettingsNode):
     """``training``. ``warmup_ratio`` is the learning rate's warm-up, not the Fisher warm-up. ``lr_scheduler`` and its
     options are transformers' own names.
     """
 
-    epochs: int = Field(ge=1)
-    batch_size: int = Field(ge=1)
-    learning_rate: float = Field(gt=0)
-    weight_decay: float = Field(ge=0)
+    epochs: Annotated[int, Field(ge=1), Searchable()]
+    batch_size: Annotated[int, Field(ge=1), Searchable()]
+    learning_rate: Annotated[float, Field(gt=0), Searchable()]
+    weight_decay: Annotated[float, Field(ge=0), Searchable()]
     optimizer: Literal["adamw"]
     lr_scheduler: Literal[
         "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "polynomial",
         "constant", "constant_with_warmup", "inverse_sqrt", "warmup_stable_decay",
     ]  # fmt: skip
     lr_scheduler_options: dict[str, int | float | str] = Field(default_factory=dict)
-    warmup_ratio: Fraction
+    warmup_ratio: Annotated[Fraction, Searchable()]
     gradient_accumulation_steps: int = Field(ge=1)
     max_gradient_norm: float | None = Field(gt=0)
     mixed_precision: Literal["bf16", "fp32"]
@@ -97,37 +90,7 @@ class TrainingSettings(_Settings):
         return self.epochs * self.steps_per_epoch(examples)
 
 
-class FwLoraSettings(_Settings):
-    """``fw_lora``: see :class:`fwlora.FisherWeighting`. ``warmup_steps`` is the Fisher warm-up, in optimiser steps."""
-
-    lambda_fw: float = Field(ge=0)
-    warmup_steps: int = Field(ge=1)
-    fisher_alpha: Fraction
-    estimator: Literal["exact", "sketch", "adapter"]
-    sketch_size: int = Field(ge=1)
-    fisher_every: int = Field(ge=1)
-    importance: Literal["sum", "max", "mean", "none"]
-    allocation: Literal["shrink", "reallocate"]
-    max_rank_factor: float = Field(ge=1)
-
-
-class AdaLoraSettings(_Settings):
-    """``adalora``. All keys but ``init_rank_factor`` are PEFT's own names and meanings; tinit and tfinal are steps."""
-
-    init_rank_factor: float = Field(ge=1)
-    tinit: int = Field(ge=0)
-    tfinal: int = Field(ge=0)
-    deltaT: int = Field(ge=1)
-    beta1: float = Field(gt=0, lt=1)
-    beta2: float = Field(gt=0, lt=1)
-    orth_reg_weight: float = Field(ge=0)
-
-    def peft_schedule(self) -> dict[str, Any]:
-        """The keys that PEFT's AdaLoraConfig takes."""
-        return self.model_dump(exclude={"init_rank_factor"})
-
-
-class _Range(_Settings):
+class _Range(SettingsNode):
     low: float
     high: float
 
@@ -136,6 +99,11 @@ class _Range(_Settings):
         if self.low >= self.high:
             raise ValueError(f"`low` {self.low} must be below `high` {self.high}")
         return self
+
+    @property
+    def bounds(self) -> list[Any]:
+        """The values that the setting itself must accept."""
+        return [self.low, self.high]
 
 
 class LogUniform(_Range):
@@ -154,32 +122,20 @@ class IntRange(_Range):
     step: int = Field(default=1, ge=1)
 
 
-class Categorical(_Settings):
+class Categorical(SettingsNode):
     type: Literal["categorical"]
     choices: list[int | float | str | bool] = Field(min_length=1)
+
+    @property
+    def bounds(self) -> list[Any]:
+        """The values that the setting itself must accept."""
+        return list(self.choices)
 
 
 Distribution = Annotated[LogUniform | Uniform | IntRange | Categorical, Field(discriminator="type")]
 
-# What a search may vary: the name in `optuna.search_space` -> where the value goes in the run node.
-SEARCHABLE: dict[str, tuple[str, ...]] = {
-    "learning_rate": ("training", "learning_rate"),
-    "weight_decay": ("training", "weight_decay"),
-    "batch_size": ("training", "batch_size"),
-    "epochs": ("training", "epochs"),
-    "warmup_ratio": ("training", "warmup_ratio"),
-    "lora_rank": ("model", "lora", "rank"),
-    "lora_alpha": ("model", "lora", "alpha"),
-    "lora_dropout": ("model", "lora", "dropout"),
-    "lambda_fw": ("fw_lora", "lambda_fw"),
-    "warmup_steps": ("fw_lora", "warmup_steps"),
-    "fisher_alpha": ("fw_lora", "fisher_alpha"),
-    "init_rank_factor": ("adalora", "init_rank_factor"),
-    "orth_reg_weight": ("adalora", "orth_reg_weight"),
-}
 
-
-class SearchSettings(_Settings):
+class SearchSettings(SettingsNode):
     """``optuna``. Trials see ``train_examples`` of the training split and are scored on a held-out part of it."""
 
     n_trials: int = Field(ge=0)
@@ -192,78 +148,116 @@ class SearchSettings(_Settings):
     seed: Seed
 
 
-class RunSettings(_Settings):
-    """The ``run`` node: everything that defines a run. Two runs with equal nodes but for id and seed are replicates."""
+class RunSettings(SettingsNode):
+    """The ``run`` node: everything that defines a run. Two runs with equal nodes but for id and seed are replicates.
+
+    The nodes that single methods read come from the registry, see :func:`run_settings_class`.
+    """
 
     run_id: str = Field(min_length=1)
-    method: MethodName
+    method: str
     model: ModelSettings
     dataset: DatasetSettings
     training: TrainingSettings
-    fw_lora: FwLoraSettings | None = None
-    adalora: AdaLoraSettings | None = None
     optuna: SearchSettings
 
+    @field_validator("method")
+    @classmethod
+    def _is_registered(cls, name: str) -> str:
+        if find_method(name) is None:
+            known = ", ".join(known_methods())
+            raise PydanticCustomError("unknown_method", "Input should be one of {known}", {"known": known})
+        return name
+
     @model_validator(mode="after")
-    def _consistent(self) -> RunSettings:
+    def _is_consistent(self) -> Self:
         problems = []
-        for node, method in METHOD_NODES.items():
-            if self.method == method and getattr(self, node) is None:
-                problems.append(f"method {method} needs the node `{node}`")
+        spec = find_method(self.method)
+        if spec is not None and spec.settings_node and self.method_settings is None:
+            problems.append(f"method {self.method} needs the node `{spec.settings_node}`")
         if bad := sorted(FORBIDDEN_IN_RUN_IDS & set(self.run_id)):
             problems.append(f"`run_id` holds {bad}, which cannot stand in a folder name")
         if self.run_id in RESERVED_RUN_IDS:
             problems.append(f"`run_id` {self.run_id!r} is taken: it names a folder of the results")
-        problems += _search_space_problems(self)
+        problems += _find_search_space_problems(self)
         if problems:
             raise ValueError("; ".join(problems))
         return self
 
-    def with_values(self, values: Mapping[str, Any]) -> RunSettings:
-        """These settings with searched values put in their places, validated again.
+    @property
+    def method_settings(self) -> SettingsNode | None:
+        """The node that only this run's method reads; None of a method without one."""
+        spec = find_method(self.method)
+        return getattr(self, spec.settings_node, None) if spec is not None and spec.settings_node else None
+
+    def with_values(self, values: Mapping[str, Any]) -> Self:
+        """Put searched values in their places and validate again.
 
         Args:
-            values: name in :data:`SEARCHABLE` -> value.
+            values: name in the search space -> value.
         """
-        node = self.model_dump()
+        node, paths = self.model_dump(), searchable_paths()
         for name, value in values.items():
-            *parents, key = SEARCHABLE[name]
+            *parents, key = paths[name]
             target = node
             for parent in parents:
                 target = target[parent]
             target[key] = value
-        return RunSettings.model_validate(node)
+        return self.model_validate(node)
+
+    def with_method_settings(self, **changes: Any) -> Self:
+        """Change fields of the node that only this run's method reads, without validation."""
+        spec, settings = find_method(self.method), self.method_settings
+        if spec is None or spec.settings_node is None or settings is None:
+            raise ValueError(f"method {self.method!r} has no settings of its own to change")
+        return self.model_copy(update={spec.settings_node: settings.model_copy(update=changes)})
 
 
-def _search_space_problems(run: RunSettings) -> list[str]:
-    """Dimensions that nothing reads, and bounds that the setting itself would refuse."""
-    problems = []
+def run_settings_class() -> type[RunSettings]:
+    """Return :class:`RunSettings` with the node of every registered method; a run has those of its own method alone."""
+    return _add_nodes(tuple((node, spec.Settings) for node, spec in method_nodes().items()))
+
+
+@cache
+def _add_nodes(nodes: tuple[tuple[str, type[SettingsNode]], ...]) -> type[RunSettings]:
+    fields: dict[str, Any] = {
+        name: (node | None, None) for name, node in nodes if name is not None and node is not None
+    }
+    return create_model("RunSettings", __base__=RunSettings, __module__=__name__, **fields)
+
+
+def searchable_paths() -> dict[str, tuple[str, ...]]:
+    """Return what a search may vary: the name in ``optuna.search_space`` -> path of the value in the run node."""
+    return dict(find_searchable(run_settings_class()))
+
+
+def _find_search_space_problems(run: RunSettings) -> list[str]:
+    """Find dimensions that the run does not read, and bounds that the setting itself refuses."""
+    problems, paths = [], searchable_paths()
     for name, distribution in run.optuna.search_space.items():
-        place = SEARCHABLE.get(name)
-        if place is None:
-            problems.append(f"`optuna.search_space.{name}` is not searchable; known: {', '.join(sorted(SEARCHABLE))}")
+        path = paths.get(name)
+        if path is None:
+            problems.append(f"`optuna.search_space.{name}` is not searchable; known: {', '.join(sorted(paths))}")
             continue
-        section = getattr(run, place[0])
+        section = getattr(run, path[0])
         if section is None:
-            problems.append(f"`optuna.search_space.{name}` belongs to {METHOD_NODES[place[0]]}, not to {run.method}")
+            owner = method_nodes()[path[0]].name
+            problems.append(f"`optuna.search_space.{name}` belongs to {owner}, not to {run.method}")
             continue
-        for attribute in place[1:-1]:
+        for attribute in path[1:-1]:
             section = getattr(section, attribute)
-        bounds = (
-            distribution.choices if isinstance(distribution, Categorical) else [distribution.low, distribution.high]
-        )
-        for value in bounds:
+        for value in distribution.bounds:
             try:
-                type(section).model_validate({**section.model_dump(), place[-1]: value})
+                type(section).model_validate({**section.model_dump(), path[-1]: value})
             except ValidationError as error:
                 reason = error.errors()[0]["msg"]
                 problems.append(
-                    f"`optuna.search_space.{name}` reaches {value!r}, which `{'.'.join(place)}` refuses: {reason}"
+                    f"`optuna.search_space.{name}` reaches {value!r}, which `{'.'.join(path)}` refuses: {reason}"
                 )
     return problems
 
 
-class WandbSettings(_Settings):
+class WandbSettings(SettingsNode):
     """``wandb``. ``required`` turns the fall-back to offline into an error."""
 
     entity: str = Field(min_length=1)
@@ -272,7 +266,7 @@ class WandbSettings(_Settings):
     required: bool
 
 
-class EngineSettings(_Settings):
+class EngineSettings(SettingsNode):
     """``engine``. ``fast`` false does what the files literally say: every batch padded to ``max_length``, at random, by
     the model's own forward pass. ``cuda_graphs`` replays passes on a GPU.
     """
@@ -282,11 +276,21 @@ class EngineSettings(_Settings):
     device: Literal["auto", "cpu", "cuda"]
 
 
-class ProgramSettings(_Settings):
-    """Everything that a started program was told."""
+class ProgramSettings(SettingsNode):
+    """All settings of one invocation."""
 
     run: RunSettings
     results_dir: str
     mode: Literal["trial", "full"]
     wandb: WandbSettings
     engine: EngineSettings
+
+
+def program_settings_class() -> type[ProgramSettings]:
+    """Return :class:`ProgramSettings` whose run has the node of every registered method."""
+    return _with_run(run_settings_class())
+
+
+@cache
+def _with_run(run_class: type[RunSettings]) -> type[ProgramSettings]:
+    return create_model("ProgramSettings", __base__=ProgramSettings, __module__=__name__, run=(run_class, ...))

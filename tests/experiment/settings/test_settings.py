@@ -16,7 +16,7 @@ from fwlora.experiment.settings.hydra_arguments import (
     prepare_arguments,
     restore_command,
 )
-from fwlora.experiment.settings.resolve import TRIAL_BATCHES, check_fisher_warmup
+from fwlora.experiment.settings.resolve import TRIAL_BATCHES, check_schedules
 from fwlora.experiment.settings.schema import TrainingSettings
 from tests.helpers.paths import CONFIG_DIR
 
@@ -311,8 +311,11 @@ def test_steps_of_the_two_tasks():
     assert halved.steps_per_epoch(8_551) == 67
 
 
-def test_a_warmup_that_never_ends_is_an_error_and_a_long_one_a_warning():
+def test_a_warmup_that_never_ends_is_an_error_and_a_long_one_a_warning(caplog):
+    run = resolve("run.fw_lora.warmup_steps=500").run
     with pytest.raises(UserError, match=r"run\.fw_lora\.warmup_steps is 500, but the run has 500"):
-        check_fisher_warmup(500, 500)
-    assert "500 of 804" in check_fisher_warmup(500, 804)
-    assert check_fisher_warmup(500, 1000) is None
+        check_schedules(run, 500)
+    check_schedules(run, 1000)
+    assert not caplog.records
+    check_schedules(run, 804)
+    assert "the Fisher warm-up takes 500 of 804 optimiser steps" in caplog.text

@@ -1,4 +1,4 @@
-"""Which runs of a cell answer a claim, and whether they may."""
+"""Choose the runs of a cell on which a claim is judged, and check that they are comparable."""
 
 from __future__ import annotations
 
@@ -25,7 +25,12 @@ from fwlora.experiment.methods import find_method
 
 
 def sample_claim(claim: Claim, cell: Cell, resampled: ResampledRuns) -> Sample:
-    """The claim's contrast in one cell.
+    """Compute the claim's contrast in one cell.
+
+    Args:
+        claim: to be judged.
+        cell: one of those that it covers.
+        resampled: scores of all runs.
 
     Raises:
         MissingMeasurementError: a method was not run, or the runs differ in more than the method.

@@ -46,14 +46,16 @@ Verdict = Literal["supported", "refuted", "undecided"]
 
 @dataclass(frozen=True)
 class Finding:
-    """What the runs say of a claim in one cell, or in the mean over cells. Values are points, or ratios.
+    """A claim's contrast, interval and test in one cell, or in the mean over cells, in the unit of its measure.
 
     Attributes:
-        cells: that it comes from.
+        cells: names of the cells that it was computed from.
         seeds: paired seeds in each of them.
         verdict: of this finding alone.
-        value, low, high: the contrast and its interval; None where it could not be measured.
-        interval_over: what the interval speaks of.
+        value: the contrast; None where it could not be measured.
+        low: lower end of its interval; None where there is none.
+        high: upper end of its interval; None likewise.
+        interval_over: what the interval covers.
         test: name of the test; None where none is possible.
         p_value: two-sided, at the bound.
         p_value_holm: corrected over all claims' tests.
@@ -140,7 +142,7 @@ def judge_claims(
 
 
 def _split_cells(claim: Claim, cells: Sequence[Cell]) -> list[list[Cell]]:
-    """The cells that the claim speaks of: one by one, or all together."""
+    """List the cells that the claim covers: one by one, or all together."""
     wanted = [cell for cell in cells if claim.covers(cell)]
     if claim.scope == "each_cell":
         return [[cell] for cell in wanted]
@@ -178,10 +180,13 @@ def _test(
     supports: bool,
     rng_seed: int,
 ) -> tuple[str | None, float | None]:
-    """Name and two-sided p-value of the test that the contrast lies on its claim's bound, against where it is seen.
+    """Test the contrast against the bound nearest to it, in the direction in which it lies.
 
     Sign flips over several data sets would also reject a mean on the bound where one task lies above and another below;
-    Student's t for the mean does not, and hears nothing of unlike scales. The larger of the two p-values counts.
+    Student's t for the mean does not, but ignores scale differences between data sets; use the larger p-value.
+
+    Returns:
+        Name and two-sided p-value of the test; None, None where none is possible.
     """
     if any(len(sample.seeds) < 2 for sample in samples) or found.seeds.degrees_of_freedom is None:
         return None, None
@@ -244,7 +249,7 @@ def _leave_open(finding: Finding, reason: str, remedy: str) -> Finding:
 
 
 def _estimate_needs(unit: _Measured, tests: int) -> str:
-    """How many seeds would decide, were the contrast what it seems; or how many examples, where seeds cannot.
+    """Estimate how many seeds would decide if the contrast is as measured; or how many examples, where seeds cannot.
 
     For a mean at distance d from the bound, its variance over examples, which no seed lowers, and its variance over
     seeds have to fit together: ``examples_error² + deviation² / n <= (d / (z_0.975 + z_0.8))²``.
@@ -301,7 +306,7 @@ def _name_cell(finding: Finding, reasons: Sequence[Reason]) -> Reason:
 
 
 def _find_missing_tasks(claim: Claim, findings: Sequence[Finding], cells: Sequence[Cell]) -> list[str]:
-    """Tasks of the claim's own setting that nothing was measured on, where something of it was."""
+    """List tasks of the claim's scope that were not measured, if other tasks of it were."""
     if claim.about is None:
         return []
     measured = {name for finding in findings for name in finding.cells}

@@ -1,4 +1,4 @@
-"""What makes a comparison unequal, or its numbers doubtful."""
+"""Find what makes a comparison unequal, or its numbers doubtful."""
 
 from __future__ import annotations
 
@@ -12,16 +12,14 @@ from fwlora.experiment.evaluation.compare.cells import Cell, Group
 from fwlora.experiment.evaluation.compare.results import ComparisonWarning
 from fwlora.experiment.evaluation.compare.runs import EvaluatedRun, as_finite
 from fwlora.experiment.evaluation.compare.settings import list_distinct, shorten_setting
-from fwlora.experiment.methods import find_method
-from fwlora.experiment.settings.schema import METHOD_NODES
+from fwlora.experiment.methods import find_method, method_nodes
 from fwlora.experiment.tracking import metrics
 
-_METHOD_SETTINGS = ("method", *(f"{node}." for node in METHOD_NODES))
 _SETTING_KINDS = {"optuna": "search", "dataset": "data", "training": "training settings", "model": "model settings"}
 _MIN_BUDGET_SHARE = 0.95
 _MAX_DISAGREEMENT = 1e-4
 _POOLED_SETTINGS = ("training.learning_rate", "training.epochs", "training.batch_size")
-# Facts whose difference is not the method's; versions and commits are told, and decide nothing.
+# Facts that invalidate a comparison if they differ; differences of versions and commits are reported only.
 DECIDING_FACTS = ("precision", "steps", "encoder weights", "engine", "data")
 
 
@@ -36,7 +34,7 @@ def find_warnings(cells: Sequence[Cell]) -> list[ComparisonWarning]:
 
 
 def _find_unequal_methods(cells: Sequence[Cell]) -> list[ComparisonWarning]:
-    """Settings of one method that differ between the cells over which it is pooled."""
+    """Find settings of one method that differ between the cells over which it is pooled."""
     found = []
     by_label: dict[str, list[tuple[Cell, Group]]] = {}
     for cell in cells:
@@ -58,13 +56,14 @@ def _find_unequal_methods(cells: Sequence[Cell]) -> list[ComparisonWarning]:
 
 
 def find_unequal_settings(groups: Sequence[Group]) -> list[str]:
-    """Settings, other than the method's own, in which groups of a cell differ, one sentence each."""
+    """Find settings, other than the method's own, in which groups of a cell differ, one sentence each."""
     settings = [group.settings for group in groups]
+    method_settings = ("method", *(f"{node}." for node in method_nodes()))
     searches = any((group.runs[0].run.optuna.n_trials or 0) > 0 for group in groups)
     found = []
     for key in sorted({key for each in settings for key in each}):
         kind = _SETTING_KINDS.get(key.split(".", 1)[0])
-        if key.startswith(_METHOD_SETTINGS) or (kind == "search" and not searches):
+        if key.startswith(method_settings) or (kind == "search" and not searches):
             continue
         if len(list_distinct(each.get(key) for each in settings)) > 1:
             values = (f"{shorten_setting(group.settings.get(key))} for {group.label}" for group in groups)
@@ -73,11 +72,11 @@ def find_unequal_settings(groups: Sequence[Group]) -> list[str]:
 
 
 def find_unequal_facts(runs: Sequence[EvaluatedRun], kinds: Sequence[str] | None = None) -> list[str]:
-    """What the program found out while running and settings alone do not decide, where runs differ in it.
+    """Find facts about runs, such as hardware or data, in which they differ, one sentence each.
 
     Args:
         runs: of one cell.
-        kinds: what the names of the facts to look at begin with; None: all.
+        kinds: prefixes of the names of facts to compare; None for all.
     """
     facts = {run.run_id: _read_facts(run) for run in runs}
     found = []
@@ -127,7 +126,7 @@ def _find_unequal_seeds(cell: Cell) -> list[str]:
 
 
 def find_disagreement(run: EvaluatedRun) -> str | None:
-    """How a recorded metric differs from what the run's own predictions give; None where it does not."""
+    """Describe how a recorded metric differs from the one of the run's own predictions; None where it does not."""
     confusion = confusion_matrix(run.labels, run.predictions, len(run.label_names))
     for name in dict.fromkeys(("accuracy", run.primary)):
         recorded, recomputed = run.values[metrics.eval_name(name)], float(CONFUSION_METRICS[name](confusion))

@@ -1,4 +1,4 @@
-"""Linear contrasts between methods, paired by seed: FW-LoRA minus LoRA, in quality, in time, in the norm of updates."""
+"""Linear contrasts between methods, paired by seed: in quality, in cost, in the norm of updates."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ ImportanceHalf = Literal["least_important", "most_important"]
 
 
 class MissingMeasurementError(Exception):
-    """A contrast that these runs cannot give; the message says why."""
+    """A contrast that cannot be computed from these runs; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A contrast in one cell, one value for each seed that all its methods were run with.
+    """Values of a contrast in one cell, one for each seed that all its methods were run with.
 
     Attributes:
         cell: the cell's name.
@@ -59,8 +59,9 @@ class Estimate:
 
     Attributes:
         seeds: the mean, every cell counting alike, with its uncertainty over seeds.
-        low, high: the interval at :data:`~.resampling.CONFIDENCE`; None where nothing says how the value varies.
-        interval_over: what the interval speaks of: ``seeds and examples``, ``examples``, ``seeds`` or ``nothing``.
+        low: lower end of the interval at :data:`~.bootstrap.CONFIDENCE`; None where no variance can be estimated.
+        high: upper end of the interval; None likewise.
+        interval_over: what the interval covers: ``seeds and examples``, ``examples``, ``seeds`` or ``nothing``.
         examples_error: standard deviation over resamples of the examples alone: no number of seeds lowers it.
     """
 
@@ -72,11 +73,12 @@ class Estimate:
 
     @property
     def mean(self) -> float:
+        """The mean over seeds and cells."""
         return self.seeds.estimate
 
 
 def sample_quality(cell: Cell, contrast: Contrast, resampled: ResampledRuns, metric: str | None = None) -> Sample:
-    """Σ weight · metric(run), as fractions; the cell's primary metric unless another is named.
+    """Compute Σ weight · metric(run), as fractions; of the cell's primary metric unless another is named.
 
     Raises:
         MissingMeasurementError: no seed was run with all methods.
@@ -89,7 +91,7 @@ def sample_quality(cell: Cell, contrast: Contrast, resampled: ResampledRuns, met
 
 
 def sample_cost(cell: Cell, contrast: Contrast, metric: str = metrics.TRAINING_TIME_S) -> Sample:
-    """Σ weight · log(cost of the run): its exponential is a ratio.
+    """Compute Σ weight · log(cost of the run), whose exponential is a ratio.
 
     Raises:
         MissingMeasurementError: no seed was run with all methods, a cost was not recorded, or the hardware differs.
@@ -101,7 +103,7 @@ def sample_cost(cell: Cell, contrast: Contrast, metric: str = metrics.TRAINING_T
 
 
 def sample_update_norm(cell: Cell, contrast: Contrast, half: ImportanceHalf) -> Sample:
-    """Σ weight · mean over modules of log ‖ΔW‖_F, over one half of the modules by the proposed run's importance.
+    """Compute Σ weight · mean over modules of log ‖ΔW‖_F, over half of the modules by the proposed run's importance.
 
     The modules are the same for all methods of a seed: those whose importance, as the proposed run of that seed
     measured it, is below its median (``least_important``) or not. Modules that some run did not update are left out.
@@ -166,12 +168,12 @@ def share_seeds(samples: Sequence[Sample]) -> tuple[list[Sample], list[Reason]]:
 
 
 def estimate(samples: Sequence[Sample], rng_seed: int) -> Estimate:
-    """Mean and interval of a contrast over its cells.
+    """Compute the mean and interval of a contrast over its cells.
 
     Over examples: the bootstrap, hierarchical (seeds, then examples) where there are seeds to draw from, cells fixed,
     their resamples of a shared split the same. Otherwise Student's t over seeds. Cells of one data set that were run
     with the same seeds share head, data order and whatever else a seed decides, so their values are averaged for each
-    seed before anything is said of seeds.
+    seed before inference over seeds.
 
     Args:
         samples: one per cell, at least one.
@@ -197,12 +199,12 @@ def estimate(samples: Sequence[Sample], rng_seed: int) -> Estimate:
 
 
 def blocks_of(samples: Sequence[Sample]) -> list[list[tuple[str, int]]]:
-    """What every value shares with values of other cells: its data set and seed."""
+    """List the block of every value: values of one data set and seed may depend on each other."""
     return [[(sample.data, seed) for seed in sample.seeds] for sample in samples]
 
 
 def _merge_shared_seeds(samples: Sequence[Sample]) -> list[tuple[Sample, int]]:
-    """Samples of one data set and the same seeds as their mean, each with the number of cells in it."""
+    """Average samples of one data set and the same seeds; each mean comes with its number of cells."""
     alike: dict[tuple[str, tuple[int, ...]], list[Sample]] = {}
     for sample in samples:
         alike.setdefault((sample.data, sample.seeds), []).append(sample)
@@ -216,7 +218,7 @@ def _merge_shared_seeds(samples: Sequence[Sample]) -> list[tuple[Sample, int]]:
 
 
 def _pair_runs(contrast: Contrast) -> list[tuple[float, list[EvaluatedRun]]]:
-    """Each weight with its group's runs in the seeds that all groups have, ascending."""
+    """Pair each weight with its group's runs in the seeds that all groups have, ascending."""
     by_seed = [(weight, group.by_seed()) for weight, group in contrast]
     shared = sorted(set.intersection(*(set(runs) for _, runs in by_seed)))
     if not shared:
@@ -244,7 +246,7 @@ def _machine(run: EvaluatedRun) -> str:
 
 
 def _modules(run: EvaluatedRun, metric: str) -> dict[str, float]:
-    """Values by module name; empty where the run recorded none."""
+    """Read values by module name; empty where the run recorded none."""
     summary: Mapping[str, object] = run.record.summary
     names, values = summary.get(metrics.MODULE_NAMES), summary.get(metric)
     if not isinstance(names, list) or not isinstance(values, list) or len(names) != len(values):

@@ -1,4 +1,4 @@
-"""Every figure of an evaluation, drawn by as many processes as it pays."""
+"""Draw every figure of an evaluation, in several processes where there are many."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Figures:
     runs: Mapping[str, Mapping[str, Drawing]]
 
     def files(self, results_dir: Path) -> dict[Path, bytes]:
-        """The PDFs, whose names are unique over all runs and cells."""
+        """List the PDFs by path; their names are unique over all runs and cells."""
         found = {
             results_dir / run_id / self.name_of_run(run_id, topic): drawing.pdf
             for run_id, drawings in self.runs.items()
@@ -42,18 +42,18 @@ class Figures:
         return found
 
     def name(self, topic: str, slug: str | None = None) -> str:
-        """File name of a figure of the comparison; the cell's slug is part of it where there are several cells."""
+        """Return the file name of a figure of the comparison, with the cell's slug where there are several cells."""
         suffix = f"_{slug}" if slug and len(self.cells) > 1 else ""
         return f"comparison_{topic}{suffix}.pdf"
 
     @staticmethod
     def name_of_run(run_id: str, topic: str) -> str:
-        """File name of a figure of a run."""
+        """Return the file name of a figure of a run."""
         return f"{run_id}_{topic}.pdf"
 
 
 def draw_figures(evidence: Evidence, workers: int = 1) -> Figures:
-    """Every figure, in both forms; the same bytes whatever the number of processes that draw them.
+    """Draw every figure, in both forms; the number of processes does not change their bytes.
 
     Args:
         evidence: what to draw.
@@ -65,7 +65,7 @@ def draw_figures(evidence: Evidence, workers: int = 1) -> Figures:
     try:
         figures = _draw(evidence, pool.map)
     except BaseException:
-        # What was interrupted should not wait for figures that nobody will see.
+        # After an interrupt, do not wait for figures that are not needed any more.
         pool.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():
             process.terminate()
@@ -83,5 +83,5 @@ def _draw(evidence: Evidence, draw_all: Callable[..., Iterable[Mapping[str, Draw
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """Count the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

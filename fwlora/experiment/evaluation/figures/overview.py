@@ -1,4 +1,4 @@
-"""The figures over several cells: quality against budget, and the pooled differences. Numbers come in."""
+"""Figures over several cells: quality against budget, and the pooled differences."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fwlora.experiment.evaluation.figures.style import COLORS, GREY, Drawing, di
 
 
 def draw_overview(cells: Sequence[Cell], comparison: Comparison) -> dict[str, Drawing]:
-    """Figures by topic; quality against budget for every data set and model with two budgets or more."""
+    """Draw figures by topic; quality against budget for every data set and model with two budgets or more."""
     drawn: dict[str, Drawing] = {}
     pooled = [entry for entry in comparison.pooled if len(entry.cells) > 1]
     if pooled:

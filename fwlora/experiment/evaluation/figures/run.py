@@ -1,4 +1,4 @@
-"""The figures of one run. Numbers come in; none is estimated here."""
+"""Figures of one run: its curves, its confusion matrix, and values of its modules."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ _HEAT_MAPS = {
 
 
 def draw_run(run: EvaluatedRun) -> dict[str, Drawing]:
-    """The figures of one run by topic: learning curve, confusion matrix, and module heat maps where recorded."""
+    """Draw the figures of one run by topic: learning curve, confusion matrix, and module heat maps where recorded."""
     num_classes = len(run.label_names)
     side = min(9.0, 2.6 + 0.7 * num_classes)
     drawn = {
@@ -81,20 +81,20 @@ def draw_run(run: EvaluatedRun) -> dict[str, Drawing]:
 
 
 def changes_ranks(run: EvaluatedRun) -> bool:
-    """Whether the method moves ranks between modules while it trains."""
+    """Return whether the method moves ranks between modules while it trains."""
     spec = find_method(run.method)
     return spec is not None and spec.changes_ranks(run.run)
 
 
 def history_column(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of one metric, in the rows that hold it as a finite number."""
+    """Read steps and values of one metric, shape ``(n,)`` each, from the rows that hold it as a finite number."""
     points = [(row[metrics.GLOBAL_STEP], as_finite(row.get(name))) for row in rows]
     kept = [(step, value) for step, value in points if value is not None]
     return np.array([step for step, _ in kept], dtype=float), np.array([value for _, value in kept], dtype=float)
 
 
 def arrange_modules(names: Sequence[str], values: Sequence[float]) -> tuple[np.ndarray, list[str], list[str]]:
-    """Module values as a layer x projection grid.
+    """Arrange module values as a layer x projection grid.
 
     Args:
         names: dotted; the first number in each is its layer (``bert.encoder.layer.3.attention.self.query``).
@@ -166,7 +166,7 @@ def _draw_learning_curve(figure: Figure, run: EvaluatedRun) -> None:
 
 
 def _mark_final_and_best(axes: Axes, steps: np.ndarray, values: np.ndarray, color: str, best: int) -> None:
-    """Texts go to opposite sides, best above and final below, so that they cannot meet."""
+    """Mark both points; the text of the best goes above and that of the final below, so that they do not overlap."""
     final = len(values) - 1
     same = best == final
     axes.plot(steps[final], values[final], marker="o", markersize=9, markerfacecolor="none", color=color, linestyle="")

@@ -1,4 +1,4 @@
-"""The look of all figures. A figure is drawn once and given as PDF, for papers, and as SVG, for pages."""
+"""Style of all figures. A figure is drawn once and saved as PDF, for papers, and as SVG, for the report."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ _STYLE: Any = {
     "svg.fonttype": "path",
     "svg.hashsalt": "fwlora",
 }
-# Without these, equal input gives equal bytes, whatever the day and the version of matplotlib.
+# Omit dates and creator so that output is byte-identical across runs of one matplotlib version.
 _NO_PDF_METADATA = {"CreationDate": None, "ModDate": None, "Creator": None, "Producer": None}
 _NO_SVG_METADATA = {"Date": None, "Creator": None}
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """One figure in both forms; ``caption`` says in a sentence what it shows."""
+    """One figure in both forms, with a caption of one sentence."""
 
     pdf: bytes
     svg: bytes
@@ -60,7 +60,14 @@ class Drawing:
 
 
 def render(draw: Callable[[Figure], None], width: float, height: float, caption: str) -> Drawing:
-    """Draw on a fresh figure of that size in inches; vectors, embedded TrueType fonts in the PDF, and no dates."""
+    """Draw on a new figure and save it in both forms: as vectors, with embedded TrueType fonts, and without dates.
+
+    Args:
+        draw: draws on the figure.
+        width: in inches.
+        height: in inches.
+        caption: what the figure shows.
+    """
     contents = {}
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
@@ -84,9 +91,11 @@ def draw_grid(
     limits: tuple[float, float] | None = None,
     whole: bool = False,
 ) -> None:
-    """A heat map with its color bar, first row on top, all of it as vectors: pictures would blur when enlarged.
+    """Draw a heat map with its color bar, first row on top, as vectors, which stay sharp when enlarged.
 
     Args:
+        figure: that the axes belong to.
+        axes: to draw on.
         grid: values, shape (rows, columns).
         colors: from low to high.
         label: what the colors mean.
@@ -108,7 +117,7 @@ def draw_grid(
 
 
 def style_groups(groups: Sequence[Group]) -> dict[str, dict[str, Any]]:
-    """Colour, marker and line style by label: a method looks the same everywhere, its variants take what is left."""
+    """Choose color, marker and line style by label: every figure shows a method alike, variants take free styles."""
     styles: dict[str, dict[str, Any]] = {}
     taken: list[int] = []
     for group in groups:
@@ -121,7 +130,7 @@ def style_groups(groups: Sequence[Group]) -> dict[str, dict[str, Any]]:
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of up to ``window`` last values, shape as given: nothing of the future leaks into the past."""
+    """Average each value with up to ``window - 1`` values before it; the shape stays ``(n,)``."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
     ends = np.arange(1, values.size + 1)
     starts = np.maximum(0, ends - window)
@@ -129,12 +138,12 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def smoothing_window(count: int) -> int:
-    """A fiftieth of the curve."""
+    """Return a fiftieth of the number of points, at least 1."""
     return max(1, count // 50)
 
 
 def thin_curve(steps: np.ndarray, values: np.ndarray, most: int = MAX_POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """At most ``most`` points of a curve that look like all of it: the lowest and the highest of each stretch."""
+    """Reduce a curve to at most ``most`` points: the lowest and the highest of each section."""
     if values.size <= most:
         return steps, values
     kept = []
@@ -144,6 +153,6 @@ def thin_curve(steps: np.ndarray, values: np.ndarray, most: int = MAX_POINTS) ->
 
 
 def display_metric(task_metric: str) -> str:
-    """``matthews_correlation`` -> ``Matthews correlation``."""
+    """Write a metric's name for people: ``matthews_correlation`` as ``Matthews correlation``."""
     known = {"accuracy": "accuracy", "matthews_correlation": "Matthews correlation", "f1": "F1"}
     return known.get(task_metric, task_metric.replace("_", " "))

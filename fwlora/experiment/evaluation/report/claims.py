@@ -1,4 +1,4 @@
-"""What the report shows of claims: one card each, with its findings drawn as strips."""
+"""Cards of claims in the report, with their findings drawn as strips."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class FindingText:
 
 @dataclass(frozen=True)
 class ClaimCard:
-    """What the report says of one claim.
+    """The text of one claim's card.
 
     Attributes:
         result: the claim and its verdict.
