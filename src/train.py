@@ -65,6 +65,10 @@ def print_log_lines() -> None:
     package.propagate = False
     handler = logging.StreamHandler(sys.stdout) if is_main_process() else logging.NullHandler()
     package.handlers = [handler]
+    # Hydra disables every logger that exists when it starts, which keeps other packages quiet.
+    for name, other in logging.root.manager.loggerDict.items():
+        if name.startswith("fwlora") and isinstance(other, logging.Logger):
+            other.disabled = False
 
 
 def run_training(settings: ProgramSettings, command: str | None = None) -> None:
