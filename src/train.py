@@ -36,10 +36,9 @@ from fwlora.experiment.settings.hydra_arguments import enter_program, restore_co
 from fwlora.experiment.settings.resolve import check_schedules, fit_trial_to_data
 from fwlora.experiment.settings.schema import ProgramSettings, RunSettings
 from fwlora.experiment.study.progress import ProgressPrinter
+from fwlora.experiment.tracking import NullTracker, Tracker, metrics, open_tracker
 from fwlora.experiment.tracking.environment import describe_environment
 from fwlora.experiment.tracking.records import pack_classes
-from fwlora.experiment.tracking.tracker import NullTracker, Tracker, metrics
-from fwlora.experiment.tracking.wandb import WandbTarget, start_tracker
 from src.model import build_model, plan_adapters
 from src.preprocess import load_task, tokenize_search_task, tokenize_task
 
@@ -90,11 +89,10 @@ def run_training(settings: ProgramSettings, command: str | None = None) -> None:
     if run.model.lora.enabled and run.optuna.n_trials == 0:
         check_schedules(run, total_steps)
     directory = Path(settings.results_dir) / run.run_id
-    target = WandbTarget(settings.wandb.entity, settings.wandb.project, settings.wandb.mode, settings.wandb.required)
     config = {**settings.model_dump(), "resolved": resolved_facts(settings, prepared, command)}
     tracker: Tracker = NullTracker()
     if is_main_process():
-        tracker = start_tracker(target, run_id=run.run_id, config=config, directory=directory)
+        tracker = open_tracker(settings, run_id=run.run_id, config=config, directory=directory)
     exit_code = 1
     try:
         found, search_time_s = None, 0.0

@@ -25,15 +25,15 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from fwlora.experiment.errors import UserError, user_errors_exit
+from fwlora.experiment.plugins import load_plugins
 from fwlora.experiment.settings.resolve import resolve_settings
 from fwlora.experiment.settings.schema import ProgramSettings
+from fwlora.experiment.tracking.registry import environment_defaults, text_keys
 
 MODES = ("trial", "full")
-ENVIRONMENT_DEFAULTS = {"wandb.mode": "WANDB_MODE", "wandb.entity": "WANDB_ENTITY", "wandb.project": "WANDB_PROJECT"}
 # Values of these keys are text whatever they look like.
 TEXT_KEYS = (
     "results_dir", "run.dataset.name", "run.model.pretrained_id", "run.dataset.revision", "run.model.revision",
-    "wandb.entity", "wandb.project",
 )  # fmt: skip
 USAGE = """\
 usage: python -u -m {program} run=<run_id> results_dir=<dir> mode=trial|full [run.<key>=<value> ...]
@@ -64,7 +64,7 @@ def prepare_arguments(argv: Sequence[str], config_dir: Path, environment: Mappin
     Args:
         argv: arguments after the program's name.
         config_dir: the folder that holds ``runs/``.
-        environment: where ``WANDB_MODE``, ``WANDB_ENTITY`` and ``WANDB_PROJECT`` are looked up; the command line wins.
+        environment: variables by name; a tracker's, such as ``WANDB_MODE``, apply where the command line sets nothing.
 
     Raises:
         UserError: missing or unknown run, missing or unknown mode, malformed arguments: all of them at once.
@@ -92,7 +92,7 @@ def prepare_arguments(argv: Sequence[str], config_dir: Path, environment: Mappin
     mode = values.get("mode", "").strip("'\"")
     if mode not in MODES:
         problems.append(f"mode is {mode or 'missing'}; give mode=trial or mode=full")
-    for key, variable in ENVIRONMENT_DEFAULTS.items():
+    for key, variable in environment_defaults().items():
         if environment.get(variable):
             values.setdefault(key, environment[variable])
     overrides = selected + [_as_override(key, value, multirun, problems) for key, value in values.items()]
@@ -112,6 +112,7 @@ def enter_program(program: str, hydra_main: Callable[[], None], config_dir: Path
         print(usage(program, config_dir))
         return
     with user_errors_exit():
+        load_plugins()
         prepared = prepare_arguments(arguments, config_dir, os.environ)
         if not {"-m", "--multirun"} & set(prepared):
             compose_settings(prepared, config_dir, os.environ)
@@ -233,7 +234,7 @@ def split_run_id(run_id: str, config_dir: Path, problems: list[str]) -> tuple[st
 def _as_override(key: str, value: str, multirun: bool, problems: list[str]) -> str:
     quoted = len(value) >= 2 and value[0] == value[-1] and value[0] in "'\""
     cleared = value == "null" and key.endswith("revision")
-    if key in TEXT_KEYS and not quoted and not cleared and not (multirun and "," in value):
+    if (key in TEXT_KEYS or key in text_keys()) and not quoted and not cleared and not (multirun and "," in value):
         value = _quote(value)
     override = f"++{key}={value}"
     if _parses(override):

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from fwlora.experiment.errors import UserError, describe_validation_error
 from fwlora.experiment.methods import get_method, method_nodes
 from fwlora.experiment.settings.schema import ProgramSettings, RunSettings, program_settings_class
+from fwlora.experiment.tracking.registry import DEFAULT_TRACKER, known_trackers
 
 TRIAL_BATCHES = 2
 
@@ -45,7 +46,8 @@ def resolve_settings(
         run["run_id"] = f"{run_id}-s{seed}"
     # Pipelines may pass `results_dir=` with nothing behind it; that means the default.
     composed["results_dir"] = composed.get("results_dir") or defaults["results_dir"]
-    settings, settings_class = None, program_settings_class()
+    composed = _keep_tracker_node(composed)
+    settings, settings_class = None, program_settings_class(composed["tracker"])
     try:
         settings = settings_class.model_validate({**composed, "run": run})
     except ValidationError as error:
@@ -56,7 +58,7 @@ def resolve_settings(
 
 
 def limit_to_trial(settings: ProgramSettings) -> ProgramSettings:
-    """Apply trial mode: one epoch of two batches, W&B disabled, no search; every path of a full run is still taken."""
+    """Apply trial mode: one epoch of two batches, no record, no search; every path of a full run is still taken."""
     run = get_method(settings.run.method).limit_to_trial(settings.run)
     examples = TRIAL_BATCHES * run.training.batch_size
     limits = {
@@ -67,7 +69,7 @@ def limit_to_trial(settings: ProgramSettings) -> ProgramSettings:
     return settings.model_copy(
         update={
             "run": run.model_copy(update=limits),
-            "wandb": settings.wandb.model_copy(update={"mode": "disabled", "required": False}),
+            settings.tracker: settings.tracker_settings.limit_to_trial(),
         }
     )
 
@@ -112,6 +114,14 @@ def _drop_foreign_nodes(run: Mapping[str, Any], run_defaults: Mapping[str, Any])
             f"run.{node}.{key} = {given[key]!r} is read by {method} only, not by {run.get('method')}" for key in changed
         ]
     return {key: value for key, value in run.items() if key not in foreign}, problems
+
+
+def _keep_tracker_node(composed: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop the nodes of trackers that are not chosen; the chosen one's may be missing."""
+    chosen = composed.get("tracker") or DEFAULT_TRACKER
+    foreign = {name for name in known_trackers() if name != chosen}
+    kept = {key: value for key, value in composed.items() if key not in foreign}
+    return {**({chosen: {}} if chosen in known_trackers() else {}), **kept, "tracker": chosen}
 
 
 def _normalize_search_space(optuna: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from fwlora.experiment.methods.base import find_method, known_methods, method_nodes
 from fwlora.experiment.settings.base import Fraction, Searchable, Seed, SettingsNode, find_searchable
+from fwlora.experiment.tracking.registry import DEFAULT_TRACKER, TrackerSettings, known_trackers
 
 FORBIDDEN_IN_RUN_IDS = set("\":<>|*?/\\\r\n#%;,'")
 RESERVED_RUN_IDS = {".", "..", "comparison"}
@@ -257,15 +258,6 @@ def _find_search_space_problems(run: RunSettings) -> list[str]:
     return problems
 
 
-class WandbSettings(SettingsNode):
-    """``wandb``. ``required`` turns the fall-back to offline into an error."""
-
-    entity: str = Field(min_length=1)
-    project: str = Field(min_length=1)
-    mode: Literal["online", "offline", "disabled"]
-    required: bool
-
-
 class EngineSettings(SettingsNode):
     """``engine``. ``fast`` false does what the files literally say: every batch padded to ``max_length``, at random, by
     the model's own forward pass. ``cuda_graphs`` replays passes on a GPU.
@@ -277,20 +269,45 @@ class EngineSettings(SettingsNode):
 
 
 class ProgramSettings(SettingsNode):
-    """All settings of one invocation."""
+    """All settings of one invocation.
+
+    The node of the chosen tracker comes from the registry, see :func:`program_settings_class`.
+    """
 
     run: RunSettings
     results_dir: str
     mode: Literal["trial", "full"]
-    wandb: WandbSettings
     engine: EngineSettings
+    # Not recorded: a record is found in its tracker alone.
+    tracker: str = Field(default=DEFAULT_TRACKER, exclude=True)
+
+    @field_validator("tracker")
+    @classmethod
+    def _is_registered(cls, name: str) -> str:
+        if name not in known_trackers():
+            known = ", ".join(known_trackers())
+            raise PydanticCustomError("unknown_tracker", "Input should be one of {known}", {"known": known})
+        return name
+
+    @property
+    def tracker_settings(self) -> TrackerSettings:
+        """The node of the chosen tracker."""
+        node: TrackerSettings = getattr(self, self.tracker)
+        return node
 
 
-def program_settings_class() -> type[ProgramSettings]:
-    """Return :class:`ProgramSettings` whose run has the node of every registered method."""
-    return _with_run(run_settings_class())
+def program_settings_class(tracker: str = DEFAULT_TRACKER) -> type[ProgramSettings]:
+    """Return :class:`ProgramSettings` with the node of a tracker, whose run has the node of every registered method.
+
+    Args:
+        tracker: name of the tracker; an unknown one adds no node.
+    """
+    return _complete_program(run_settings_class(), tracker, known_trackers().get(tracker))
 
 
 @cache
-def _with_run(run_class: type[RunSettings]) -> type[ProgramSettings]:
-    return create_model("ProgramSettings", __base__=ProgramSettings, __module__=__name__, run=(run_class, ...))
+def _complete_program(
+    run_class: type[RunSettings], tracker: str, node: type[TrackerSettings] | None
+) -> type[ProgramSettings]:
+    fields: dict[str, Any] = {"run": (run_class, ...), **({} if node is None else {tracker: (node, ...)})}
+    return create_model("ProgramSettings", __base__=ProgramSettings, __module__=__name__, **fields)

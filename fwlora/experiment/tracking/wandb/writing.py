@@ -1,4 +1,4 @@
-"""Recording one run in W&B, online or offline; no failure of it reaches the training."""
+"""Record a run in W&B, online or offline; no failure of W&B stops the training."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +19,8 @@ from fwlora.experiment.tracking.wandb.session import end_session, explain, find_
 if TYPE_CHECKING:
     import wandb
 
+    from fwlora.experiment.tracking.wandb.settings import WandbSettings
+
 logger = logging.getLogger(__name__)
 
 INIT_TIMEOUT_S = 30.0
@@ -29,25 +30,8 @@ _FLUSH_SETTING = "x_transaction_log_flush_interval"
 FLUSH_INTERVAL_S = 1.0  # what a killed process loses; W&B's own 15 s can be all of a short run
 
 
-@dataclass(frozen=True)
-class WandbTarget:
-    """Where a run is recorded.
-
-    Attributes:
-        entity: W&B user or team.
-        project: W&B project.
-        mode: ``online``, ``offline`` (local files, to be sent by ``wandb sync``) or ``disabled`` (no W&B at all).
-        required: whether an online run that cannot reach W&B is an error instead of an offline run.
-    """
-
-    entity: str
-    project: str
-    mode: Literal["online", "offline", "disabled"]
-    required: bool = False
-
-
 def start_tracker(
-    target: WandbTarget,
+    settings: WandbSettings,
     *,
     run_id: str,
     config: Mapping[str, Any],
@@ -55,35 +39,35 @@ def start_tracker(
     init_timeout_s: float = INIT_TIMEOUT_S,
     finish_timeout_s: float = FINISH_TIMEOUT_S,
 ) -> tracking.Tracker:
-    """Start recording a run; an online run that cannot reach W&B goes on offline and says so in one line.
+    """Start to record a run; log where. An online run that cannot reach W&B is recorded offline, with a logged reason.
 
     Args:
-        target: where to.
+        settings: the node ``wandb``.
         run_id: id and name of the W&B run; an existing run of this id is resumed, its history appended to.
         config: first config entries.
         directory: gets a ``wandb`` folder.
-        init_timeout_s: how long W&B may take to answer at the start.
-        finish_timeout_s: how long the upload of what is left may take at the end.
+        init_timeout_s: longest wait for W&B's answer at the start.
+        finish_timeout_s: longest wait at the end for the upload of the rest.
 
     Raises:
         UserError: W&B is required and cannot be used, or not even offline files can be written.
         ValueError: ``config`` holds what cannot be recorded.
     """
     entries = tracking.check_entries(config)
-    if target.mode == "disabled":
+    if settings.mode == "disabled":
         return tracking.NullTracker()
 
     def start(mode: Literal["online", "offline"]) -> _WandbTracker:
-        run = _init_run(target, mode, run_id, entries, directory, init_timeout_s, finish_timeout_s)
+        run = _init_run(settings, mode, run_id, entries, directory, init_timeout_s, finish_timeout_s)
         return _WandbTracker(run)
 
     cause = None
-    if target.mode == "online":
+    if settings.mode == "online":
         try:
             tracker = start("online")
         except Exception as error:
-            cause = explain(error, f"{target.entity}/{target.project}", init_timeout_s)
-            if target.required:
+            cause = explain(error, f"{settings.entity}/{settings.project}", init_timeout_s)
+            if settings.required:
                 raise UserError(f"W&B is required (wandb.required=true) and cannot be used: {cause}") from error
         else:
             logger.info("W&B run: %s", tracker.url)
@@ -98,7 +82,7 @@ def start_tracker(
 
 
 def _init_run(
-    target: WandbTarget,
+    settings: WandbSettings,
     mode: Literal["online", "offline"],
     run_id: str,
     config: Mapping[str, Any],
@@ -112,7 +96,7 @@ def _init_run(
     open_session(mode)
     # An experimental setting, which another version of the client may not have.
     flush: dict[str, Any] = {_FLUSH_SETTING: FLUSH_INTERVAL_S} if _FLUSH_SETTING in wandb.Settings.model_fields else {}
-    settings = wandb.Settings(
+    client_settings = wandb.Settings(
         silent=True,
         console="off",
         disable_code=True,
@@ -127,8 +111,8 @@ def _init_run(
     earlier_folders = find_run_folders(directory, run_id)
     try:
         run = wandb.init(
-            entity=target.entity,
-            project=target.project,
+            entity=settings.entity,
+            project=settings.project,
             id=run_id,
             name=run_id,
             config=tracking.spell_non_finite(config),
@@ -136,7 +120,7 @@ def _init_run(
             reinit="create_new",  # a run of the caller's own stays untouched
             dir=str(directory),
             mode=mode,
-            settings=settings,
+            settings=client_settings,
         )
     except Exception:
         end_session()  # otherwise the service holds the run id, and an offline run of that id is refused
@@ -149,7 +133,7 @@ def _init_run(
 
 
 class _WandbTracker:
-    """A W&B run behind the tracker protocol; no failure of it reaches the training loop."""
+    """A W&B run as a :class:`Tracker`; a failure is logged once and raises nothing."""
 
     def __init__(self, run: wandb.Run) -> None:
         self._run: Any = run  # parts of it are untyped
