@@ -18,7 +18,7 @@ from torch import nn
 from fwlora.adalora import AdaLora, attach_adalora, plan_adalora
 from fwlora.adapters import TargetModuleError, encoder_parameter_count, find_adapter_pairs, find_target_matrices
 from fwlora.budget import BudgetError, adapter_cost
-from fwlora.config import FisherWeighting, RankPlan, attach_lora, plan_ranks
+from fwlora.config import RankPlan, attach_lora, plan_ranks
 from fwlora.experiment.errors import UserError
 from fwlora.experiment.methods import Method
 from fwlora.experiment.methods.adalora import AdaLoraMethod
@@ -33,6 +33,7 @@ from fwlora.experiment.modeling.build import (
 )
 from fwlora.experiment.modeling.pretrained import fingerprint_weights
 from fwlora.experiment.settings.schema import ModelSettings, RunSettings
+from fwlora.options import FisherWeighting
 from fwlora.regularizer import FisherWeightedLora
 
 # A separate seed for adapter initialisation, so that the head is the same for every method.
