@@ -24,7 +24,7 @@ from benchmarks.common import load_minilm, load_sentences, make_lora, print_tabl
 from fwlora import FisherWeighting
 from fwlora.adapters import find_adapter_pairs
 from fwlora.estimators import AdapterRecorder, ExactRecorder, FisherAccumulator, GradientRecorder, SketchRecorder
-from fwlora.importance import normalise_importance
+from fwlora.importance import normalize_importance
 
 DEFAULT = FisherWeighting()
 SIZES = (1, 4, 8, 16)
@@ -62,7 +62,7 @@ def watch_training(seed: int, glue: str, steps: int, batch_size: int, learning_r
 
 def compare(exact: np.ndarray, estimate: np.ndarray) -> dict[str, float]:
     """Rank correlation, median relative error of I, and the scale of F against the exact one."""
-    of_exact, of_estimate = (normalise_importance(torch.from_numpy(F)).numpy() for F in (exact, estimate))
+    of_exact, of_estimate = (normalize_importance(torch.from_numpy(F)).numpy() for F in (exact, estimate))
     return {
         "spearman": float(stats.spearmanr(exact, estimate).statistic),
         "median_importance_error": float(np.median(np.abs(of_estimate / of_exact - 1))),
@@ -83,7 +83,7 @@ def main() -> None:
     importances = []
     for seed in range(1, arguments.seeds + 1):
         fishers = watch_training(seed, arguments.glue, arguments.steps, arguments.batch_size, arguments.learning_rate)
-        importances.append(normalise_importance(torch.from_numpy(fishers["exact"])).numpy())
+        importances.append(normalize_importance(torch.from_numpy(fishers["exact"])).numpy())
         for name, values in fishers.items():
             if name != "exact":
                 found[name].append(compare(fishers["exact"], values))

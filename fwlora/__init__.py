@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fwlora.adalora import AdaLora, AdaLoraPlan, attach_adalora, plan_adalora
     from fwlora.budget import MatrixShape, budget_parameters, solve_ranks
-    from fwlora.config import FisherWeighting, FwLoraConfig, RankPlan, attach_lora, plan_ranks
+    from fwlora.config import FwLoraConfig, RankPlan, attach_lora, plan_ranks
+    from fwlora.options import FisherWeighting
     from fwlora.regularizer import FisherWeightedLora
     from fwlora.trainer import AdaLoraCallback, FwLoraCallback
 
@@ -20,7 +21,7 @@ _HOMES = {
     "AdaLoraCallback": "fwlora.trainer",
     "AdaLoraPlan": "fwlora.adalora",
     "FisherWeightedLora": "fwlora.regularizer",
-    "FisherWeighting": "fwlora.config",
+    "FisherWeighting": "fwlora.options",
     "FwLoraCallback": "fwlora.trainer",
     "FwLoraConfig": "fwlora.config",
     "MatrixShape": "fwlora.budget",

@@ -22,7 +22,7 @@ from fwlora.adapters import (
     unwrap,
 )
 from fwlora.budget import MatrixShape, adapter_cost, reallocate_ranks
-from fwlora.config import FisherWeighting, FwLoraConfig
+from fwlora.config import FwLoraConfig
 from fwlora.estimators import (
     AdapterRecorder,
     ExactRecorder,
@@ -32,7 +32,8 @@ from fwlora.estimators import (
     SketchRecorder,
     count_processes,
 )
-from fwlora.importance import normalise_importance
+from fwlora.importance import normalize_importance
+from fwlora.options import FisherWeighting
 from fwlora.reallocation import resize_factors
 from fwlora.shrinkage import BatchedShrinkage, shrinkage_penalty
 from fwlora.state import STATE_FORMAT, match_state
@@ -337,7 +338,7 @@ class FisherWeightedLora:
                 "look for the cause with torch.autograd.set_detect_anomaly(True)"
             )
         try:
-            importance = normalise_importance(self.fisher.values, self.options.importance)
+            importance = normalize_importance(self.fisher.values, self.options.importance)
             if self.options.allocation == "reallocate":
                 assert optimizer is not None
                 self._reallocate(optimizer)
