@@ -20,18 +20,19 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
 from fwlora.adapters import find_adapter_pairs, find_target_matrices
+from fwlora.config import attach_lora
 from fwlora.experiment.data.batching import Padding, TokenizedSplit, collate, plan_epoch
 from fwlora.experiment.data.glue import find_task
 from fwlora.experiment.data.tables import encode_tables, load_tables
 from fwlora.experiment.data.text import draw_subset
 from fwlora.experiment.data.tokenization import tokenize
 from fwlora.experiment.engine.device import name_device
+from fwlora.experiment.methods.lora import LoraMethod
 from fwlora.experiment.modeling.build import load_tokenizer
 from fwlora.experiment.modeling.pretrained import fetching, resolve_pretrained
 from fwlora.experiment.paths import CONFIG_DIR, REPOSITORY
 from fwlora.experiment.settings.hydra_arguments import compose_settings
 from fwlora.experiment.tracking.environment import describe_environment
-from fwlora.methods import PlainLora, attach_lora
 
 TARGET_MODULES = ("query", "key", "value", "intermediate", "output")
 RESAMPLES = 5_000
@@ -143,7 +144,7 @@ def task_splits(glue: str, subset: str, train_examples: int | None) -> tuple[Tok
 
 def make_lora_method(
     name: str, rank: int, device: torch.device, seed: int, *, dropout: float = 0.1
-) -> tuple[nn.Module, PlainLora]:
+) -> tuple[nn.Module, LoraMethod]:
     """PEFT LoRA of one rank on the five projections as a method; head and adapters are those of the seed."""
     model = MODELS[name](seed)
     ranks = {matrix.name: rank for matrix in find_target_matrices(model, TARGET_MODULES)}
@@ -151,7 +152,7 @@ def make_lora_method(
     adapted = attach_lora(
         model, ranks, scaling=2.0, dropout=dropout, head_modules=["classifier"], task_type="SEQ_CLS"
     ).to(device)
-    return adapted, PlainLora(find_adapter_pairs(adapted))
+    return adapted, LoraMethod(find_adapter_pairs(adapted))
 
 
 MODELS = {"minilm": load_minilm, "roberta-base": make_roberta_base}

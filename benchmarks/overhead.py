@@ -34,8 +34,8 @@ from benchmarks.common import (
     write_json,
 )
 from fwlora import FisherWeightedLora, FisherWeighting
+from fwlora.adalora import AdaLora, attach_adalora, plan_adalora
 from fwlora.adapters import find_adapter_pairs, find_target_matrices
-from fwlora.methods import AdaLora, attach_adalora, plan_adalora
 
 # Token counts of batches of like length on SST-2 (mean 13 with the special tokens, long tail).
 BATCH_LENGTHS = (5, 6, 8, 9, 11, 13, 16, 21, 29)
@@ -119,7 +119,7 @@ def make_adalora(load: Callable[[], nn.Module], rank: int, device: torch.device)
     ).to(device)  # fmt: skip
     method = AdaLora(adapted, plan)
     steps = iter(range(1, NEVER))
-    return Variant(adapted, term=method.regularisation, after_step=lambda: method.after_step(next(steps)))
+    return Variant(adapted, term=method.loss_term, after_step=lambda: method.after_step(next(steps)))
 
 
 def make_variants(load: Callable[[], nn.Module], rank: int, device: torch.device) -> dict[str, Callable[[], Variant]]:

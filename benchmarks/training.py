@@ -51,6 +51,7 @@ LOOPS: dict[str, tuple[Any, dict[str, Any]]] = {
     "no adapter, no dropout": (backbone_loop, {"method": "none"}),
     "limit: matrix products alone": (limit_loop, {"method": "none"}),
 }
+GPU_LOOPS = {"engine, LoRA, CUDA graphs": (engine_loop, {"method": "lora", "cuda_graphs": True})}
 PARTS = ["speed", "lengths", "memory", "trial", "profile"]
 LIMIT = "limit: matrix products alone"
 
@@ -66,7 +67,8 @@ def ratio_interval(numerator: np.ndarray, denominator: np.ndarray) -> Interval:
 
 def time_rounds(options: dict[str, Any], rounds: int) -> dict[str, np.ndarray]:
     """Seconds per step by loop, shape (rounds,)."""
-    loops = {name: SteppedLoop(loop, {**options, **own}, SETTLING_STEPS) for name, (loop, own) in LOOPS.items()}
+    chosen = {**LOOPS, **(GPU_LOOPS if options["device"] == "cuda" else {})}
+    loops = {name: SteppedLoop(loop, {**options, **own}, SETTLING_STEPS) for name, (loop, own) in chosen.items()}
     for loop in loops.values():
         loop.settle()
     order = np.random.default_rng(0)

@@ -15,13 +15,16 @@ from benchmarks.common import MODELS, TARGET_MODULES, make_lora_method, task_spl
 from benchmarks.stepping import Gate
 from benchmarks.trainers import make_trainer
 from fwlora import AdaLoraCallback, FisherWeightedLora, FisherWeighting
+from fwlora.adalora import AdaLora, attach_adalora, plan_adalora
 from fwlora.adapters import find_target_matrices
 from fwlora.experiment.data.batching import Padding, TokenizedSplit, plan_epoch, stage
 from fwlora.experiment.engine.device import keep_freed_memory
 from fwlora.experiment.engine.loop import Execution, Task, train
 from fwlora.experiment.fused.forward import PlainClassifier
+from fwlora.experiment.methods import Method
+from fwlora.experiment.methods.adalora import AdaLoraMethod
+from fwlora.experiment.methods.fw_lora import FwLoraMethod
 from fwlora.experiment.settings.schema import TrainingSettings
-from fwlora.methods import AdaLora, FwLora, Method, attach_adalora, plan_adalora
 
 NEVER = 10**9
 EPOCHS = 10**4
@@ -94,10 +97,10 @@ def make_method(options: dict[str, Any], device: torch.device) -> tuple[nn.Modul
             base, matrices, plan, scaling=2.0, dropout=0.1, total_steps=total_steps, schedule=schedule,
             head_modules=["classifier"], task_type="SEQ_CLS",
         ).to(device)  # fmt: skip
-        return model, AdaLora(model, plan)
+        return model, AdaLoraMethod(AdaLora(model, plan))
     model, method = make_lora_method(options["model"], options["rank"], device, SEED)
     if name in FISHER:
-        return model, FwLora(FisherWeightedLora(model, FISHER[name]))
+        return model, FwLoraMethod(FisherWeightedLora(model, FISHER[name]))
     return model, method
 
 
@@ -106,7 +109,12 @@ def engine_loop(gate: Gate, options: dict[str, Any]) -> None:
     keep_freed_memory()
     train_split, eval_split, task, settings, device = load(options)
     model, method = make_method(options, device)
-    execution = Execution(device, options["precision"], PRIOR_WIDTH if options.get("literal") else None)
+    execution = Execution(
+        device,
+        options["precision"],
+        PRIOR_WIDTH if options.get("literal") else None,
+        cuda_graphs=options.get("cuda_graphs", False),
+    )
     train(
         model, Gated(method, gate), train_split, eval_split.select(np.arange(64)), settings, task, execution,
         log=lambda row: None,

@@ -6,9 +6,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fwlora.adalora import AdaLora, AdaLoraPlan, attach_adalora, plan_adalora
     from fwlora.budget import MatrixShape, budget_parameters, solve_ranks
-    from fwlora.config import FisherWeighting, FwLoraConfig, plan_ranks
-    from fwlora.methods import attach_adalora, attach_lora
+    from fwlora.config import FisherWeighting, FwLoraConfig, RankPlan, attach_lora, plan_ranks
     from fwlora.regularizer import FisherWeightedLora
     from fwlora.trainer import AdaLoraCallback, FwLoraCallback
 
@@ -16,30 +16,38 @@ __version__ = "0.1.0"
 
 # Loaded on first use: importing PEFT takes seconds, which tools that only read settings should not wait for.
 _HOMES = {
+    "AdaLora": "fwlora.adalora",
     "AdaLoraCallback": "fwlora.trainer",
+    "AdaLoraPlan": "fwlora.adalora",
     "FisherWeightedLora": "fwlora.regularizer",
     "FisherWeighting": "fwlora.config",
     "FwLoraCallback": "fwlora.trainer",
     "FwLoraConfig": "fwlora.config",
     "MatrixShape": "fwlora.budget",
-    "attach_adalora": "fwlora.methods",
-    "attach_lora": "fwlora.methods",
+    "RankPlan": "fwlora.config",
+    "attach_adalora": "fwlora.adalora",
+    "attach_lora": "fwlora.config",
     "budget_parameters": "fwlora.budget",
+    "plan_adalora": "fwlora.adalora",
     "plan_ranks": "fwlora.config",
     "solve_ranks": "fwlora.budget",
 }
 
 __all__ = [
+    "AdaLora",
     "AdaLoraCallback",
+    "AdaLoraPlan",
     "FisherWeightedLora",
     "FisherWeighting",
     "FwLoraCallback",
     "FwLoraConfig",
     "MatrixShape",
+    "RankPlan",
     "__version__",
     "attach_adalora",
     "attach_lora",
     "budget_parameters",
+    "plan_adalora",
     "plan_ranks",
     "solve_ranks",
 ]

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from fwlora.adapters import encoder_parameter_count, find_target_matrices, present_roles, stores_transposed
@@ -269,6 +270,46 @@ def lora_fields(ranks: dict[str, int], scaling: float, *, use_rslora: bool = Fal
         "alpha_pattern": alpha,
         "target_modules": list(used),
     }
+
+
+def attach_lora(
+    model: nn.Module,
+    ranks: dict[str, int],
+    *,
+    scaling: float,
+    dropout: float,
+    head_modules: Sequence[str] = (),
+    task_type: str | None = None,
+) -> PeftModel:
+    """Attach LoRA adapters of the given rank per matrix, all with the same scaling s = alpha_m / r_m.
+
+    Args:
+        model: the model to adapt; its modules are changed in place.
+        ranks: rank by matrix name; rank 0 is left out.
+        scaling: s of every update s B A.
+        dropout: probability on the adapters' inputs.
+        head_modules: modules that are trained in full and saved with the adapter.
+        task_type: PEFT's name of the task.
+
+    Returns:
+        PEFT's model around ``model``.
+    """
+    config = LoraConfig(
+        **lora_fields(ranks, scaling),
+        fan_in_fan_out=stores_transposed(model, [name for name, rank in ranks.items() if rank > 0]),
+        lora_dropout=dropout,
+        modules_to_save=list(head_modules) or None,
+        task_type=task_type,
+    )
+    return wrap_with_peft(model, config)
+
+
+def wrap_with_peft(model: nn.Module, config: LoraConfig) -> PeftModel:
+    """Call ``peft.get_peft_model`` without a warning about a name that PEFT 0.21 still uses."""
+    with warnings.catch_warnings():
+        # PEFT 0.21 still asks transformers 5 under the old name; the answer is right.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        return get_peft_model(model, config)
 
 
 def _is_number(value: object) -> bool:

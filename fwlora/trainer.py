@@ -13,9 +13,9 @@ from peft.tuners.adalora import AdaLoraModel
 from transformers.trainer_callback import ExportableState, TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
+from fwlora.adalora import keep_orthogonal_term_out_of_evaluation
 from fwlora.adapters import unwrap
 from fwlora.config import FisherWeighting
-from fwlora.methods import keep_orthogonal_term_out_of_evaluation
 from fwlora.regularizer import FisherWeightedLora
 
 

@@ -21,7 +21,7 @@ from fwlora.adapters import TargetModuleError, encoder_parameter_count, find_tar
 from fwlora.budget import BudgetError, adapter_cost
 from fwlora.config import RankPlan, plan_ranks
 from fwlora.experiment.errors import UserError
-from fwlora.experiment.methods import get_method
+from fwlora.experiment.methods import Method, get_method
 from fwlora.experiment.modeling.build import (
     AdaptedModel,
     count_parameters,
@@ -31,7 +31,6 @@ from fwlora.experiment.modeling.build import (
 )
 from fwlora.experiment.modeling.pretrained import fingerprint_weights
 from fwlora.experiment.settings.schema import ModelSettings, RunSettings
-from fwlora.methods import Method, PlainLora
 
 # A separate seed for adapter initialisation, so that the head is the same for every method.
 ADAPTER_SEED_OFFSET = 1_000_003
@@ -78,7 +77,7 @@ def attach_method(
     """
     if not run.model.lora.enabled:
         train_head_only(model, heads)
-        return model.to(device), PlainLora([])
+        return model.to(device), Method([])
     spec = get_method(run.method)
     return spec.attach(model, plan, run, head_modules=heads, total_steps=total_steps, device=device)
 

@@ -246,7 +246,7 @@ def summarise(
     result: TrainingResult, adapted: AdaptedModel, prepared: Prepared, eval_split: TokenizedSplit, search_time_s: float
 ) -> dict[str, Any]:
     """The run's final values, by the names of :mod:`fwlora.experiment.tracking.metrics`."""
-    table = adapted.method.module_table()
+    table = adapted.method.adapter_table()
     final_parameters = final_adapter_parameters(adapted.method)
     classes = prepared.task.num_classes
     times = result.times_s
@@ -263,10 +263,10 @@ def summarise(
         **adapted.counts,
         metrics.PARAMS_ADAPTER_FINAL: final_parameters,
         metrics.ADAPTER_PERCENT_OF_ENCODER: 100 * final_parameters / prepared.plan.encoder_parameters,
-        metrics.MODULE_NAMES: table["names"],
-        metrics.MODULE_RANKS: table["ranks"],
-        metrics.MODULE_IMPORTANCES: table["importances"],
-        metrics.MODULE_DELTA_NORMS: table["delta_norms"],
+        metrics.MODULE_NAMES: table.names,
+        metrics.MODULE_RANKS: table.ranks,
+        metrics.MODULE_IMPORTANCES: table.importances,
+        metrics.MODULE_DELTA_NORMS: table.delta_norms,
         metrics.EVAL_PREDICTIONS: pack_classes(result.last.predictions, classes),
         metrics.EVAL_LABELS: pack_classes(eval_split.labels, classes),
         metrics.ENCODER_FINGERPRINT: adapted.encoder_fingerprint,

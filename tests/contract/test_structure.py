@@ -53,8 +53,8 @@ def test_one_file_knows_wandb_and_one_knows_the_parameter_names_of_peft():
     store = {path.name for path in EXPERIMENT if path.parent.name == "wandb"}
     elsewhere = [path for path in EXPERIMENT if path.parent.name != "wandb"]
     assert importers(elsewhere + PROGRAM + LIBRARY, "wandb") == [] and store
-    knowing = [p.name for p in LIBRARY + EXPERIMENT + PROGRAM if re.search(r"lora_[AB]\b", p.read_text())]
-    assert set(knowing) <= {"adapters.py", "methods.py"}
+    knowing = [p.name for p in LIBRARY + EXPERIMENT + PROGRAM if re.search(r"lora_[ABE]\b", p.read_text())]
+    assert set(knowing) <= {"adapters.py", "adalora.py"}
     assert importers(EXPERIMENT, "hydra") == ["hydra_arguments.py"]
     assert "evaluate" not in (REPOSITORY / "src" / "main.py").read_text()
 
@@ -64,7 +64,7 @@ def test_one_file_knows_wandb_and_one_knows_the_parameter_names_of_peft():
     [
         ("fwlora", ["hydra", "wandb", "optuna", "transformers", "torch"]),
         ("fwlora.budget", ["torch", "peft", "transformers", "numpy"]),
-        ("fwlora.methods", ["hydra", "wandb", "optuna", "transformers.trainer", "datasets", "sklearn"]),
+        ("fwlora.adalora", ["hydra", "wandb", "optuna", "transformers.trainer", "datasets", "sklearn"]),
         ("fwlora.experiment.settings.hydra_arguments", ["torch", "wandb", "transformers", "optuna"]),
         ("fwlora.experiment.study.spec", ["torch", "wandb", "transformers", "optuna"]),
         ("fwlora.experiment.evaluation.evaluate", ["torch", "wandb", "transformers", "optuna", "hydra"]),

@@ -10,11 +10,16 @@ import torch
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from fwlora import FisherWeightedLora, FisherWeighting, plan_ranks
+from fwlora.adalora import AdaLora, attach_adalora, plan_adalora
 from fwlora.adapters import find_adapter_pairs
+from fwlora.config import attach_lora
 from fwlora.experiment.data.batching import TokenizedSplit
 from fwlora.experiment.engine.loop import Execution, Task, train
+from fwlora.experiment.methods import Method
+from fwlora.experiment.methods.adalora import AdaLoraMethod
+from fwlora.experiment.methods.fw_lora import FwLoraMethod
+from fwlora.experiment.methods.lora import LoraMethod
 from fwlora.experiment.settings.schema import TrainingSettings
-from fwlora.methods import AdaLora, FwLora, Method, PlainLora, attach_adalora, attach_lora, plan_adalora
 
 STEPS = 30
 BATCH_SIZE = 4
@@ -93,7 +98,7 @@ def _attach(method: str, options: dict[str, Any]) -> tuple[Any, Method]:
     if method == "head":
         model.requires_grad_(False)
         model.classifier.requires_grad_(True)
-        return model.double(), PlainLora([])
+        return model.double(), LoraMethod([])
     plan = plan_ranks(model, BUDGET_PERCENT)
     shared: dict[str, Any] = {"scaling": 2.0, "dropout": 0.1, "head_modules": ["classifier"], "task_type": "SEQ_CLS"}
     torch.manual_seed(1)
@@ -102,13 +107,13 @@ def _attach(method: str, options: dict[str, Any]) -> tuple[Any, Method]:
         adapted = attach_adalora(
             model, plan.matrices, adalora_plan, total_steps=STEPS, schedule=ADALORA_SCHEDULE, **shared
         ).double()
-        return adapted, AdaLora(adapted, adalora_plan)
+        return adapted, AdaLoraMethod(AdaLora(adapted, adalora_plan))
     adapted = attach_lora(model, plan.ranks, **shared).double()
     if method == "lora":
-        return adapted, PlainLora(find_adapter_pairs(adapted))
+        return adapted, LoraMethod(find_adapter_pairs(adapted))
     # A strength that shows in the gradient norms of so few steps; every estimator measures 8 steps.
     weighting = FisherWeighting(**{"strength": 0.05, "warmup_steps": 8, "fisher_every": 2, "sketch_size": 4, **options})
-    return adapted, FwLora(FisherWeightedLora(adapted, weighting))
+    return adapted, FwLoraMethod(FisherWeightedLora(adapted, weighting))
 
 
 def _make_split(count: int, seed: int) -> TokenizedSplit:

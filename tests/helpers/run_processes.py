@@ -18,8 +18,10 @@ from fwlora.adapters import find_adapter_pairs
 from fwlora.experiment.data.batching import TokenizedSplit
 from fwlora.experiment.engine.distributed import Processes, is_main_process
 from fwlora.experiment.engine.loop import Execution, Task, train
+from fwlora.experiment.methods import Method
+from fwlora.experiment.methods.fw_lora import FwLoraMethod
+from fwlora.experiment.methods.lora import LoraMethod
 from fwlora.experiment.settings.schema import TrainingSettings
-from fwlora.methods import FwLora, Method, PlainLora
 from tests.experiment.fused.test_fused import adapt, make_base
 
 
@@ -34,9 +36,9 @@ def make_split(count: int, seed: int) -> TokenizedSplit:
 
 def make_method(model: nn.Module, name: str) -> Method:
     if name == "lora":
-        return PlainLora(find_adapter_pairs(model))
+        return LoraMethod(find_adapter_pairs(model))
     options = FisherWeighting(estimator="exact", warmup_steps=3, fisher_every=1, strength=0.1, decay=0.5)
-    return FwLora(FisherWeightedLora(model, options))
+    return FwLoraMethod(FisherWeightedLora(model, options))
 
 
 def run(name: str) -> dict:
@@ -58,7 +60,7 @@ def run(name: str) -> dict:
         "predictions": result.last.predictions,
         "parameters": [parameter.detach() for parameter in model.parameters() if parameter.requires_grad],
     }
-    if isinstance(method, FwLora):
+    if isinstance(method, FwLoraMethod):
         found["importance"] = method.fisher_weighted.importance()
     return found
 

@@ -36,11 +36,12 @@ class ToyMethod(MethodSpec):
     def attach(self, model, plan, run, *, head_modules, total_steps, device):
         """Adapters of the planned ranks."""
         from fwlora.adapters import find_adapter_pairs
-        from fwlora.methods import PlainLora, attach_lora
+        from fwlora.config import attach_lora
+        from fwlora.experiment.methods.lora import LoraMethod
 
         options = {**peft_options(run, head_modules), "dropout": 0.0}
         adapted = attach_lora(model, plan.ranks, **options).to(device)
-        return adapted, PlainLora(find_adapter_pairs(adapted))
+        return adapted, LoraMethod(find_adapter_pairs(adapted))
 
     def check(self, run, total_steps):
         """The pause must end."""

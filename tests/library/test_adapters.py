@@ -14,7 +14,7 @@ from fwlora.adapters import (
     find_target_matrices,
     head_module_names,
 )
-from fwlora.methods import attach_lora
+from fwlora.config import attach_lora
 
 DEFAULT_TARGETS = ["query", "key", "value", "intermediate", "output"]
 ROBERTA_BASE = {

@@ -20,10 +20,10 @@ from fwlora.experiment.engine.distributed import Processes
 from fwlora.experiment.engine.meters import DIVERGENCE_REMEDY, DivergedError, EpochMeter, PhaseClock
 from fwlora.experiment.errors import UserError
 from fwlora.experiment.fused.forward import FastClassifier, make_classifier
+from fwlora.experiment.methods import Method
 from fwlora.experiment.settings.schema import TrainingSettings
 from fwlora.experiment.study.progress import Progress
 from fwlora.experiment.tracking import metrics
-from fwlora.methods import Method
 from fwlora.regularizer import UnmeasuredError
 
 EVALUATION_BATCH_FACTOR = 2
@@ -144,7 +144,7 @@ def train(
     optimizer, scheduler = _make_optimizer(model, training, total_steps)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     local, remark = make_classifier(
-        model, method.pairs, execution.precision, lambda: method.observer, fast=execution.fast
+        model, method.pairs, execution.precision, lambda: method.estimator, fast=execution.fast
     )
     if remark:
         execution.announce(remark)
@@ -316,7 +316,7 @@ def _forward_backward(
         part = torch.stack([loss.detach(), correct.to(loss.dtype)])
         # Processes' gradients are averaged; their parts of the loss add up.
         loss = loss * processes.count
-        term = method.regularisation() if last else None
+        term = method.loss_term() if last else None
         (loss if term is None else loss + term).backward()
         return part
 
@@ -325,7 +325,7 @@ def _forward_backward(
         last = place == len(batches) - 1
         with processes.accumulating(classifier, last=last):
             # A graph replays no hook and no draw of what measures; nor may a term leave values in its memory.
-            if graphs is None or method.in_warmup or method.has_term:
+            if graphs is None or method.in_warmup or method.has_loss_term:
                 parts.append(run(batch, last))
             else:
                 parts.append(graphs.run(batch, (last, examples), partial(run, last=last)))

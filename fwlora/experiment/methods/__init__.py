@@ -4,6 +4,8 @@ A method of your own is a subclass of :class:`MethodSpec` and one call of :func:
 """
 
 from fwlora.experiment.methods.base import (
+    AdapterTable,
+    Method,
     MethodSpec,
     Side,
     Variant,
@@ -16,6 +18,8 @@ from fwlora.experiment.methods.base import (
 )
 
 __all__ = [
+    "AdapterTable",
+    "Method",
     "MethodSpec",
     "Side",
     "Variant",

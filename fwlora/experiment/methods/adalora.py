@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
 from fwlora.experiment.errors import UserError
-from fwlora.experiment.methods.base import MethodSpec, Variant, peft_options, register_method
+from fwlora.experiment.methods.base import Method, MethodSpec, Variant, peft_options, register_method
 from fwlora.experiment.settings.base import Searchable, SettingsNode
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
 
+    from fwlora.adalora import AdaLora
     from fwlora.config import RankPlan
     from fwlora.experiment.settings.schema import RunSettings
-    from fwlora.methods import Method
 
 
 class AdaLoraSettings(SettingsNode):
@@ -46,6 +46,44 @@ class AdaLoraSettings(SettingsNode):
         return self.model_dump(exclude={"init_rank_factor"})
 
 
+class AdaLoraMethod(Method):
+    """AdaLoRA in a training loop.
+
+    Args:
+        adalora: drives PEFT's allocator.
+    """
+
+    has_loss_term = True
+
+    def __init__(self, adalora: AdaLora) -> None:
+        super().__init__(adalora.pairs)
+        self.adalora = adalora
+
+    def loss_term(self) -> Tensor | None:
+        """Return the orthogonality term; see :meth:`fwlora.adalora.AdaLora.loss_term`."""
+        return self.adalora.loss_term()
+
+    def after_step(self, step: int) -> None:
+        """Update scores and masks."""
+        self.adalora.after_step(step)
+
+    def step_values(self) -> Mapping[str, Tensor | float]:
+        """Return the orthogonality term as ``penalty``, and ``active_rank``, the number of triplets in use."""
+        return {"penalty": self.adalora.last_term, "active_rank": float(sum(self.active_ranks()))}
+
+    def active_ranks(self) -> list[int]:
+        """Return the triplets in use, one number per pair."""
+        return self.adalora.active_ranks()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return scores and masks."""
+        return self.adalora.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where :meth:`state_dict` was taken."""
+        self.adalora.load_state_dict(state)
+
+
 class AdaLoraSpec(MethodSpec):
     """PEFT's AdaLoRA with its schedule driven to the budget."""
 
@@ -69,7 +107,7 @@ class AdaLoraSpec(MethodSpec):
         device: torch.device,
     ) -> tuple[nn.Module, Method]:
         """Add PEFT's triplets, so many that those left after pruning use the budget."""
-        from fwlora.methods import AdaLora, attach_adalora, plan_adalora
+        from fwlora.adalora import AdaLora, attach_adalora, plan_adalora
 
         settings = _settings_of(run)
         try:
@@ -82,7 +120,7 @@ class AdaLoraSpec(MethodSpec):
                 schedule=settings.peft_schedule(),
                 **peft_options(run, head_modules),
             ).to(device)
-            return adapted, AdaLora(adapted, adalora_plan)
+            return adapted, AdaLoraMethod(AdaLora(adapted, adalora_plan))
         except ValueError as error:
             raise UserError(f"run.adalora with {total_steps} optimiser steps: {error}") from None
 

@@ -13,11 +13,13 @@ from fwlora.experiment.settings.base import SettingsNode
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
 
+    from fwlora.adapters import AdapterPair
     from fwlora.config import RankPlan
+    from fwlora.estimators import PassRecorder
     from fwlora.experiment.settings.schema import RunSettings
-    from fwlora.methods import Method
 
 # On which side of a comparison a variant stands: proposed ones are compared with all others.
 Side = Literal["proposed", "control", "baseline"]
@@ -41,6 +43,93 @@ class Variant:
     label: str
     side: Side
     style: int
+
+
+@dataclass(frozen=True)
+class AdapterTable:
+    """The adapted matrices of a model, one entry per matrix in model order.
+
+    Attributes:
+        names: paths of the matrices.
+        ranks: in use; 0 for a matrix that lost its adapter.
+        importances: I_m, or None where the method has none.
+        delta_norms: Frobenius norms of the updates.
+    """
+
+    names: list[str]
+    ranks: list[int]
+    importances: list[float | None]
+    delta_norms: list[float]
+
+
+class Method:
+    """What a training loop calls; as it stands, plain LoRA, or a head alone where there is no pair.
+
+    Per optimizer step a loop calls, in this order: :meth:`loss_term` (its value is added to the loss), ``backward()``,
+    :meth:`after_backward`, clipping and ``optimizer.step()``, :meth:`after_step` with steps counted from 1,
+    ``zero_grad()``. A method overrides what differs from plain LoRA.
+
+    Args:
+        pairs: the adapted matrices, in model order.
+
+    Attributes:
+        pairs: likewise.
+        has_loss_term: whether :meth:`loss_term` adds anything to the loss.
+    """
+
+    has_loss_term: bool = False
+
+    def __init__(self, pairs: Sequence[AdapterPair]) -> None:
+        self.pairs = list(pairs)
+
+    @property
+    def in_warmup(self) -> bool:
+        """Whether importances are being measured."""
+        return False
+
+    @property
+    def estimator(self) -> PassRecorder | None:
+        """The estimator of this step's gradient norms, for forward paths that bypass module hooks.
+
+        They pass it X and G of every matrix, by its place in :attr:`pairs`; None where nothing is measured this way.
+        """
+        return None
+
+    def loss_term(self) -> Tensor | None:
+        """Return a differentiable scalar to add to this step's loss, once per optimizer step; None where none is."""
+        return None
+
+    def after_backward(self, optimizer: Optimizer) -> None:
+        """Act between ``backward()`` and clipping."""
+
+    def after_step(self, step: int) -> None:
+        """Act after ``optimizer.step()`` number ``step``, counted from 1, before ``zero_grad()``."""
+
+    def step_values(self) -> Mapping[str, Tensor | float]:
+        """Return what to log of this step: ``penalty``, and what else the method has."""
+        return {"penalty": 0.0}
+
+    def active_ranks(self) -> list[int]:
+        """Return the ranks in use, one per pair."""
+        return [pair.rank for pair in self.pairs]
+
+    def importances(self) -> list[float | None]:
+        """Return I_m, one per pair; None where the method has none."""
+        return [None] * len(self.pairs)
+
+    def adapter_table(self) -> AdapterTable:
+        """Return names, ranks, importances and update norms of the adapted matrices."""
+        from fwlora.adapters import delta_norms
+
+        norms = delta_norms(self.pairs).tolist() if self.pairs else []
+        return AdapterTable([pair.name for pair in self.pairs], self.active_ranks(), self.importances(), norms)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resume needs beside the weights of the model and the state of the optimizer."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where :meth:`state_dict` was taken."""
 
 
 class MethodSpec(ABC):
@@ -163,9 +252,12 @@ def unregister_method(name: str) -> None:
 
 def known_methods() -> dict[str, MethodSpec]:
     """All registered methods by name, the built-in ones first."""
-    for module in _BUILT_IN:
-        import_module(f"fwlora.experiment.methods.{module}")
-    return dict(_METHODS)
+    modules = [f"fwlora.experiment.methods.{module}" for module in _BUILT_IN]
+    for module in modules:
+        import_module(module)
+    # Whoever imports a method's module alone registers it earlier.
+    order = {module: index for index, module in enumerate(modules)}
+    return dict(sorted(_METHODS.items(), key=lambda item: order.get(type(item[1]).__module__, len(order))))
 
 
 def method_nodes() -> dict[str, MethodSpec]:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from fwlora.experiment.errors import UserError
-from fwlora.experiment.methods.base import MethodSpec, Variant, peft_options, register_method
+from fwlora.experiment.methods.base import Method, MethodSpec, Variant, peft_options, register_method
 from fwlora.experiment.settings.base import Fraction, Searchable, SettingsNode
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
 
     from fwlora.config import RankPlan
+    from fwlora.estimators import PassRecorder
     from fwlora.experiment.settings.schema import RunSettings
-    from fwlora.methods import Method
+    from fwlora.regularizer import FisherWeightedLora
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,50 @@ class FwLoraSettings(SettingsNode):
     importance: Literal["sum", "max", "mean", "none"] = "sum"
     allocation: Literal["shrink", "reallocate"] = "shrink"
     max_rank_factor: float = Field(default=2.0, ge=1)
+
+
+class FwLoraMethod(Method):
+    """Fisher-weighted LoRA in a training loop.
+
+    Args:
+        fisher_weighted: measures importances and shrinks updates.
+    """
+
+    def __init__(self, fisher_weighted: FisherWeightedLora) -> None:
+        super().__init__(fisher_weighted.pairs)
+        self.fisher_weighted = fisher_weighted
+
+    @property
+    def in_warmup(self) -> bool:
+        """Whether importances are being measured."""
+        return self.fisher_weighted.in_warmup
+
+    @property
+    def estimator(self) -> PassRecorder | None:
+        """The estimator while this step is measured from what passes through modules."""
+        return self.fisher_weighted.observer
+
+    def after_backward(self, optimizer: Optimizer) -> None:
+        """Measure, or add the shrinkage gradient."""
+        self.fisher_weighted.step(optimizer)
+
+    def step_values(self) -> Mapping[str, Tensor | float]:
+        """Return the shrinkage term as ``penalty``."""
+        return {"penalty": self.fisher_weighted.last_penalty}
+
+    def importances(self) -> list[float | None]:
+        """Return I_m, one per pair; None during the warm-up."""
+        return super().importances() if self.in_warmup else [*self.fisher_weighted.importance().values()]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return measurements, importances and ranks; see :meth:`fwlora.FisherWeightedLora.state_dict`."""
+        return {**self.fisher_weighted.state_dict(), "last_penalty": float(self.fisher_weighted.last_penalty)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where :meth:`state_dict` was taken; load weights and the optimizer's state afterwards."""
+        self.fisher_weighted.load_state_dict({key: value for key, value in state.items() if key != "last_penalty"})
+        penalty = self.fisher_weighted.last_penalty
+        self.fisher_weighted.last_penalty = penalty.new_tensor(state["last_penalty"])
 
 
 class FwLoraSpec(MethodSpec):
@@ -68,8 +114,7 @@ class FwLoraSpec(MethodSpec):
         device: torch.device,
     ) -> tuple[nn.Module, Method]:
         """Add the adapters of plain LoRA, and shrink their updates by importance after the Fisher warm-up."""
-        from fwlora.config import FisherWeighting
-        from fwlora.methods import FwLora, attach_lora
+        from fwlora.config import FisherWeighting, attach_lora
         from fwlora.regularizer import FisherWeightedLora
 
         adapted = attach_lora(model, plan.ranks, **peft_options(run, head_modules)).to(device)
@@ -86,7 +131,7 @@ class FwLoraSpec(MethodSpec):
             max_rank_factor=settings.max_rank_factor,
             seed=run.training.seed,
         )
-        return adapted, FwLora(FisherWeightedLora(adapted, weighting))
+        return adapted, FwLoraMethod(FisherWeightedLora(adapted, weighting))
 
     def check(self, run: RunSettings, total_steps: int) -> None:
         """Check that the Fisher warm-up ends, since FW-LoRA is plain LoRA until then; warn if it takes over half."""

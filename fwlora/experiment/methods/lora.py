@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fwlora.experiment.methods.base import MethodSpec, Variant, peft_options, register_method
+from fwlora.experiment.methods.base import Method, MethodSpec, Variant, peft_options, register_method
 
 if TYPE_CHECKING:
     import torch
@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
     from fwlora.config import RankPlan
     from fwlora.experiment.settings.schema import RunSettings
-    from fwlora.methods import Method
+
+
+class LoraMethod(Method):
+    """LoRA in a training loop, or the head alone where there is no pair: every default of :class:`Method`."""
 
 
 class LoraSpec(MethodSpec):
@@ -38,10 +41,10 @@ class LoraSpec(MethodSpec):
     ) -> tuple[nn.Module, Method]:
         """Add PEFT's LoRA layers of the planned ranks."""
         from fwlora.adapters import find_adapter_pairs
-        from fwlora.methods import PlainLora, attach_lora
+        from fwlora.config import attach_lora
 
         adapted = attach_lora(model, plan.ranks, **peft_options(run, head_modules)).to(device)
-        return adapted, PlainLora(find_adapter_pairs(adapted))
+        return adapted, LoraMethod(find_adapter_pairs(adapted))
 
 
 register_method(LoraSpec())

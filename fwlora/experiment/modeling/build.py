@@ -14,11 +14,11 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from fwlora.adapters import head_module_names
 from fwlora.config import RankPlan
 from fwlora.experiment.errors import UserError
+from fwlora.experiment.methods import Method
 from fwlora.experiment.modeling.pretrained import fetching, resolve_pretrained
 from fwlora.experiment.paths import CACHE_DIR
 from fwlora.experiment.settings.schema import ModelSettings
 from fwlora.experiment.tracking import metrics
-from fwlora.methods import Method
 
 # transformers makes up an empty tokenizer for a folder without any of these.
 TOKENIZER_FILES = (
@@ -145,7 +145,7 @@ def count_parameters(adapted: nn.Module, method: Method, plan: RankPlan, unadapt
 
 def final_adapter_parameters(method: Method) -> int:
     """Count the adapter parameters that are in use; of AdaLoRA those of the triplets that were not pruned."""
-    ranks = method.module_table()["ranks"]
+    ranks = method.adapter_table().ranks
     return sum(
         rank * (pair.A.shape[1] + pair.B.shape[0] + (pair.E is not None))
         for rank, pair in zip(ranks, method.pairs, strict=True)

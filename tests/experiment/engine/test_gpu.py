@@ -63,6 +63,7 @@ def test_graphs_train_what_eager_passes_train(name):
     torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("estimator", ["exact", "sketch", "adapter"])
 def test_the_method_on_a_gpu_is_the_cpus_and_never_synchronises(estimator):
     importances, adapters = [], []

@@ -14,9 +14,9 @@ from fwlora.experiment.engine.loop import Execution, Task, evaluate, train
 from fwlora.experiment.engine.meters import STEPS_PER_FLUSH
 from fwlora.experiment.errors import UserError
 from fwlora.experiment.fused.forward import PlainClassifier
+from fwlora.experiment.methods.lora import LoraMethod
 from fwlora.experiment.settings.schema import TrainingSettings
 from fwlora.experiment.tracking import metrics
-from fwlora.methods import PlainLora
 
 CPU = Execution(torch.device("cpu"))
 TASK = Task(pad_token_id=0, num_classes=2, task_metric="accuracy")
@@ -42,7 +42,7 @@ class BagOfWords(nn.Module):
         return type("Output", (), {"logits": self.classifier(pooled)})()
 
 
-class Watcher(PlainLora):
+class Watcher(LoraMethod):
     """Records the order in which the engine calls a method."""
 
     def __init__(self, penalty: float = 0.0, model: nn.Module | None = None) -> None:
@@ -50,8 +50,8 @@ class Watcher(PlainLora):
         self.calls: list[str] = []
         self.penalty, self.model = penalty, model
 
-    def regularisation(self):
-        self.calls.append("regularisation")
+    def loss_term(self):
+        self.calls.append("loss_term")
         return self.penalty * self.model.classifier.weight.square().sum() if self.model is not None else None
 
     def after_backward(self, optimizer):
@@ -84,7 +84,7 @@ def run(options=None, execution=CPU, method=None, split=None, model=None):
     rows: list[dict] = []
     split = split or make_split()
     result = train(
-        model, method or PlainLora([]), split, make_split(30, 1), settings(**(options or {})), TASK, execution,
+        model, method or LoraMethod([]), split, make_split(30, 1), settings(**(options or {})), TASK, execution,
         log=lambda row: rows.append(dict(row)),
     )  # fmt: skip
     return model, rows, result
@@ -177,7 +177,7 @@ def test_evaluation_counts_each_example_once_in_data_set_order():
 def test_method_is_called_in_order_once_per_optimiser_step():
     method = Watcher()
     run({"epochs": 1, "gradient_accumulation_steps": 2}, method=method)
-    expected = [call for step in (1, 2, 3) for call in ("regularisation", "after_backward", f"after_step {step}")]
+    expected = [call for step in (1, 2, 3) for call in ("loss_term", "after_backward", f"after_step {step}")]
     assert method.calls == expected
 
 
@@ -190,7 +190,7 @@ def test_a_methods_term_trains_but_never_enters_a_logged_loss():
     assert result.last.loss < 1.5
 
 
-class GradientSetter(PlainLora):
+class GradientSetter(LoraMethod):
     """Replaces every gradient, and notes the weights that it sees after the step."""
 
     def __init__(self, model: nn.Module) -> None:

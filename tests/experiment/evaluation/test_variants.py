@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 
 import pytest
@@ -16,20 +17,16 @@ from fwlora.experiment.evaluation.compare.settings import (
     shorten_setting,
 )
 from fwlora.experiment.evaluation.compare.variants import known_roles, label_role
-from fwlora.experiment.methods import MethodSpec, Variant, register_method, unregister_method
-from fwlora.experiment.settings.schema import RunSettings
+from fwlora.experiment.methods import Variant, register_method, unregister_method
+from fwlora.experiment.methods.lora import LoraSpec
 from tests.helpers.evaluation_records import change, make_record
 
 
-class DoraSpec(MethodSpec):
+class DoraSpec(LoraSpec):
     """A method that nothing in the package names."""
 
     name = "dora"
     variants = (Variant("dora", "DoRA", "baseline", 5),)
-
-    def variant(self, run: RunSettings) -> Variant:
-        """Its only variant."""
-        return self.variants[0]
 
 
 @pytest.fixture
@@ -61,7 +58,7 @@ def test_settings_are_read_without_validation():
     node = {"method": "m", "unknown": 1, "fw_lora": {"importance": "other"}, "optuna": {"n_trials": 3}}
     run = read_settings(node)
     assert (run.method, run.optuna.n_trials, run.fw_lora.importance, run.adalora) == ("m", 3, "other", None)
-    assert (run.model.lora.rank, run.optuna.search_space, run.fw_lora.allocation) == (None, None, None)
+    assert (run.model.lora.rank, run.optuna.search_space, run.fw_lora.allocation) == (None, None, "shrink")
     with pytest.raises(AttributeError):
         read_settings({"model": ["roberta"]})
 
@@ -82,3 +79,10 @@ def test_budgets_are_shares_or_ranks():
     ranked = change(make_record("r"), config__run__model__budget_mode="rank")
     (run,) = read_runs([ranked])
     assert run.cell_key.budget == Budget(rank=8) and run.cell_key.display() == "glue/sst2, roberta-base, rank 8"
+
+
+def test_a_run_that_was_sent_to_another_process_keeps_its_settings():
+    uniform = change(make_record("u", "proposed_fw_lora"), config__run__fw_lora__importance="none")
+    (run,) = pickle.loads(pickle.dumps(read_runs([uniform])))
+    assert run.variant == Variant("control", "uniform shrinkage", "control", 3)
+    assert (run.run.training.batch_size, run.run.method_settings.importance) == (32, "none")

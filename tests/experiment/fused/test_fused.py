@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from fwlora import FisherWeightedLora, FisherWeighting
+from fwlora.adalora import attach_adalora, plan_adalora
 from fwlora.adapters import UncoveredError, find_adapter_pairs, find_target_matrices, resize_adapter
 from fwlora.experiment.fused import encoder as fused_encoder
 from fwlora.experiment.fused import layer as fused_layer
 from fwlora.experiment.fused.dropout import draw_dropped
 from fwlora.experiment.fused.forward import FastClassifier, PlainClassifier, make_classifier
-from fwlora.methods import attach_adalora, plan_adalora
 
 HIDDEN, HEADS, LAYERS = 32, 2, 3
 FAMILIES = ["bert", "roberta", "xlm-roberta", "camembert", "electra"]

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from fwlora.adapters import find_adapter_pairs
-from fwlora.config import plan_ranks
+from fwlora.config import attach_lora, plan_ranks
 from fwlora.experiment.errors import UserError
+from fwlora.experiment.methods.lora import LoraMethod
 from fwlora.experiment.modeling.build import (
     check_max_length,
     count_parameters,
@@ -21,7 +22,6 @@ from fwlora.experiment.modeling.build import (
 from fwlora.experiment.settings.hydra_arguments import compose_settings
 from fwlora.experiment.settings.schema import ModelSettings
 from fwlora.experiment.tracking import metrics
-from fwlora.methods import PlainLora, attach_lora
 from tests.helpers.paths import CONFIG_DIR
 
 
@@ -45,7 +45,7 @@ def test_counts_add_up(tiny_roberta):
     head = sum(p.numel() for p in model.classifier.parameters())
     plan = plan_ranks(make_weightless_model(settings), 5.0, settings.lora.target_modules)
     adapted = attach_lora(model, plan.ranks, scaling=2.0, dropout=0.0, head_modules=heads, task_type="SEQ_CLS")
-    counts = count_parameters(adapted, PlainLora(find_adapter_pairs(adapted)), plan, unadapted)
+    counts = count_parameters(adapted, LoraMethod(find_adapter_pairs(adapted)), plan, unadapted)
     assert counts == {
         metrics.PARAMS_ADAPTER: plan.cost,
         metrics.PARAMS_HEAD: head,

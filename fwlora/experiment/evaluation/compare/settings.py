@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast, get_args
 
 from pydantic import BaseModel
 
-from fwlora.experiment.settings.schema import RunSettings
+from fwlora.experiment.settings.schema import RunSettings, run_settings_class
 from fwlora.experiment.tracking.records import canonicalise
 
 _MAX_LABEL_LENGTH = 24  # characters
@@ -25,7 +25,7 @@ def read_settings(node: Mapping[str, Any]) -> RunSettings:
     Raises:
         AttributeError: a section that is not a mapping.
     """
-    return cast(RunSettings, _construct(RunSettings, node))
+    return cast(RunSettings, _construct(run_settings_class(), node))
 
 
 def _construct(model: type[BaseModel], node: Mapping[str, Any]) -> BaseModel:
