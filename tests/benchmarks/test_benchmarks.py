@@ -15,7 +15,7 @@ from scipy import stats
 from benchmarks import overhead, sketch_quality, stepping, training, training_profile, training_quality
 from benchmarks.common import MODELS, REPOSITORY, median_interval, mixture_interval
 from fwlora import FisherWeighting
-from tests.library.test_families import make_base
+from tests.helpers.family_models import make_base
 
 
 def test_intervals_by_hand():

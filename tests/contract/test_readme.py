@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from fwlora import FisherWeighting
+from tests.helpers.family_models import make_base, make_inputs
 from tests.helpers.paths import REPOSITORY
-from tests.library.test_families import make_base, make_inputs
 
 README = (REPOSITORY / "README.md").read_text()
 

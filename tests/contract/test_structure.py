@@ -20,6 +20,7 @@ BENCHMARKS = sorted((REPOSITORY / "benchmarks").rglob("*.py"))
 TESTS_OF_PARTS = sorted(
     path for part in ("data", "modeling") for path in (REPOSITORY / "tests" / "experiment" / part).rglob("*.py")
 )
+TESTS = sorted((REPOSITORY / "tests").rglob("*.py"))
 
 
 def imported(path: Path) -> set[str]:
@@ -34,6 +35,35 @@ def imported(path: Path) -> set[str]:
 
 def importers(paths: list[Path], package: str) -> list[str]:
     return [p.name for p in paths if any(n == package or n.startswith(f"{package}.") for n in imported(p))]
+
+
+def list_imported_tests(paths: list[Path]) -> dict[str, set[str]]:
+    """Imports of a test module, or of a helper by another name than ``tests.*``, per file that has some."""
+    stems = {path.stem for path in paths}
+    found = {}
+    for path in paths:
+        parts = {name: name.split(".") for name in imported(path)}
+        wrong = {name for name, (first, *_) in parts.items() if first in stems}
+        wrong |= {
+            name
+            for name, (first, *rest) in parts.items()
+            if first == "tests" and any(part.startswith("test_") for part in rest)
+        }
+        if wrong:
+            found[path.name] = wrong
+    return found
+
+
+def test_no_test_imports_a_test_and_helpers_have_one_name():
+    assert list_imported_tests(TESTS).keys() <= {"test_gpu.py"}
+
+
+def test_imports_of_tests_are_found(tmp_path):
+    (tmp_path / "small_models.py").write_text("from tests.library.test_families import make_base\n")
+    (tmp_path / "test_one.py").write_text("def test_it():\n    from small_models import trainable\n")
+    (tmp_path / "test_two.py").write_text("from tests.helpers.small_models import trainable\nimport numpy.testing\n")
+    found = list_imported_tests(sorted(tmp_path.iterdir()))
+    assert {name: len(names) for name, names in found.items()} == {"small_models.py": 2, "test_one.py": 2}
 
 
 def test_src_holds_exactly_its_five_files():
@@ -104,6 +134,7 @@ def test_wheel_holds_the_library_alone(tmp_path):
     assert {"fwlora/py.typed", "fwlora/budget.py", "fwlora/experiment/engine/loop.py"} <= set(names)
     parts = ("page.html.jinja", "macros.jinja", "report.css", "report.js")
     assert {f"fwlora/experiment/evaluation/report/{part}" for part in parts} <= set(names)
+    assert "fwlora/experiment/evaluation/output/statistics.schema.json" in names
 
 
 def test_no_document_or_file_carries_a_download_address_or_this_machine():

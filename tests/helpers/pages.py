@@ -50,7 +50,7 @@ def make_run(run_id: str, method: str, seed: int, subset: str = "sst2", dirty: b
 def make_figures(evidence: Evidence, drawing: Drawing) -> Figures:
     return Figures(
         overview={"pooled_difference": drawing},
-        cells={cell.condition: {"paired_difference": drawing} for cell in evidence.cells},
+        cells={cell.slug: {"paired_difference": drawing} for cell in evidence.cells},
         runs={run.run_id: {"learning_curve": drawing, "confusion_matrix": drawing} for run in evidence.runs},
     )
 

@@ -1,4 +1,4 @@
-"""One of two processes of tests/test_processes.py: trains on its share of every batch and saves what it came to.
+"""One of the two processes of tests/library/test_processes.py: trains on its share of every batch, saves its result.
 
 Started as ``python process_worker.py RANK PORT FOLDER ESTIMATOR KIND``.
 """
@@ -66,7 +66,7 @@ def main() -> None:
 def train_with_trainer(folder: Path) -> dict:
     """The callback under the Trainer's own data-parallel wrapping; RANK and WORLD_SIZE are set by the test."""
     from fwlora import FwLoraCallback
-    from tests.library.test_trainer import adapters_of, make_model, make_trainer
+    from tests.helpers.trainer_models import adapters_of, make_model, make_trainer
 
     warnings.simplefilter("ignore")
     model, callback = make_model(fisher_every=1), FwLoraCallback()

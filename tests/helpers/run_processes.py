@@ -1,4 +1,4 @@
-"""One of several processes of tests/test_engine_processes.py: trains through the engine and saves what it came to.
+"""One of the processes of tests/experiment/engine/test_distributed.py: trains through the engine, saves its result.
 
 Started as ``torchrun --nproc-per-node 2 run_processes.py FOLDER METHOD``.
 """
@@ -22,7 +22,7 @@ from fwlora.experiment.methods import Method
 from fwlora.experiment.methods.fw_lora import FwLoraMethod
 from fwlora.experiment.methods.lora import LoraMethod
 from fwlora.experiment.settings.schema import TrainingSettings
-from tests.experiment.fused.test_fused import adapt, make_base
+from tests.helpers.fused_models import adapt, make_base
 
 
 def make_split(count: int, seed: int) -> TokenizedSplit:

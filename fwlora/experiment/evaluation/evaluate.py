@@ -1,4 +1,4 @@
-"""Evaluation as a whole: records to files in memory, files to disk."""
+"""The whole evaluation: from records to files in memory, and from there to disk."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fwlora.experiment.tracking.records import RunRecord, UnreadableRunsError
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluationOutput:
     """Everything evaluation produces, before any of it is written.
 
     Attributes:
@@ -66,14 +66,14 @@ def evaluate_records(
     rng_seed: int = RNG_SEED,
     resamples: int = RESAMPLES,
     workers: int = 1,
-) -> Evaluation:
+) -> EvaluationOutput:
     """Check, compare, judge and draw; equal records give byte-equal files.
 
     Args:
         records: one per run, in the order in which their files are to be listed.
         results_dir: prefix of all paths; nothing is read from or written to it.
-        claims: to be answered, by id.
-        made_by: what the report says of this evaluation itself.
+        claims: to be judged, by id.
+        made_by: command and environment of this evaluation, for the report.
         rng_seed: of all resampling.
         resamples: of the bootstrap.
         workers: processes that draw.
@@ -104,11 +104,11 @@ def evaluate_records(
     files.update({path: content for path, content in pictures.items() if path.parent == folder})
     summary = [tables.render_text_table(cells), *tables.render_verdicts(results)]
     summary += [f"warning: {warning}" for warning in warnings]
-    return Evaluation("\n".join(summary), files)
+    return EvaluationOutput("\n".join(summary), files)
 
 
 def write_files(files: Mapping[Path, bytes]) -> None:
-    """Write every file under a temporary name, then rename them all: what cannot be written leaves the rest as it was.
+    """Write every file under a temporary name, then rename them all, so that an error leaves all files as they were.
 
     Raises:
         UserError: a folder or file that cannot be written.
@@ -133,7 +133,7 @@ def write_files(files: Mapping[Path, bytes]) -> None:
 
 
 def remove_stale_figures(files: Mapping[Path, bytes]) -> None:
-    """Remove what an earlier evaluation drew into the same folders and this one did not: it shows other runs.
+    """Remove figures of an earlier evaluation from folders that were written; they show other runs.
 
     Args:
         files: all that was written; a folder's figures are called ``<run id>_*.pdf`` or ``comparison_*.pdf``.

@@ -1,4 +1,4 @@
-"""What runs show: numbers alone, before anything is drawn or written."""
+"""Everything that is computed from the runs, before anything is drawn or written."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ RNG_SEED = 20_261_121
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the runs show: numbers alone, before anything is drawn or written.
+    """Everything that is computed from the runs.
 
     Attributes:
         runs: checked, in the order of their records.
-        cells: what is compared in what.
+        cells: groups of comparable runs.
         comparison: every paired comparison of methods.
         claim_results: one for each claim.
         warnings: what makes the comparison unequal or its numbers doubtful.
@@ -40,11 +40,11 @@ class Evidence:
 def gather_evidence(
     records: Sequence[RunRecord], claims: Mapping[str, Claim], rng_seed: int = RNG_SEED, resamples: int = RESAMPLES
 ) -> Evidence:
-    """Check, compare and judge.
+    """Check runs, compare methods and judge claims.
 
     Args:
         records: one per run.
-        claims: to be answered, by id.
+        claims: to be judged, by id.
         rng_seed: of all resampling.
         resamples: of the bootstrap.
 

@@ -1,4 +1,4 @@
-"""What ``src.evaluate`` is asked for on its command line."""
+"""Command line of ``src.evaluate``."""
 
 from __future__ import annotations
 
@@ -27,13 +27,21 @@ usage: python -m src.evaluate results_dir=<dir> run_ids='["a","b"]'
 
 _ENVIRONMENT = {"wandb.entity": "WANDB_ENTITY", "wandb.project": "WANDB_PROJECT"}
 _KEYS = ("results_dir", "run_ids", "source", *_ENVIRONMENT)
-# A pipeline that lost its variable passes `results_dir=`; the configured default is what it meant.
+# An empty `results_dir=`, as a pipeline with an unset variable passes it, means the configured default.
 _CONFIGURED = ("results_dir", *_ENVIRONMENT)
 
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """What ``src.evaluate`` was asked for."""
+    """A parsed command line of ``src.evaluate``.
+
+    Attributes:
+        results_dir: where runs left files, and where results are written.
+        run_ids: of the runs to evaluate.
+        source: where records are read.
+        entity: W&B user or team.
+        project: W&B project.
+    """
 
     results_dir: Path
     run_ids: tuple[str, ...]
@@ -43,7 +51,12 @@ class EvaluationRequest:
 
 
 def parse_request(arguments: Sequence[str], environment: Mapping[str, str], config_path: Path) -> EvaluationRequest:
-    """Read ``key=value`` arguments; what is empty or missing: from the environment, then from ``config_path``.
+    """Read ``key=value`` arguments; take missing or empty ones from the environment, then from ``config_path``.
+
+    Args:
+        arguments: of the command line.
+        environment: variables by name.
+        config_path: the YAML file with defaults.
 
     Raises:
         UserError: everything that is wrong with the arguments, at once.

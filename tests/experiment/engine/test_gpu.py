@@ -11,7 +11,7 @@ from fwlora.experiment.engine.loop import Execution, Task, train
 from fwlora.experiment.settings.schema import TrainingSettings
 from fwlora.experiment.tracking import metrics
 from tests.contract.test_train import METHODS, full_run, recorded  # noqa: F401
-from tests.experiment.fused.test_fused import adapt, make_base
+from tests.helpers.fused_models import adapt, make_base
 from tests.helpers.run_processes import make_method, make_split
 from tests.helpers.small_models import loss_of, make_adapted, make_batches, trainable
 

@@ -113,8 +113,8 @@ def test_cells_are_data_set_model_and_budget():
         "glue/sst2, roberta-base, rank 8",
         "glue/sst2, roberta-base, 10 %",
     ]
-    assert cells[0].condition == "glue-cola-roberta-base-0.2pct"
-    assert len({cell.condition for cell in cells}) == len(cells)
+    assert cells[0].slug == "glue-cola-roberta-base-0.2pct"
+    assert len({cell.slug for cell in cells}) == len(cells)
 
 
 def test_models_of_one_name_but_other_weights_are_told_apart():

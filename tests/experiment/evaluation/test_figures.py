@@ -263,5 +263,5 @@ def test_several_processes_draw_the_same(monkeypatch: pytest.MonkeyPatch):
     given = [make_record(f"{m}{s}", m, s) for s in (1, 2) for m in ("baseline_lora", "proposed_fw_lora")]
     evidence = gather_evidence(given, {}, resamples=50)
     alone = draw_figures(evidence)
-    monkeypatch.setattr(drawing, "FEWEST_RUNS_TO_SHARE", 1)
+    monkeypatch.setattr(drawing, "MIN_RUNS_TO_SHARE", 1)
     assert draw_figures(evidence, workers=2) == alone

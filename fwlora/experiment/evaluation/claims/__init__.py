@@ -1,1 +1,1 @@
-"""Claims, and what the runs say of them."""
+"""Claims: files, measures, and verdicts on them."""

@@ -1,4 +1,4 @@
-"""The claims that evaluation has to answer, as files: what is said, where, and which contrast would show it."""
+"""Claims as files: a statement, its source, and the contrast and bound that decide it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from yaml import YAMLError
 from fwlora.experiment.errors import UserError, describe_yaml_error
 from fwlora.experiment.evaluation.claims.measures import Unit, find_measure, known_measures
 from fwlora.experiment.evaluation.compare.cells import Cell
-from fwlora.experiment.evaluation.compare.contrasts import Half
+from fwlora.experiment.evaluation.compare.contrasts import ImportanceHalf
 from fwlora.experiment.evaluation.compare.variants import known_roles
 
 
@@ -34,7 +34,7 @@ MeasureName = Annotated[str, AfterValidator(_check_measure)]
 Number = Annotated[float, Field(strict=False, allow_inf_nan=False)]
 
 
-class Setting(BaseModel):
+class ClaimScope(BaseModel):
     """What a claim was made for: a model, by a part of its name, and tasks."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -42,12 +42,12 @@ class Setting(BaseModel):
     model: str = Field(min_length=1)
     tasks: list[str] = Field(min_length=1)
 
-    def holds(self, cell: Cell) -> bool:
-        """Whether a cell is part of it."""
+    def contains(self, cell: Cell) -> bool:
+        """Return whether a cell has the model and one of the tasks."""
         return self.model in cell.model and self.task_of(cell) is not None
 
     def task_of(self, cell: Cell) -> str | None:
-        """The cell's task where it is one of these."""
+        """Return the cell's task; None where it is not one of these."""
         task = cell.data.rpartition("/")[2]
         return task if task in self.tasks else None
 
@@ -65,7 +65,7 @@ class Claim(BaseModel):
         at_least: lower bound of the contrast, in the measure's unit; None where ``at_most`` is enough.
         at_most: upper bound of the contrast, in the measure's unit; None where ``at_least`` is enough.
         modules: the half of the modules by importance, for measures that need one.
-        budgets: in per cent, the cells that the claim speaks of; null: all.
+        budgets: of the cells that the claim covers, in per cent; null: all.
         scope: ``each_cell``: it has to hold in every cell; ``pooled``: in the mean over cells.
         requires: another claim's id, without which this one means nothing; that one requires none.
         about: model and tasks that the claim was made for; it is not supported before all of them were run.
@@ -82,11 +82,11 @@ class Claim(BaseModel):
     contrast: dict[Role, Number]
     at_least: Number | None = None
     at_most: Number | None = None
-    modules: Half | None = None
+    modules: ImportanceHalf | None = None
     budgets: Annotated[list[Annotated[float, Field(strict=False, gt=0)]], Field(min_length=1)] | None = None
     scope: Literal["each_cell", "pooled"]
     requires: str | None = None
-    about: Setting | None = None
+    about: ClaimScope | None = None
     note: str | None = None
 
     @model_validator(mode="after")
@@ -101,13 +101,13 @@ class Claim(BaseModel):
             )
         if find_measure(self.measure).needs_modules != (self.modules is not None):
             names = " or ".join(measure.name for measure in known_measures().values() if measure.needs_modules)
-            raise ValueError(f"modules goes with measure: {names}, one of {', '.join(get_args(Half))}")
+            raise ValueError(f"modules goes with measure: {names}, one of {', '.join(get_args(ImportanceHalf))}")
         for bound in self.bounds:
             self.unit.check_bound(bound)
         return self
 
-    def speaks_of(self, cell: Cell) -> bool:
-        """Whether the cell has one of its budgets."""
+    def covers(self, cell: Cell) -> bool:
+        """Return whether the cell has one of its budgets."""
         return self.budgets is None or cell.budget.percent in self.budgets
 
     @property
@@ -122,7 +122,13 @@ class Claim(BaseModel):
 
 
 def load_claims(folder: Path) -> dict[str, Claim]:
-    """Every claim of the folder by id, in their order.
+    """Read every claim of a folder.
+
+    Args:
+        folder: its files end in ``.yaml``.
+
+    Returns:
+        Claims by id, in their order.
 
     Raises:
         UserError: files that cannot be read, unknown keys, wrong values, a requirement that is no claim; all at once.
@@ -158,11 +164,11 @@ def load_claims(folder: Path) -> dict[str, Claim]:
 
 
 def _describe_mistake(item: Any) -> str:
-    """One mistake that pydantic found, in words of ours."""
+    """Describe a mistake that pydantic found."""
     where = ".".join(str(part) for part in item["loc"] if part != "[key]")
     if item["type"] == "extra_forbidden":
         return f"{where}: unknown key; known: {', '.join(Claim.model_fields)}"
     if item["type"] == "missing":
         return f"{where} is missing"
-    said = item["msg"].removeprefix("Value error, ")
-    return f"{where}: {said}, got {item['input']!r}" if where else said
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{where}: {message}, got {item['input']!r}" if where else message

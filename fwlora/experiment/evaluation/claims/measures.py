@@ -15,9 +15,9 @@ from typing import ClassVar
 from fwlora.experiment.evaluation.compare.bootstrap import ResampledRuns
 from fwlora.experiment.evaluation.compare.cells import Cell
 from fwlora.experiment.evaluation.compare.contrasts import (
-    Half,
+    Contrast,
+    ImportanceHalf,
     Sample,
-    Terms,
     sample_cost,
     sample_quality,
     sample_update_norm,
@@ -166,7 +166,7 @@ class Measure:
     name: str
     unit: Unit
     description: str
-    sample: Callable[[Cell, Terms, ResampledRuns, Half | None], Sample]
+    sample: Callable[[Cell, Contrast, ResampledRuns, ImportanceHalf | None], Sample]
     needs_modules: bool = False
 
 
@@ -205,17 +205,21 @@ def find_measure(name: str) -> Measure:
     return _MEASURES[name]
 
 
-def _sample_quality(cell: Cell, terms: Terms, resampled: ResampledRuns, modules: Half | None) -> Sample:
-    return sample_quality(cell, terms, resampled)
+def _sample_quality(cell: Cell, contrast: Contrast, resampled: ResampledRuns, modules: ImportanceHalf | None) -> Sample:
+    return sample_quality(cell, contrast, resampled)
 
 
-def _sample_training_time(cell: Cell, terms: Terms, resampled: ResampledRuns, modules: Half | None) -> Sample:
-    return sample_cost(cell, terms)
+def _sample_training_time(
+    cell: Cell, contrast: Contrast, resampled: ResampledRuns, modules: ImportanceHalf | None
+) -> Sample:
+    return sample_cost(cell, contrast)
 
 
-def _sample_update_norm(cell: Cell, terms: Terms, resampled: ResampledRuns, modules: Half | None) -> Sample:
+def _sample_update_norm(
+    cell: Cell, contrast: Contrast, resampled: ResampledRuns, modules: ImportanceHalf | None
+) -> Sample:
     assert modules is not None, "checked when the claim was read"
-    return sample_update_norm(cell, terms, modules)
+    return sample_update_norm(cell, contrast, modules)
 
 
 register_measure(Measure("quality", Points(), "difference of the primary metric in points", _sample_quality))

@@ -23,15 +23,15 @@ from fwlora.experiment.evaluation.compare.bootstrap import ResampledRuns
 from fwlora.experiment.evaluation.compare.cells import Cell
 from fwlora.experiment.evaluation.compare.contrasts import (
     Estimate,
+    MissingMeasurementError,
     Sample,
-    Unmeasured,
     blocks_of,
     estimate,
     share_seeds,
 )
 from fwlora.experiment.evaluation.compare.hypothesis_tests import (
     LEVEL,
-    MOST_SEEDS,
+    MAX_SEEDS,
     POWER,
     ROUNDING,
     holm_adjust,
@@ -46,14 +46,16 @@ Verdict = Literal["supported", "refuted", "undecided"]
 
 @dataclass(frozen=True)
 class Finding:
-    """What the runs say of a claim in one cell, or in the mean over cells. Values are points, or ratios.
+    """A claim's contrast, interval and test in one cell, or in the mean over cells, in the unit of its measure.
 
     Attributes:
-        cells: that it comes from.
+        cells: names of the cells that it was computed from.
         seeds: paired seeds in each of them.
         verdict: of this finding alone.
-        value, low, high: the contrast and its interval; None where it could not be measured.
-        interval_over: what the interval speaks of.
+        value: the contrast; None where it could not be measured.
+        low: lower end of its interval; None where there is none.
+        high: upper end of its interval; None likewise.
+        interval_over: what the interval covers.
         test: name of the test; None where none is possible.
         p_value: two-sided, at the bound.
         p_value_holm: corrected over all claims' tests.
@@ -140,8 +142,8 @@ def judge_claims(
 
 
 def _split_cells(claim: Claim, cells: Sequence[Cell]) -> list[list[Cell]]:
-    """The cells that the claim speaks of: one by one, or all together."""
-    wanted = [cell for cell in cells if claim.speaks_of(cell)]
+    """List the cells that the claim covers: one by one, or all together."""
+    wanted = [cell for cell in cells if claim.covers(cell)]
     if claim.scope == "each_cell":
         return [[cell] for cell in wanted]
     return [wanted] if wanted else []
@@ -153,7 +155,7 @@ def _measure(claim: Claim, cells: Sequence[Cell], resampled: ResampledRuns, rng_
     for cell in cells:
         try:
             samples.append(sample_claim(claim, cell, resampled))
-        except Unmeasured as reason:
+        except MissingMeasurementError as reason:
             left_out.append(Reason(cell.name, str(reason)))
     if not samples:
         return Finding(
@@ -178,10 +180,13 @@ def _test(
     supports: bool,
     rng_seed: int,
 ) -> tuple[str | None, float | None]:
-    """Name and two-sided p-value of the test that the contrast lies on its claim's bound, against where it is seen.
+    """Test the contrast against the bound nearest to it, in the direction in which it lies.
 
     Sign flips over several data sets would also reject a mean on the bound where one task lies above and another below;
-    Student's t for the mean does not, and hears nothing of unlike scales. The larger of the two p-values counts.
+    Student's t for the mean does not, but ignores scale differences between data sets; use the larger p-value.
+
+    Returns:
+        Name and two-sided p-value of the test; None, None where none is possible.
     """
     if any(len(sample.seeds) < 2 for sample in samples) or found.seeds.degrees_of_freedom is None:
         return None, None
@@ -236,15 +241,15 @@ def _conclude(unit: _Measured, p_value_holm: float | None, tests: int) -> Findin
     if significant and not unit.supports and beyond:
         return replace(finding, verdict="refuted")
     reason = "the interval reaches across the bound" if not (within or beyond) else "the test does not reject the bound"
-    return _leave_open(finding, reason, _say_needs(unit, tests))
+    return _leave_open(finding, reason, _estimate_needs(unit, tests))
 
 
 def _leave_open(finding: Finding, reason: str, remedy: str) -> Finding:
     return replace(finding, reasons=(Reason(None, reason),), remedies=(Reason(None, remedy),))
 
 
-def _say_needs(unit: _Measured, tests: int) -> str:
-    """How many seeds would decide, were the contrast what it seems; or how many examples, where seeds cannot.
+def _estimate_needs(unit: _Measured, tests: int) -> str:
+    """Estimate how many seeds would decide if the contrast is as measured; or how many examples, where seeds cannot.
 
     For a mean at distance d from the bound, its variance over examples, which no seed lowers, and its variance over
     seeds have to fit together: ``examples_error² + deviation² / n <= (d / (z_0.975 + z_0.8))²``.
@@ -264,8 +269,8 @@ def _say_needs(unit: _Measured, tests: int) -> str:
         )
     by_test = seeds_needed(distance, deviation, found.seeds.strata)
     by_interval = math.ceil(deviation**2 / (allowed**2 - found.examples_error**2))
-    if by_test is None or by_interval > MOST_SEEDS:
-        return f"more than {MOST_SEEDS:,} seeds: the value is too close to the bound"
+    if by_test is None or by_interval > MAX_SEEDS:
+        return f"more than {MAX_SEEDS:,} seeds: the value is too close to the bound"
     seeds, now = max(by_test, by_interval), max(len(sample.seeds) for sample in unit.samples)
     each = " in each cell" if len(unit.samples) > 1 else ""
     if seeds <= now:
@@ -301,11 +306,11 @@ def _name_cell(finding: Finding, reasons: Sequence[Reason]) -> Reason:
 
 
 def _find_missing_tasks(claim: Claim, findings: Sequence[Finding], cells: Sequence[Cell]) -> list[str]:
-    """Tasks of the claim's own setting that nothing was measured on, where something of it was."""
+    """List tasks of the claim's scope that were not measured, if other tasks of it were."""
     if claim.about is None:
         return []
     measured = {name for finding in findings for name in finding.cells}
-    found = {claim.about.task_of(cell) for cell in cells if cell.name in measured and claim.about.holds(cell)}
+    found = {claim.about.task_of(cell) for cell in cells if cell.name in measured and claim.about.contains(cell)}
     return [task for task in claim.about.tasks if task not in found] if found else []
 
 

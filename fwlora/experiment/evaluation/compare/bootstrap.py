@@ -1,4 +1,4 @@
-"""What another draw of the test examples, and of the seeds, would have given: the bootstrap behind every interval.
+"""Bootstrap over evaluation examples and seeds, from which every interval is computed.
 
 Two sources of variance are kept apart. *Examples*: another test split of the same size would give another value of
 the same run. *Seeds*: another initialisation and data order would give another run. Resamples of the examples are
@@ -25,13 +25,13 @@ _CHUNK = 1_000  # resamples held in memory at once
 
 
 def accuracy_from_confusion(confusion: np.ndarray) -> np.ndarray:
-    """Accuracy of each confusion matrix: shape ``(..., K, K)`` (gold rows, predicted columns) to ``(...)``."""
+    """Compute the accuracy of each confusion matrix: shape ``(..., K, K)``, gold rows, to ``(...)``."""
     counts = np.asarray(confusion, dtype=np.float64)
     return np.trace(counts, axis1=-2, axis2=-1) / counts.sum(axis=(-2, -1))
 
 
 def matthews_from_confusion(confusion: np.ndarray) -> np.ndarray:
-    """Matthews correlation of each confusion matrix: shape ``(..., K, K)`` to ``(...)``.
+    """Compute the Matthews correlation of each confusion matrix: shape ``(..., K, K)`` to ``(...)``.
 
     ``R_K = (c s - Σ_k p_k t_k) / sqrt((s² - Σ p_k²)(s² - Σ t_k²))`` with s examples, c of them right, t_k of gold and
     p_k of predicted class k. 0 where a constant column or row leaves it undefined, as in scikit-learn.
@@ -45,7 +45,14 @@ def matthews_from_confusion(confusion: np.ndarray) -> np.ndarray:
 
 
 def f1_from_confusion(confusion: np.ndarray) -> np.ndarray:
-    """F1 of each confusion matrix: of class 1 for two classes, else the macro average; ``(..., K, K)`` to ``(...)``."""
+    """Compute F1 of each confusion matrix: of class 1 for two classes, else the macro average.
+
+    Args:
+        confusion: counts, shape ``(..., K, K)``, gold classes as rows.
+
+    Returns:
+        Shape ``(...)``.
+    """
     counts = np.asarray(confusion, dtype=np.float64)
     support = counts.sum(axis=-1) + counts.sum(axis=-2)
     hits = 2.0 * np.diagonal(counts, axis1=-2, axis2=-1)
@@ -61,7 +68,19 @@ CONFUSION_METRICS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
-    """Counts of shape ``(K, K)``, gold classes as rows and predicted ones as columns."""
+    """Count gold classes (rows) against predicted ones (columns).
+
+    Args:
+        labels: gold classes, shape ``(n,)``.
+        predictions: predicted classes, shape ``(n,)``.
+        num_classes: K.
+
+    Returns:
+        Shape ``(K, K)``.
+
+    Raises:
+        ValueError: shapes that differ.
+    """
     if np.shape(labels) != np.shape(predictions):
         raise ValueError(
             f"labels and predictions must have the same shape, got {np.shape(labels)}, {np.shape(predictions)}"
@@ -77,7 +96,7 @@ def resample_scores(
     rng: np.random.Generator,
     resamples: int = RESAMPLES,
 ) -> dict[str, np.ndarray]:
-    """Metrics of several classifiers on bootstrap resamples of their common examples.
+    """Score several classifiers on bootstrap resamples of their common examples.
 
     A resample is n draws with replacement, so the examples' counts are multinomial, and a confusion matrix is a sum
     weighted by them. Every classifier sees the same resamples; the draws depend on n and the Generator alone.
@@ -124,12 +143,12 @@ class ResampledRuns:
     resamples: int
 
     def stack(self, runs: Sequence[EvaluatedRun], metric: str) -> np.ndarray:
-        """Scores of these runs, shape ``(S, R)``."""
+        """Stack the scores of these runs: shape ``(S, R)``."""
         return np.stack([self.scores[run.run_id, metric] for run in runs])
 
 
 def resample_runs(runs: Sequence[EvaluatedRun], rng_seed: int, resamples: int = RESAMPLES) -> ResampledRuns:
-    """Accuracy, Matthews correlation and the compared metric of every run, on resamples that runs of a split share.
+    """Score every run by accuracy, Matthews correlation and the compared metric on resamples that a split shares.
 
     The draws follow from ``rng_seed`` and the gold labels, so a run's scores do not depend on which others are here.
     """
@@ -148,7 +167,7 @@ def resample_runs(runs: Sequence[EvaluatedRun], rng_seed: int, resamples: int = 
 
 
 def average_over_seeds(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The second level of the bootstrap: in each resample the mean of S seeds drawn with replacement.
+    """Average, in each resample, S seeds drawn with replacement: the second level of the bootstrap.
 
     A few seeds drawn from themselves vary less than other seeds would, by (S - 1) / S; their deviations are widened by
     that. All seeds of a resample are scored on its one set of examples, because they share the test split: examples
@@ -156,7 +175,7 @@ def average_over_seeds(values: np.ndarray, rng: np.random.Generator) -> np.ndarr
 
     Args:
         values: one row per seed, shape ``(S, R)``.
-        rng: source of the draws; not used for one seed, which tells nothing about others.
+        rng: source of the draws; not used for one seed.
 
     Returns:
         Shape ``(R,)``.
@@ -170,6 +189,6 @@ def average_over_seeds(values: np.ndarray, rng: np.random.Generator) -> np.ndarr
 
 
 def percentile_interval(values: np.ndarray) -> tuple[float, float]:
-    """The central :data:`CONFIDENCE` of bootstrap values, shape ``(R,)``."""
+    """Return the ends of the central :data:`CONFIDENCE` of bootstrap values, shape ``(R,)``."""
     low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)

@@ -1,7 +1,7 @@
-"""Checked runs to cells of comparable groups.
+"""Group checked runs into cells, and the runs of a cell by their settings.
 
 A *cell* is what methods are compared in: one data set, one backbone, one parameter budget. A *group* is the runs of a
-cell that record the same settings but for the seed. Nothing here reads a run's name.
+cell that record the same settings except for the seed. Names of runs do not matter.
 """
 
 from __future__ import annotations
@@ -57,19 +57,20 @@ class Group:
         return self.variant.side == "control"
 
     def by_seed(self) -> dict[int, EvaluatedRun]:
-        """Its runs by seed."""
+        """Return its runs by seed."""
         return {run.seed: run for run in self.runs}
 
     def values(self, metric: str) -> list[float]:
-        """One value per run that recorded the metric, in order of seed."""
+        """List the values of the runs that recorded the metric, in order of seed."""
         return [run.values[metric] for run in self.runs if metric in run.values]
 
     def mean(self, metric: str) -> float | None:
+        """Return the mean over seeds; None where no run recorded the metric."""
         values = self.values(metric)
         return float(np.mean(values)) if values else None
 
     def standard_deviation(self, metric: str) -> float | None:
-        """Over seeds, with n - 1; None for fewer than two."""
+        """Return the standard deviation over seeds, with n - 1; None for fewer than two."""
         values = self.values(metric)
         return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
@@ -80,13 +81,16 @@ class Cell:
 
     Attributes:
         name: for people: ``glue/cola, roberta-base, 0.2 %``.
-        condition: the name as part of a file name.
-        data, model, budget: the parts of the name.
+        slug: the name as part of a file name.
+        data: data set and subset, as shown.
+        model: the model's name.
+        budget: of adapter parameters.
         primary: the task metric that is compared.
+        groups: baselines first, then the control, then the proposed method.
     """
 
     name: str
-    condition: str
+    slug: str
     data: str
     model: str
     budget: Budget
@@ -95,6 +99,7 @@ class Cell:
 
     @property
     def primary_eval_name(self) -> str:
+        """The compared metric's name in values and histories."""
         return metrics.eval_name(self.primary)
 
     @property
@@ -103,11 +108,11 @@ class Cell:
         return [run for group in self.groups for run in group.runs]
 
     def read(self, run: EvaluatedRun) -> float:
-        """The compared value of a run."""
+        """Return the compared value of a run."""
         return run.values[self.primary_eval_name]
 
     def pairs(self) -> Iterator[tuple[Group, Group]]:
-        """Each proposed group with each group of another role."""
+        """Yield each proposed group with each group that is not proposed."""
         for first in self.groups:
             if first.is_proposed:
                 yield from ((first, other) for other in self.groups if not other.is_proposed)
@@ -126,17 +131,15 @@ def group_cells(runs: Sequence[EvaluatedRun]) -> list[Cell]:
     for key, display, name in zip(keys, displayed, plain, strict=True):
         name = name if plain.count(name) == 1 else display.display(with_pretrained_id=True)
         members = [run for run in runs if run.cell_key == key]
-        condition = re.sub(r"[^A-Za-z0-9.]+", "-", name.replace(" %", "pct")).strip("-.")
-        taken = sum(cell.condition == condition for cell in cells)
-        condition = f"{condition}-{taken + 1}" if taken else condition
-        cells.append(
-            Cell(name, condition, display.data, key.model, key.budget, members[0].primary, _group_runs(members))
-        )
+        slug = re.sub(r"[^A-Za-z0-9.]+", "-", name.replace(" %", "pct")).strip("-.")
+        taken = sum(cell.slug == slug for cell in cells)
+        slug = f"{slug}-{taken + 1}" if taken else slug
+        cells.append(Cell(name, slug, display.data, key.model, key.budget, members[0].primary, _group_runs(members)))
     return cells
 
 
 def _name_data(names: Iterable[str]) -> dict[str, str]:
-    """Data sets as displayed: of a folder's path the last two parts, all of it where that is ambiguous."""
+    """Shorten data sets' names to the last two parts of their path, where that is not ambiguous."""
     short = {name: "/".join(Path(name).parts[-2:]) for name in names}
     ends = list(short.values())
     return {name: end if ends.count(end) == 1 else name for name, end in short.items()}

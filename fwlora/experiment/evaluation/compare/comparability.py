@@ -1,4 +1,4 @@
-"""What makes a comparison unequal, or its numbers doubtful."""
+"""Find what makes a comparison unequal, or its numbers doubtful."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from fwlora.experiment.methods import find_method, method_nodes
 from fwlora.experiment.tracking import metrics
 
 _SETTING_KINDS = {"optuna": "search", "dataset": "data", "training": "training settings", "model": "model settings"}
-_LEAST_BUDGET_SHARE = 0.95
-_LARGEST_DISAGREEMENT = 1e-4
+_MIN_BUDGET_SHARE = 0.95
+_MAX_DISAGREEMENT = 1e-4
 _POOLED_SETTINGS = ("training.learning_rate", "training.epochs", "training.batch_size")
-# Facts whose difference is not the method's; versions and commits are told, and decide nothing.
+# Facts that invalidate a comparison if they differ; differences of versions and commits are reported only.
 DECIDING_FACTS = ("precision", "steps", "encoder weights", "engine", "data")
 
 
@@ -34,7 +34,7 @@ def find_warnings(cells: Sequence[Cell]) -> list[ComparisonWarning]:
 
 
 def _find_unequal_methods(cells: Sequence[Cell]) -> list[ComparisonWarning]:
-    """Settings of one method that differ between the cells over which it is pooled."""
+    """Find settings of one method that differ between the cells over which it is pooled."""
     found = []
     by_label: dict[str, list[tuple[Cell, Group]]] = {}
     for cell in cells:
@@ -56,7 +56,7 @@ def _find_unequal_methods(cells: Sequence[Cell]) -> list[ComparisonWarning]:
 
 
 def find_unequal_settings(groups: Sequence[Group]) -> list[str]:
-    """Settings, other than the method's own, in which groups of a cell differ, one sentence each."""
+    """Find settings, other than the method's own, in which groups of a cell differ, one sentence each."""
     settings = [group.settings for group in groups]
     method_settings = ("method", *(f"{node}." for node in method_nodes()))
     searches = any((group.runs[0].run.optuna.n_trials or 0) > 0 for group in groups)
@@ -72,11 +72,11 @@ def find_unequal_settings(groups: Sequence[Group]) -> list[str]:
 
 
 def find_unequal_facts(runs: Sequence[EvaluatedRun], kinds: Sequence[str] | None = None) -> list[str]:
-    """What the program found out while running and settings alone do not decide, where runs differ in it.
+    """Find facts about runs, such as hardware or data, in which they differ, one sentence each.
 
     Args:
         runs: of one cell.
-        kinds: what the names of the facts to look at begin with; None: all.
+        kinds: prefixes of the names of facts to compare; None for all.
     """
     facts = {run.run_id: _read_facts(run) for run in runs}
     found = []
@@ -126,11 +126,11 @@ def _find_unequal_seeds(cell: Cell) -> list[str]:
 
 
 def find_disagreement(run: EvaluatedRun) -> str | None:
-    """How a recorded metric differs from what the run's own predictions give; None where it does not."""
+    """Describe how a recorded metric differs from the one of the run's own predictions; None where it does not."""
     confusion = confusion_matrix(run.labels, run.predictions, len(run.label_names))
     for name in dict.fromkeys(("accuracy", run.primary)):
         recorded, recomputed = run.values[metrics.eval_name(name)], float(CONFUSION_METRICS[name](confusion))
-        if abs(recomputed - recorded) > _LARGEST_DISAGREEMENT:
+        if abs(recomputed - recorded) > _MAX_DISAGREEMENT:
             return f"run {run.run_id} records {name} {recorded:.4f}, its predictions give {recomputed:.4f}"
     return None
 
@@ -142,7 +142,7 @@ def _find_doubts(run: EvaluatedRun) -> list[str]:
         found.append(f"run {run.run_id} predicts one class for every example (counted, not dropped)")
     summary = run.record.summary
     budget, used = as_finite(summary.get(metrics.BUDGET_PARAMETERS)), run.values.get(metrics.PARAMS_ADAPTER_FINAL)
-    if budget and used is not None and (used > budget or used < _LEAST_BUDGET_SHARE * budget):
+    if budget and used is not None and (used > budget or used < _MIN_BUDGET_SHARE * budget):
         share = f"{100 * used / budget:.0f} % of its budget of {budget:.0f}"
         found.append(f"run {run.run_id} uses {used:.0f} adapter parameters, {share}")
     return found

@@ -11,9 +11,9 @@ import numpy as np
 from fwlora.experiment.evaluation.compare.bootstrap import ResampledRuns, percentile_interval
 from fwlora.experiment.evaluation.compare.cells import Cell, Group
 from fwlora.experiment.evaluation.compare.contrasts import (
+    Contrast,
+    MissingMeasurementError,
     Sample,
-    Terms,
-    Unmeasured,
     blocks_of,
     estimate,
     sample_cost,
@@ -71,7 +71,7 @@ def improvement_rate(proposed: float, baseline: float) -> float | None:
 
 
 def _compare_pair(cell: Cell, first: Group, second: Group, resampled: ResampledRuns, rng_seed: int) -> PairComparison:
-    terms: Terms = [(1.0, first), (-1.0, second)]
+    contrast: Contrast = [(1.0, first), (-1.0, second)]
     compared = PairComparison(
         cell=cell.name,
         first=first.label,
@@ -83,8 +83,8 @@ def _compare_pair(cell: Cell, first: Group, second: Group, resampled: ResampledR
     )
     names = list(dict.fromkeys((cell.primary, "accuracy", "matthews_correlation")))
     try:
-        samples = {name: sample_quality(cell, terms, resampled, name) for name in names}
-    except Unmeasured:
+        samples = {name: sample_quality(cell, contrast, resampled, name) for name in names}
+    except MissingMeasurementError:
         return compared
     seeds = samples[cell.primary].seeds
     means = [
@@ -98,7 +98,7 @@ def _compare_pair(cell: Cell, first: Group, second: Group, resampled: ResampledR
         per_seed=tuple(_compare_seed(first, second, samples, index) for index in range(len(seeds))),
         over_seeds={name: _compare_over_seeds(sample, rng_seed) for name, sample in samples.items()},
         improvement_rate=improvement_rate(*means),
-        training_time_ratio=_compare_times(cell, terms, rng_seed),
+        training_time_ratio=_compare_times(cell, contrast, rng_seed),
     )
 
 
@@ -109,10 +109,10 @@ def _compare_over_seeds(sample: Sample, rng_seed: int) -> MeanDifference:
     return MeanDifference(tests, overall.low, overall.high, overall.interval_over)
 
 
-def _compare_times(cell: Cell, terms: Terms, rng_seed: int) -> TimeRatio:
+def _compare_times(cell: Cell, contrast: Contrast, rng_seed: int) -> TimeRatio:
     try:
-        overall = estimate([sample_cost(cell, terms)], rng_seed)
-    except Unmeasured as reason:
+        overall = estimate([sample_cost(cell, contrast)], rng_seed)
+    except MissingMeasurementError as reason:
         return TimeRatio(None, reason=str(reason))
     low, high = (None if end is None else math.exp(end) for end in (overall.low, overall.high))
     return TimeRatio(math.exp(overall.mean), low, high)
@@ -141,7 +141,7 @@ def _pool_pairs(cells: Sequence[Cell], resampled: ResampledRuns, rng_seed: int) 
         for first, second in cell.pairs():
             try:
                 sample = sample_quality(cell, [(1.0, first), (-1.0, second)], resampled)
-            except Unmeasured:
+            except MissingMeasurementError:
                 continue
             by_labels.setdefault((first.label, second.label), []).append(sample)
     return [_pool_samples(*labels, samples, rng_seed) for labels, samples in by_labels.items()]

@@ -1,4 +1,4 @@
-"""Linear contrasts between methods, paired by seed: FW-LoRA minus LoRA, in quality, in time, in the norm of updates."""
+"""Linear contrasts between methods, paired by seed: in quality, in cost, in the norm of updates."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from fwlora.experiment.evaluation.compare.results import Reason
 from fwlora.experiment.evaluation.compare.runs import EvaluatedRun, as_finite
 from fwlora.experiment.tracking import metrics
 
-Terms = Sequence[tuple[float, Group]]
-Half = Literal["least_important", "most_important"]
+Contrast = Sequence[tuple[float, Group]]
+ImportanceHalf = Literal["least_important", "most_important"]
 
 
-class Unmeasured(Exception):
-    """A contrast that these runs cannot give; the message says why."""
+class MissingMeasurementError(Exception):
+    """A contrast that cannot be computed from these runs; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A contrast in one cell, one value for each seed that all its methods were run with.
+    """Values of a contrast in one cell, one for each seed that all its methods were run with.
 
     Attributes:
         cell: the cell's name.
@@ -59,8 +59,9 @@ class Estimate:
 
     Attributes:
         seeds: the mean, every cell counting alike, with its uncertainty over seeds.
-        low, high: the interval at :data:`~.resampling.CONFIDENCE`; None where nothing says how the value varies.
-        interval_over: what the interval speaks of: ``seeds and examples``, ``examples``, ``seeds`` or ``nothing``.
+        low: lower end of the interval at :data:`~.bootstrap.CONFIDENCE`; None where no variance can be estimated.
+        high: upper end of the interval; None likewise.
+        interval_over: what the interval covers: ``seeds and examples``, ``examples``, ``seeds`` or ``nothing``.
         examples_error: standard deviation over resamples of the examples alone: no number of seeds lowers it.
     """
 
@@ -72,66 +73,67 @@ class Estimate:
 
     @property
     def mean(self) -> float:
+        """The mean over seeds and cells."""
         return self.seeds.estimate
 
 
-def sample_quality(cell: Cell, terms: Terms, resampled: ResampledRuns, metric: str | None = None) -> Sample:
-    """Σ weight · metric(run), as fractions; the cell's primary metric unless another is named.
+def sample_quality(cell: Cell, contrast: Contrast, resampled: ResampledRuns, metric: str | None = None) -> Sample:
+    """Compute Σ weight · metric(run), as fractions; of the cell's primary metric unless another is named.
 
     Raises:
-        Unmeasured: no seed was run with all methods.
+        MissingMeasurementError: no seed was run with all methods.
     """
     name = metric or cell.primary
-    chosen = _pair_runs(terms)
+    chosen = _pair_runs(contrast)
     values = sum(weight * np.array([run.values[metrics.eval_name(name)] for run in runs]) for weight, runs in chosen)
     scores = sum(weight * resampled.stack(runs, name) for weight, runs in chosen)
-    return _make_sample(cell, terms, chosen[0][1], np.asarray(values), np.asarray(scores))
+    return _make_sample(cell, contrast, chosen[0][1], np.asarray(values), np.asarray(scores))
 
 
-def sample_cost(cell: Cell, terms: Terms, metric: str = metrics.TRAINING_TIME_S) -> Sample:
-    """Σ weight · log(cost of the run): its exponential is a ratio.
+def sample_cost(cell: Cell, contrast: Contrast, metric: str = metrics.TRAINING_TIME_S) -> Sample:
+    """Compute Σ weight · log(cost of the run), whose exponential is a ratio.
 
     Raises:
-        Unmeasured: no seed was run with all methods, a cost was not recorded, or the runs' hardware differs.
+        MissingMeasurementError: no seed was run with all methods, a cost was not recorded, or the hardware differs.
     """
-    runs = [run for _, members in _pair_runs(terms) for run in members]
+    runs = [run for _, members in _pair_runs(contrast) for run in members]
     if len(machines := sorted({_machine(run) for run in runs})) > 1:
-        raise Unmeasured(f"its times come from different machines ({'; '.join(machines)})")
-    return _sample_logarithms(cell, terms, lambda run: [run.values.get(metric)], metric)
+        raise MissingMeasurementError(f"its times come from different machines ({'; '.join(machines)})")
+    return _sample_logarithms(cell, contrast, lambda run: [run.values.get(metric)], metric)
 
 
-def sample_update_norm(cell: Cell, terms: Terms, half: Half) -> Sample:
-    """Σ weight · mean over modules of log ‖ΔW‖_F, over one half of the modules by the proposed run's importance.
+def sample_update_norm(cell: Cell, contrast: Contrast, half: ImportanceHalf) -> Sample:
+    """Compute Σ weight · mean over modules of log ‖ΔW‖_F, over half of the modules by the proposed run's importance.
 
     The modules are the same for all methods of a seed: those whose importance, as the proposed run of that seed
     measured it, is below its median (``least_important``) or not. Modules that some run did not update are left out.
 
     Raises:
-        Unmeasured: no seed was run with all methods, no importances, other modules, or no update left.
+        MissingMeasurementError: no seed was run with all methods, no importances, other modules, or no update left.
     """
-    proposed = next((group for _, group in terms if group.is_proposed), None)
+    proposed = next((group for _, group in contrast if group.is_proposed), None)
     if proposed is None:
-        raise Unmeasured("importances are the proposed method's, which is not part of the contrast")
+        raise MissingMeasurementError("importances are the proposed method's, which is not part of the contrast")
     by_seed = proposed.by_seed()
-    chosen = _pair_runs(terms)
+    chosen = _pair_runs(contrast)
     kept: dict[int, list[str]] = {}
     for seed in (run.seed for run in chosen[0][1]):
         importances = _modules(by_seed[seed], metrics.MODULE_IMPORTANCES)
         if not importances:
-            raise Unmeasured(f"run {by_seed[seed].run_id} recorded no importances")
+            raise MissingMeasurementError(f"run {by_seed[seed].run_id} recorded no importances")
         ranked = sorted(importances, key=lambda name: (importances[name], name))
         middle = len(ranked) // 2
         wanted = ranked[:middle] if half == "least_important" else ranked[middle:]
         norms = [_modules(run, metrics.MODULE_DELTA_NORMS) for _, runs in chosen for run in runs if run.seed == seed]
         kept[seed] = [name for name in wanted if all(norm.get(name, 0.0) > 0 for norm in norms)]
         if not kept[seed]:
-            raise Unmeasured(f"no module of seed {seed} was updated by all methods")
+            raise MissingMeasurementError(f"no module of seed {seed} was updated by all methods")
 
     def read(run: EvaluatedRun) -> list[float | None]:
         norms = _modules(run, metrics.MODULE_DELTA_NORMS)
         return [norms[name] for name in kept[run.seed]]
 
-    return _sample_logarithms(cell, terms, read, metrics.MODULE_DELTA_NORMS)
+    return _sample_logarithms(cell, contrast, read, metrics.MODULE_DELTA_NORMS)
 
 
 def share_seeds(samples: Sequence[Sample]) -> tuple[list[Sample], list[Reason]]:
@@ -166,12 +168,12 @@ def share_seeds(samples: Sequence[Sample]) -> tuple[list[Sample], list[Reason]]:
 
 
 def estimate(samples: Sequence[Sample], rng_seed: int) -> Estimate:
-    """Mean and interval of a contrast over its cells.
+    """Compute the mean and interval of a contrast over its cells.
 
     Over examples: the bootstrap, hierarchical (seeds, then examples) where there are seeds to draw from, cells fixed,
     their resamples of a shared split the same. Otherwise Student's t over seeds. Cells of one data set that were run
     with the same seeds share head, data order and whatever else a seed decides, so their values are averaged for each
-    seed before anything is said of seeds.
+    seed before inference over seeds.
 
     Args:
         samples: one per cell, at least one.
@@ -197,12 +199,12 @@ def estimate(samples: Sequence[Sample], rng_seed: int) -> Estimate:
 
 
 def blocks_of(samples: Sequence[Sample]) -> list[list[tuple[str, int]]]:
-    """What every value shares with values of other cells: its data set and seed."""
+    """List the block of every value: values of one data set and seed may depend on each other."""
     return [[(sample.data, seed) for seed in sample.seeds] for sample in samples]
 
 
 def _merge_shared_seeds(samples: Sequence[Sample]) -> list[tuple[Sample, int]]:
-    """Samples of one data set and the same seeds as their mean, each with the number of cells in it."""
+    """Average samples of one data set and the same seeds; each mean comes with its number of cells."""
     alike: dict[tuple[str, tuple[int, ...]], list[Sample]] = {}
     for sample in samples:
         alike.setdefault((sample.data, sample.seeds), []).append(sample)
@@ -215,22 +217,22 @@ def _merge_shared_seeds(samples: Sequence[Sample]) -> list[tuple[Sample, int]]:
     return merged
 
 
-def _pair_runs(terms: Terms) -> list[tuple[float, list[EvaluatedRun]]]:
-    """Each weight with its group's runs in the seeds that all groups have, ascending."""
-    by_seed = [(weight, group.by_seed()) for weight, group in terms]
+def _pair_runs(contrast: Contrast) -> list[tuple[float, list[EvaluatedRun]]]:
+    """Pair each weight with its group's runs in the seeds that all groups have, ascending."""
+    by_seed = [(weight, group.by_seed()) for weight, group in contrast]
     shared = sorted(set.intersection(*(set(runs) for _, runs in by_seed)))
     if not shared:
-        raise Unmeasured("no seed was run with all its methods")
+        raise MissingMeasurementError("no seed was run with all its methods")
     return [(weight, [runs[seed] for seed in shared]) for weight, runs in by_seed]
 
 
 def _make_sample(
-    cell: Cell, terms: Terms, runs: Sequence[EvaluatedRun], values: np.ndarray, resampled: np.ndarray | None
+    cell: Cell, contrast: Contrast, runs: Sequence[EvaluatedRun], values: np.ndarray, resampled: np.ndarray | None
 ) -> Sample:
     return Sample(
         cell=cell.name,
         data=cell.data,
-        contrast=" ".join(sorted(f"{weight:+g} {group.role}" for weight, group in terms)),
+        contrast=" ".join(sorted(f"{weight:+g} {group.role}" for weight, group in contrast)),
         seeds=tuple(run.seed for run in runs),
         # Weights such as 1, -0.8, -0.2 leave rounding errors where values are equal; no test should see them.
         values=np.round(values, 12),
@@ -244,7 +246,7 @@ def _machine(run: EvaluatedRun) -> str:
 
 
 def _modules(run: EvaluatedRun, metric: str) -> dict[str, float]:
-    """Values by module name; empty where the run recorded none."""
+    """Read values by module name; empty where the run recorded none."""
     summary: Mapping[str, object] = run.record.summary
     names, values = summary.get(metrics.MODULE_NAMES), summary.get(metric)
     if not isinstance(names, list) or not isinstance(values, list) or len(names) != len(values):
@@ -254,14 +256,14 @@ def _modules(run: EvaluatedRun, metric: str) -> dict[str, float]:
 
 
 def _sample_logarithms(
-    cell: Cell, terms: Terms, read: Callable[[EvaluatedRun], Sequence[float | None]], metric: str
+    cell: Cell, contrast: Contrast, read: Callable[[EvaluatedRun], Sequence[float | None]], metric: str
 ) -> Sample:
-    chosen = _pair_runs(terms)
+    chosen = _pair_runs(contrast)
     total = np.zeros(len(chosen[0][1]))
     for weight, runs in chosen:
         for place, run in enumerate(runs):
             values = read(run)
             if any(value is None or value <= 0 for value in values):
-                raise Unmeasured(f"run {run.run_id} recorded no positive {metric}")
+                raise MissingMeasurementError(f"run {run.run_id} recorded no positive {metric}")
             total[place] += weight * float(np.mean(np.log(np.array(values, dtype=np.float64))))
-    return _make_sample(cell, terms, chosen[0][1], total, None)
+    return _make_sample(cell, contrast, chosen[0][1], total, None)

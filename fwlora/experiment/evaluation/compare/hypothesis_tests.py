@@ -1,4 +1,4 @@
-"""Tests, effect sizes and power: arrays and a Generator in, plain numbers out.
+"""Tests, effect sizes and power, as pure functions of arrays and a Generator.
 
 A test over examples says nothing about other seeds, and one pair of runs allows no test over seeds at all.
 
@@ -24,13 +24,13 @@ POWER = 0.8
 EXACT_SIGN_FLIP_LIMIT = 16  # 2^16 sign patterns are enumerated; above that they are sampled
 SIGN_FLIP_SAMPLES = 99_999
 ROUNDING = 1e-12  # differences below it are rounding errors
-MOST_SEEDS = 1_000  # beyond this many, the answer to "how many seeds" is that seeds will not do
+MAX_SEEDS = 1_000  # more than these are reported as "more than 1,000"
 Alternative = Literal["two-sided", "greater", "less"]
 
 
 @dataclass(frozen=True)
 class McNemarResult:
-    """Exact McNemar test of two classifiers on the same examples.
+    """Result of an exact McNemar test of two classifiers on the same examples.
 
     Attributes:
         only_first_correct: examples that only the first classifier got right.
@@ -92,7 +92,7 @@ class StratifiedMean:
     degrees_of_freedom: float | None
 
     def interval(self, confidence: float) -> tuple[float, float] | None:
-        """Student's t interval; None where there is no standard error."""
+        """Compute Student's t interval; None where there is no standard error."""
         if self.standard_error is None:
             return None
         if self.degrees_of_freedom is None:
@@ -101,7 +101,7 @@ class StratifiedMean:
         return self.estimate - reach, self.estimate + reach
 
     def p_value(self, bound: float, alternative: Literal["greater", "less"]) -> float | None:
-        """One-sided t-test that the mean is ``bound``; None where there is nothing to test against."""
+        """Compute the p-value of a one-sided t-test against ``bound``; None where nothing varies."""
         if not self.standard_error or self.degrees_of_freedom is None:
             return None
         statistic = (self.estimate - bound) / self.standard_error
@@ -110,14 +110,15 @@ class StratifiedMean:
 
 
 def mcnemar_exact(labels: np.ndarray, first: np.ndarray, second: np.ndarray) -> McNemarResult:
-    """Exact (binomial) McNemar test for accuracy.
+    """Test by McNemar's exact (binomial) test whether two accuracies differ.
 
     Under the null hypothesis an example that only one classifier gets right is as likely to be either's, so
     ``b ~ Binomial(b + c, 1/2)``.
 
     Args:
         labels: gold classes, shape ``(n,)``.
-        first, second: predicted classes, shape ``(n,)`` each, in the order of ``labels``.
+        first: classes that the first classifier predicts, shape ``(n,)``, in the order of ``labels``.
+        second: classes that the second one predicts, likewise.
 
     Raises:
         ValueError: shapes that differ.
@@ -138,7 +139,7 @@ def sign_flip_p_value(
     alternative: Alternative = "two-sided",
     samples: int = SIGN_FLIP_SAMPLES,
 ) -> float:
-    """Permutation test that differences are symmetric about 0, with their mean as statistic.
+    """Test by permutation that differences are symmetric about 0, with their mean as statistic.
 
     All 2^S sign patterns up to S = 16, above that sampled ones (the observed one counted in).
 
@@ -169,7 +170,7 @@ def stratified_sign_flip_p_value(
     samples: int = SIGN_FLIP_SAMPLES,
     blocks: Sequence[Sequence[Hashable]] | None = None,
 ) -> float:
-    """Sign-flip test over several cells whose differences have unlike scales.
+    """Test several cells, whose differences may have unlike scales, by sign flips.
 
     The statistic is the mean over cells of ``mean(d_c) / sqrt(mean(d_c²))``: a flip leaves the denominator as it is, so
     the test stays exact, and a cell with large differences does not drown the others.
@@ -195,7 +196,9 @@ def stratified_sign_flip_p_value(
 
 
 def stratified_mean(strata: Sequence[np.ndarray], weights: Sequence[float] | None = None) -> StratifiedMean:
-    """The weighted mean over strata of their means; with one stratum, what Student's one-sample t-test is made of.
+    """Compute the weighted mean over strata of their means, with its uncertainty over seeds.
+
+    With one stratum, its test is Student's one-sample t-test.
 
     Args:
         strata: one value per seed, for each stratum.
@@ -221,7 +224,7 @@ def _varies(values: np.ndarray) -> bool:
 
 
 def compare_seeds(differences: np.ndarray, rng: np.random.Generator) -> SeedTests:
-    """Paired tests over seeds, effect size and power.
+    """Compute paired tests over seeds, effect size and power.
 
     Args:
         differences: first minus second, one per seed in which both were run, shape ``(S,)``.
@@ -255,12 +258,12 @@ def compare_seeds(differences: np.ndarray, rng: np.random.Generator) -> SeedTest
 
 
 def normal_quantile(probability: float) -> float:
-    """Of the standard normal distribution."""
+    """Return the quantile of the standard normal distribution."""
     return float(stats.norm.ppf(probability))
 
 
 def minimum_detectable_difference(deviation: float, seeds: int) -> float:
-    """The true mean difference that a two-sided paired t-test at :data:`LEVEL` finds with probability :data:`POWER`.
+    """Compute the true mean difference that a paired t-test at :data:`LEVEL` finds with probability :data:`POWER`.
 
     Args:
         deviation: standard deviation of the differences over seeds.
@@ -270,7 +273,7 @@ def minimum_detectable_difference(deviation: float, seeds: int) -> float:
 
 
 def seeds_needed(distance: float, deviation: float, strata: int = 1) -> int | None:
-    """Seeds per cell with which a test at :data:`LEVEL` would tell a mean from a bound with probability :data:`POWER`.
+    """Compute seeds per cell with which a test at :data:`LEVEL` rejects a bound with probability :data:`POWER`.
 
     Args:
         distance: between the mean and the bound.
@@ -278,7 +281,7 @@ def seeds_needed(distance: float, deviation: float, strata: int = 1) -> int | No
         strata: how many; their seeds add degrees of freedom.
 
     Returns:
-        The number, or None above :data:`MOST_SEEDS`.
+        The number, or None above :data:`MAX_SEEDS`.
     """
     if not distance:
         return None
@@ -287,11 +290,11 @@ def seeds_needed(distance: float, deviation: float, strata: int = 1) -> int | No
 
     def suffice(seeds: int) -> bool:
         power = float(TTestPower().power(abs(distance) / deviation, seeds, LEVEL, df=strata * (seeds - 1)))
-        return power >= POWER or math.isnan(power)  # scipy's noncentral t gives up where the power is all but 1
+        return power >= POWER or math.isnan(power)  # scipy's noncentral t returns NaN where the power is nearly 1
 
-    if not suffice(MOST_SEEDS):
+    if not suffice(MAX_SEEDS):
         return None
-    return 2 + bisect.bisect_left(range(2, MOST_SEEDS), True, key=suffice)
+    return 2 + bisect.bisect_left(range(2, MAX_SEEDS), True, key=suffice)
 
 
 def holm_adjust(p_values: Sequence[float | None]) -> list[float | None]:

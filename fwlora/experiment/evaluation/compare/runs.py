@@ -1,4 +1,4 @@
-"""Records of runs, checked and read into what a comparison needs. Nothing here reads a run's name."""
+"""Check records of runs, and read what a comparison needs; names of runs do not matter."""
 
 from __future__ import annotations
 
@@ -90,7 +90,6 @@ class EvaluatedRun:
         record: as read.
         seed: ``training.seed``.
         variant: what it is compared as.
-        run: its settings.
         facts: what the program found out when it trained the run.
         recorded: every setting by dotted key.
         settings: those of ``recorded`` that define a group: without run id, seed and what a search replaced.
@@ -105,7 +104,6 @@ class EvaluatedRun:
     record: RunRecord
     seed: int
     variant: Variant
-    run: RunSettings
     facts: RunFacts
     recorded: Mapping[str, Any]
     settings: Mapping[str, Any]
@@ -122,13 +120,18 @@ class EvaluatedRun:
         return self.record.run_id
 
     @property
+    def run(self) -> RunSettings:
+        """Its settings; read anew each time, as the class depends on the methods of this process."""
+        return read_settings(self.record.config["run"])
+
+    @property
     def method(self) -> str:
         """The method's name in its settings."""
-        return self.run.method
+        return str(self.recorded["method"])
 
 
 def as_finite(value: Any) -> float | None:
-    """The number, or None for what is missing, text ("NaN" as W&B returns it), boolean or not finite."""
+    """Return the number; None for what is missing, text ("NaN" as W&B returns it), boolean or not finite."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return None
     return float(value)
@@ -231,7 +234,6 @@ def _read_run(record: RunRecord) -> EvaluatedRun:
         record=record,
         seed=_whole(run.training.seed),
         variant=find_variant(run),
-        run=run,
         facts=facts,
         recorded=recorded,
         settings=_comparable_settings(run, recorded),
@@ -275,7 +277,7 @@ def _comparable_settings(run: RunSettings, recorded: Mapping[str, Any]) -> dict[
 
 
 def _find_data_problems(data: str, runs: Sequence[EvaluatedRun]) -> list[str]:
-    """What keeps runs of one data set from being compared, or pooled, with each other."""
+    """Find what forbids to compare, or pool, runs of one data set."""
     found = []
     checks = {
         "were evaluated on different examples (eval_fingerprint)": lambda run: run.record.summary["eval_fingerprint"],

@@ -1,4 +1,4 @@
-"""The figures that set the methods of one cell side by side. Numbers come in; none is estimated."""
+"""Figures that compare the methods of one cell; intervals come from the comparison, curves are averaged here."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fwlora.experiment.evaluation.compare.cells import Cell
 from fwlora.experiment.evaluation.compare.results import Comparison, PairComparison
 from fwlora.experiment.evaluation.figures.run import history_column
 from fwlora.experiment.evaluation.figures.style import (
-    COLOURS,
+    COLORS,
     GREY,
     Drawing,
     display_metric,
@@ -35,7 +35,15 @@ _ROWS_PER_TEXT_LINE = 0.58
 
 
 def draw_cell(cell: Cell, comparison: Comparison) -> dict[str, Drawing]:
-    """The figures of one cell by topic."""
+    """Draw the figures of one cell.
+
+    Args:
+        cell: to be drawn.
+        comparison: of all cells.
+
+    Returns:
+        Figures by topic.
+    """
     pairs = [pair for pair in comparison.pairs if pair.cell == cell.name and pair.seeds]
     longest = max(len(line) for group in cell.groups for line in _wrap(group.label).split("\n"))
     width = max(4.2, 1.2 + len(cell.groups) * max(1.2, 0.075 * longest))
@@ -70,7 +78,7 @@ def _wrap(label: str, width: int = _LABEL_WIDTH) -> str:
 
 
 def _spread(count: int) -> np.ndarray:
-    """Offsets that keep the points of several seeds apart."""
+    """Return offsets that keep the points of several seeds apart."""
     return np.linspace(-0.14, 0.14, count) if count > 1 else np.zeros(1)
 
 
@@ -202,7 +210,7 @@ def _draw_curves(figure: Figure, cell: Cell) -> None:
 
 
 def _mean_curve(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean over runs at the steps that all have; the first run's curve where they share none."""
+    """Average runs at the steps that all have; return the first run's curve where they share none."""
     by_step = [dict(zip(steps, values, strict=True)) for steps, values in curves]
     shared = sorted(set.intersection(*(set(values) for values in by_step))) or sorted(by_step[0])
     rows = [[values[step] for step in shared] for values in by_step if set(shared) <= set(values)]
@@ -222,7 +230,7 @@ class _DifferenceRow:
 
 
 def _arrange_differences(cell: Cell, pairs: Sequence[PairComparison]) -> tuple[list[_DifferenceRow], float]:
-    """Rows from top to bottom with room for their labels, and the height of all of them in rows."""
+    """Place rows from top to bottom with room for their labels; also return the height of all of them in rows."""
     rows: list[_DifferenceRow] = []
     position = 0.0
     for pair in pairs:
@@ -247,14 +255,14 @@ def _draw_differences(
     figure: Figure, cell: Cell, pairs: Sequence[PairComparison], rows: Sequence[_DifferenceRow]
 ) -> None:
     axes = figure.subplots()
-    colours = {"baseline": COLOURS[0], "control": COLOURS[4], "seed": GREY}
+    colors = {"baseline": COLORS[0], "control": COLORS[4], "seed": GREY}
     for row in rows:
         look: dict[str, Any] = {"fmt": "D", "capsize": 4, "linewidth": 2}
         if row.kind == "seed":
             look = {"fmt": "o", "capsize": 2, "linewidth": 0.8, "markersize": 4}
         # Rounding can put a degenerate interval's end past its estimate by one unit in the last place.
         reach = [[max(0.0, row.difference - row.low)], [max(0.0, row.high - row.difference)]]
-        axes.errorbar(row.difference, row.position, xerr=reach, color=colours[row.kind], **look)
+        axes.errorbar(row.difference, row.position, xerr=reach, color=colors[row.kind], **look)
     axes.axvline(0.0, color="black", linewidth=1.0, linestyle="--")
     axes.set_yticks([row.position for row in rows], [row.label for row in rows])
     axes.set_ylim(rows[-1].position + 1.0, 0.0)
@@ -262,10 +270,10 @@ def _draw_differences(
     axes.set_title(textwrap.fill(cell.name, 60))
     several = any(len(pair.seeds) > 1 for pair in pairs)
     over = "mean over seeds, interval over seeds and examples" if several else "one seed, interval over examples only"
-    handles = [Line2D([], [], color=COLOURS[0], marker="D", linewidth=2, label=over)]
+    handles = [Line2D([], [], color=COLORS[0], marker="D", linewidth=2, label=over)]
     if any(pair.second_is == "control" for pair in pairs):
         control = next(group.variant.label for group in cell.groups if group.is_control)
-        handles.append(Line2D([], [], color=COLOURS[4], marker="D", linewidth=2, label=f"against {control}"))
+        handles.append(Line2D([], [], color=COLORS[4], marker="D", linewidth=2, label=f"against {control}"))
     if several:
         text = "one seed, interval over examples"
         handles.append(Line2D([], [], color=GREY, marker="o", markersize=4, linewidth=0.8, label=text))

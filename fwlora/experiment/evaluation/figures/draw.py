@@ -1,4 +1,4 @@
-"""Every figure of an evaluation, drawn by as many processes as it pays."""
+"""Draw every figure of an evaluation, in several processes where there are many."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fwlora.experiment.evaluation.evidence import Evidence
-from fwlora.experiment.evaluation.figures import cell as cell_figures
-from fwlora.experiment.evaluation.figures import overview as overview_figures
-from fwlora.experiment.evaluation.figures import run as run_figures
+from fwlora.experiment.evaluation.figures.cell import draw_cell
+from fwlora.experiment.evaluation.figures.overview import draw_overview
+from fwlora.experiment.evaluation.figures.run import draw_run
 from fwlora.experiment.evaluation.figures.style import Drawing
 from fwlora.experiment.evaluation.figures.worker import prepare_worker
 from fwlora.experiment.evaluation.request import COMPARISON_FOLDER
 
-FEWEST_RUNS_TO_SHARE = 8  # below, starting processes takes longer than what they save
+MIN_RUNS_TO_SHARE = 8  # below, starting processes takes longer than what they save
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Every figure by topic: over several cells, of each cell (by condition), of each run (by run id)."""
+    """Every figure by topic: over several cells, of each cell (by slug), of each run (by run id)."""
 
     overview: Mapping[str, Drawing]
     cells: Mapping[str, Mapping[str, Drawing]]
     runs: Mapping[str, Mapping[str, Drawing]]
 
     def files(self, results_dir: Path) -> dict[Path, bytes]:
-        """The PDFs, whose names are unique over all runs and cells."""
+        """List the PDFs by path; their names are unique over all runs and cells."""
         found = {
             results_dir / run_id / self.name_of_run(run_id, topic): drawing.pdf
             for run_id, drawings in self.runs.items()
@@ -37,35 +37,35 @@ class Figures:
         }
         folder = results_dir / COMPARISON_FOLDER
         found.update({folder / self.name(topic): drawing.pdf for topic, drawing in self.overview.items()})
-        for condition, drawings in self.cells.items():
-            found.update({folder / self.name(topic, condition): each.pdf for topic, each in drawings.items()})
+        for slug, drawings in self.cells.items():
+            found.update({folder / self.name(topic, slug): each.pdf for topic, each in drawings.items()})
         return found
 
-    def name(self, topic: str, condition: str | None = None) -> str:
-        """File name of a figure of the comparison; the cell's condition is part of it where there are several cells."""
-        suffix = f"_{condition}" if condition and len(self.cells) > 1 else ""
+    def name(self, topic: str, slug: str | None = None) -> str:
+        """Return the file name of a figure of the comparison, with the cell's slug where there are several cells."""
+        suffix = f"_{slug}" if slug and len(self.cells) > 1 else ""
         return f"comparison_{topic}{suffix}.pdf"
 
     @staticmethod
     def name_of_run(run_id: str, topic: str) -> str:
-        """File name of a figure of a run."""
+        """Return the file name of a figure of a run."""
         return f"{run_id}_{topic}.pdf"
 
 
 def draw_figures(evidence: Evidence, workers: int = 1) -> Figures:
-    """Every figure, in both forms; the same bytes whatever the number of processes that draw them.
+    """Draw every figure, in both forms; the number of processes does not change their bytes.
 
     Args:
         evidence: what to draw.
         workers: processes to share the work with, where there is enough of it.
     """
-    if workers == 1 or len(evidence.runs) < FEWEST_RUNS_TO_SHARE:
+    if workers == 1 or len(evidence.runs) < MIN_RUNS_TO_SHARE:
         return _draw(evidence, map)
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), prepare_worker)
     try:
         figures = _draw(evidence, pool.map)
     except BaseException:
-        # What was interrupted should not wait for figures that nobody will see.
+        # After an interrupt, do not wait for figures that are not needed any more.
         pool.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():
             process.terminate()
@@ -75,13 +75,13 @@ def draw_figures(evidence: Evidence, workers: int = 1) -> Figures:
 
 
 def _draw(evidence: Evidence, draw_all: Callable[..., Iterable[Mapping[str, Drawing]]]) -> Figures:
-    runs = draw_all(run_figures.draw_run, evidence.runs)
+    runs = draw_all(draw_run, evidence.runs)
     # Cells are drawn here meanwhile: each holds all of its runs, which would be in memory twice.
-    cells = {cell.condition: cell_figures.draw_cell(cell, evidence.comparison) for cell in evidence.cells}
-    overview = overview_figures.draw_overview(evidence.cells, evidence.comparison)
+    cells = {cell.slug: draw_cell(cell, evidence.comparison) for cell in evidence.cells}
+    overview = draw_overview(evidence.cells, evidence.comparison)
     return Figures(overview, cells, dict(zip((run.run_id for run in evidence.runs), runs, strict=True)))
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """Count the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

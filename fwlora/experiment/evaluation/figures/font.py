@@ -1,7 +1,7 @@
 """The font of all figures, cut down to the characters that they use.
 
-Every PDF embeds the part of the font that it needs. To cut that out of the whole of DejaVu Sans takes most of the time
-that a PDF takes; out of a copy with a tenth of its characters, next to nothing.
+Every PDF embeds a subset of the font. Subsetting all of DejaVu Sans dominates the time of writing a PDF; subsetting a
+copy that was reduced before is negligible.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _CHARACTERS = (
 
 @functools.cache
 def font_families() -> list[str]:
-    """Families to draw with, in order of preference; the first is made for this process at its first call."""
+    """Return font families in order of preference; the first call makes the reduced font of this process."""
     folder = tempfile.TemporaryDirectory(prefix="fwlora-font-")
     _folders.append(folder)
     options = subset.Options(layout_features=[], hinting=True, glyph_names=True, notdef_outline=True, name_IDs=["*"])

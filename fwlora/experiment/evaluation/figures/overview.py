@@ -1,4 +1,4 @@
-"""The figures over several cells: quality against budget, and the pooled differences. Numbers come in."""
+"""Figures over several cells: quality against budget, and the pooled differences."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from matplotlib.lines import Line2D
 
 from fwlora.experiment.evaluation.compare.cells import Cell
 from fwlora.experiment.evaluation.compare.results import Comparison, PooledComparison
-from fwlora.experiment.evaluation.figures.style import COLOURS, GREY, Drawing, display_metric, render, style_groups
+from fwlora.experiment.evaluation.figures.style import COLORS, GREY, Drawing, display_metric, render, style_groups
 
 
 def draw_overview(cells: Sequence[Cell], comparison: Comparison) -> dict[str, Drawing]:
-    """Figures by topic; quality against budget for every data set and model with two budgets or more."""
+    """Draw figures by topic; quality against budget for every data set and model with two budgets or more."""
     drawn: dict[str, Drawing] = {}
     pooled = [entry for entry in comparison.pooled if len(entry.cells) > 1]
     if pooled:
@@ -38,7 +38,7 @@ def _draw_pooled(figure: Figure, pooled: Sequence[PooledComparison]) -> None:
     for position, entry in enumerate(pooled):
         mean, low, high = (100 * value for value in (entry.mean, entry.low, entry.high))
         reach = [[max(0.0, mean - low)], [max(0.0, high - mean)]]
-        axes.errorbar(mean, position, xerr=reach, fmt="D", capsize=4, linewidth=2, color=COLOURS[0])
+        axes.errorbar(mean, position, xerr=reach, fmt="D", capsize=4, linewidth=2, color=COLORS[0])
     axes.axvline(0.0, color="black", linewidth=1.0, linestyle="--")
     labels = [
         f"{entry.first} minus {entry.second}\n{100 * entry.mean:+.2f} "

@@ -1,4 +1,4 @@
-"""The figures of one run. Numbers come in; none is estimated here."""
+"""Figures of one run: its curves, its confusion matrix, and values of its modules."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from fwlora.experiment.evaluation.compare.bootstrap import confusion_matrix
 from fwlora.experiment.evaluation.compare.runs import EvaluatedRun, as_finite
 from fwlora.experiment.evaluation.figures.style import (
-    COLOURS,
+    COLORS,
     GREY,
     Drawing,
     display_metric,
@@ -56,7 +56,7 @@ _HEAT_MAPS = {
 
 
 def draw_run(run: EvaluatedRun) -> dict[str, Drawing]:
-    """The figures of one run by topic: learning curve, confusion matrix, and module heat maps where recorded."""
+    """Draw the figures of one run by topic: learning curve, confusion matrix, and module heat maps where recorded."""
     num_classes = len(run.label_names)
     side = min(9.0, 2.6 + 0.7 * num_classes)
     drawn = {
@@ -81,20 +81,20 @@ def draw_run(run: EvaluatedRun) -> dict[str, Drawing]:
 
 
 def changes_ranks(run: EvaluatedRun) -> bool:
-    """Whether the method moves ranks between modules while it trains."""
+    """Return whether the method moves ranks between modules while it trains."""
     spec = find_method(run.method)
     return spec is not None and spec.changes_ranks(run.run)
 
 
 def history_column(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of one metric, in the rows that hold it as a finite number."""
+    """Read steps and values of one metric, shape ``(n,)`` each, from the rows that hold it as a finite number."""
     points = [(row[metrics.GLOBAL_STEP], as_finite(row.get(name))) for row in rows]
     kept = [(step, value) for step, value in points if value is not None]
     return np.array([step for step, _ in kept], dtype=float), np.array([value for _, value in kept], dtype=float)
 
 
 def arrange_modules(names: Sequence[str], values: Sequence[float]) -> tuple[np.ndarray, list[str], list[str]]:
-    """Module values as a layer x projection grid.
+    """Arrange module values as a layer x projection grid.
 
     Args:
         names: dotted; the first number in each is its layer (``bert.encoder.layer.3.attention.self.query``).
@@ -135,23 +135,23 @@ def _draw_learning_curve(figure: Figure, run: EvaluatedRun) -> None:
     figure.suptitle(textwrap.fill(run.run_id, 70))
     steps, values = history_column(rows, metrics.TRAIN_LOSS)
     window = smoothing_window(values.size)
-    look: dict[str, Any] = {"color": COLOURS[0], "alpha": 0.3 if window > 1 else 1.0, "linewidth": 0.8}
+    look: dict[str, Any] = {"color": COLORS[0], "alpha": 0.3 if window > 1 else 1.0, "linewidth": 0.8}
     loss.plot(*thin_curve(steps, values), label="train, each step", **look)
     if window > 1:
         smooth = thin_curve(steps, running_mean(values, window))
-        loss.plot(*smooth, color=COLOURS[0], label=f"train, mean of the last {window} steps")
+        loss.plot(*smooth, color=COLORS[0], label=f"train, mean of the last {window} steps")
     eval_steps, eval_loss = history_column(rows, metrics.EVAL_LOSS)
     if eval_loss.size:
-        loss.plot(eval_steps, eval_loss, color=COLOURS[4], marker="s", linestyle="--", label="evaluation, each epoch")
-        _mark_final_and_best(loss, eval_steps, eval_loss, COLOURS[4], best=int(np.argmin(eval_loss)))
+        loss.plot(eval_steps, eval_loss, color=COLORS[4], marker="s", linestyle="--", label="evaluation, each epoch")
+        _mark_final_and_best(loss, eval_steps, eval_loss, COLORS[4], best=int(np.argmin(eval_loss)))
     loss.set_ylabel("cross-entropy")
 
     steps, values = history_column(rows, metrics.eval_name(run.primary))
-    score.plot(steps, values, color=COLOURS[2], marker="s", linestyle="--", label="evaluation, each epoch")
+    score.plot(steps, values, color=COLORS[2], marker="s", linestyle="--", label="evaluation, each epoch")
     train_steps, train_accuracy = history_column(rows, metrics.TRAIN_EPOCH_ACCURACY)
     if run.primary == "accuracy" and train_accuracy.size:
-        score.plot(train_steps, train_accuracy, color=COLOURS[0], marker="^", label="train, mean over the epoch")
-    _mark_final_and_best(score, steps, values, COLOURS[2], best=int(np.argmax(values)))
+        score.plot(train_steps, train_accuracy, color=COLORS[0], marker="^", label="train, mean over the epoch")
+    _mark_final_and_best(score, steps, values, COLORS[2], best=int(np.argmax(values)))
     score.set_ylabel(display_metric(run.primary))
     score.set_xlabel("optimiser step")
     warmup = [row[metrics.GLOBAL_STEP] for row in rows if as_finite(row.get(metrics.FISHER_WARMUP)) == 1]
@@ -159,18 +159,18 @@ def _draw_learning_curve(figure: Figure, run: EvaluatedRun) -> None:
         for step in eval_steps:
             axes.axvline(step, color=GREY, linewidth=0.5, alpha=0.5, zorder=0)
         if warmup:
-            axes.axvspan(min(warmup), max(warmup), color=COLOURS[5], alpha=0.2, linewidth=0, label="Fisher warm-up")
+            axes.axvspan(min(warmup), max(warmup), color=COLORS[5], alpha=0.2, linewidth=0, label="Fisher warm-up")
         axes.margins(x=0.08, y=0.22)
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.align_ylabels()
 
 
-def _mark_final_and_best(axes: Axes, steps: np.ndarray, values: np.ndarray, colour: str, best: int) -> None:
-    """Texts go to opposite sides, best above and final below, so that they cannot meet."""
+def _mark_final_and_best(axes: Axes, steps: np.ndarray, values: np.ndarray, color: str, best: int) -> None:
+    """Mark both points; the text of the best goes above and that of the final below, so that they do not overlap."""
     final = len(values) - 1
     same = best == final
-    axes.plot(steps[final], values[final], marker="o", markersize=9, markerfacecolor="none", color=colour, linestyle="")
-    axes.plot(steps[best], values[best], marker="*", markersize=11, color=colour, linestyle="")
+    axes.plot(steps[final], values[final], marker="o", markersize=9, markerfacecolor="none", color=color, linestyle="")
+    axes.plot(steps[best], values[best], marker="*", markersize=11, color=color, linestyle="")
     text = "final and best" if same else "final"
     box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5}
     below: dict[str, Any] = {
@@ -204,9 +204,9 @@ def _draw_confusion(figure: Figure, run: EvaluatedRun) -> None:
     axes.set_ylabel("gold")
     if num_classes <= 12:
         for row, column in np.ndindex(num_classes, num_classes):
-            colour = "white" if percent[row, column] > 55 else "black"
+            color = "white" if percent[row, column] > 55 else "black"
             text = f"{counts[row, column]}\n{percent[row, column]:.1f} %"
-            axes.text(column, row, text, ha="center", va="center", color=colour, in_layout=False)
+            axes.text(column, row, text, ha="center", va="center", color=color, in_layout=False)
     axes.set_aspect("equal")
     axes.set_title(textwrap.fill(run.run_id, 40) + f"\n{run.labels.size} examples, last epoch")
 
@@ -215,8 +215,8 @@ def _draw_modules(
     figure: Figure, run: EvaluatedRun, grid: np.ndarray, layers: list[str], projections: list[str], kind: _HeatMap
 ) -> None:
     axes = figure.subplots()
-    colours = matplotlib.colormaps["cividis"].resampled(64)
-    draw_grid(figure, axes, np.ma.masked_invalid(grid), colours, kind.label, whole=kind.whole)
+    colors = matplotlib.colormaps["cividis"].resampled(64)
+    draw_grid(figure, axes, np.ma.masked_invalid(grid), colors, kind.label, whole=kind.whole)
     axes.set_xticks(range(len(projections)), projections, rotation=30, ha="right")
     axes.set_yticks(range(len(layers)), layers)
     axes.set_ylabel("layer")
@@ -225,8 +225,8 @@ def _draw_modules(
         for row, column in np.ndindex(*grid.shape):
             value = grid[row, column]
             text = "-" if np.isnan(value) else f"{value:.0f}" if kind.whole else f"{value:.2g}"
-            colour = "white" if value < middle else "black"
-            axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=7, in_layout=False)
+            color = "white" if value < middle else "black"
+            axes.text(column, row, text, ha="center", va="center", color=color, fontsize=7, in_layout=False)
     axes.set_title(
         textwrap.fill(run.run_id, 48) + "\n" + kind.label + (" (grey: not adapted)" if np.isnan(grid).any() else "")
     )

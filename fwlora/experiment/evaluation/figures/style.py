@@ -1,4 +1,4 @@
-"""The look of all figures. A figure is drawn once and given as PDF, for papers, and as SVG, for pages."""
+"""Style of all figures. A figure is drawn once and saved as PDF, for papers, and as SVG, for the report."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from fwlora.experiment.evaluation.compare.cells import Group
 from fwlora.experiment.evaluation.compare.variants import UNREGISTERED_STYLE
 from fwlora.experiment.evaluation.figures.font import font_families
 
-# Okabe and Ito's colours, which stay apart for colour-blind readers; yellow is left out, it vanishes in print.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
+# Okabe and Ito's colors, which stay apart for color-blind readers; yellow is left out, it vanishes in print.
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINE_STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 GREY = "#666666"
 MISSING = "#DDDDDD"
-MOST_POINTS = 1_000  # of a curve: a page holds many
+MAX_POINTS = 1_000  # of a curve: a page holds many
 
 _STYLE: Any = {
     "pdf.fonttype": 42,
@@ -45,14 +45,14 @@ _STYLE: Any = {
     "svg.fonttype": "path",
     "svg.hashsalt": "fwlora",
 }
-# Without these, equal input gives equal bytes, whatever the day and the version of matplotlib.
+# Omit dates and creator so that output is byte-identical across runs of one matplotlib version.
 _NO_PDF_METADATA = {"CreationDate": None, "ModDate": None, "Creator": None, "Producer": None}
 _NO_SVG_METADATA = {"Date": None, "Creator": None}
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """One figure in both forms; ``caption`` says in a sentence what it shows."""
+    """One figure in both forms, with a caption of one sentence."""
 
     pdf: bytes
     svg: bytes
@@ -60,7 +60,14 @@ class Drawing:
 
 
 def render(draw: Callable[[Figure], None], width: float, height: float, caption: str) -> Drawing:
-    """Draw on a fresh figure of that size in inches; vectors, embedded TrueType fonts in the PDF, and no dates."""
+    """Draw on a new figure and save it in both forms: as vectors, with embedded TrueType fonts, and without dates.
+
+    Args:
+        draw: draws on the figure.
+        width: in inches.
+        height: in inches.
+        caption: what the figure shows.
+    """
     contents = {}
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
@@ -79,24 +86,26 @@ def draw_grid(
     figure: Figure,
     axes: Axes,
     grid: np.ndarray,
-    colours: Colormap,
+    colors: Colormap,
     label: str,
     limits: tuple[float, float] | None = None,
     whole: bool = False,
 ) -> None:
-    """A heat map with its colour bar, first row on top, all of it as vectors: pictures would blur when enlarged.
+    """Draw a heat map with its color bar, first row on top, as vectors, which stay sharp when enlarged.
 
     Args:
+        figure: that the axes belong to.
+        axes: to draw on.
         grid: values, shape (rows, columns).
-        colours: from low to high.
-        label: what the colours mean.
-        limits: values of the first and the last colour; None: the lowest and the highest.
+        colors: from low to high.
+        label: what the colors mean.
+        limits: values of the first and the last color; None: the lowest and the highest.
         whole: whether the values are whole numbers.
     """
     rows, columns = grid.shape
     low, high = limits or (None, None)
     edges = np.arange(columns + 1) - 0.5, np.arange(rows + 1) - 0.5
-    mesh = axes.pcolormesh(*edges, grid, cmap=colours, vmin=low, vmax=high, edgecolors="face", linewidth=0.2)
+    mesh = axes.pcolormesh(*edges, grid, cmap=colors, vmin=low, vmax=high, edgecolors="face", linewidth=0.2)
     axes.set_facecolor(MISSING)  # shows through masked cells
     axes.set_ylim(rows - 0.5, -0.5)
     axes.spines[:].set_visible(False)
@@ -108,20 +117,20 @@ def draw_grid(
 
 
 def style_groups(groups: Sequence[Group]) -> dict[str, dict[str, Any]]:
-    """Colour, marker and line style by label: a method looks the same everywhere, its variants take what is left."""
+    """Choose color, marker and line style by label: every figure shows a method alike, variants take free styles."""
     styles: dict[str, dict[str, Any]] = {}
     taken: list[int] = []
     for group in groups:
-        own = group.variant.style % len(COLOURS)
-        candidates = (own, *range(UNREGISTERED_STYLE + 1, len(COLOURS)), *range(own))
-        style = next((each for each in candidates if each not in taken), len(taken) % len(COLOURS))
+        own = group.variant.style % len(COLORS)
+        candidates = (own, *range(UNREGISTERED_STYLE + 1, len(COLORS)), *range(own))
+        style = next((each for each in candidates if each not in taken), len(taken) % len(COLORS))
         taken.append(style)
-        styles[group.label] = {"color": COLOURS[style], "marker": MARKERS[style], "linestyle": LINE_STYLES[style]}
+        styles[group.label] = {"color": COLORS[style], "marker": MARKERS[style], "linestyle": LINE_STYLES[style]}
     return styles
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of up to ``window`` last values, shape as given: nothing of the future leaks into the past."""
+    """Average each value with up to ``window - 1`` values before it; the shape stays ``(n,)``."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
     ends = np.arange(1, values.size + 1)
     starts = np.maximum(0, ends - window)
@@ -129,12 +138,12 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def smoothing_window(count: int) -> int:
-    """A fiftieth of the curve."""
+    """Return a fiftieth of the number of points, at least 1."""
     return max(1, count // 50)
 
 
-def thin_curve(steps: np.ndarray, values: np.ndarray, most: int = MOST_POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """At most ``most`` points of a curve that look like all of it: the lowest and the highest of each stretch."""
+def thin_curve(steps: np.ndarray, values: np.ndarray, most: int = MAX_POINTS) -> tuple[np.ndarray, np.ndarray]:
+    """Reduce a curve to at most ``most`` points: the lowest and the highest of each section."""
     if values.size <= most:
         return steps, values
     kept = []
@@ -144,6 +153,6 @@ def thin_curve(steps: np.ndarray, values: np.ndarray, most: int = MOST_POINTS) -
 
 
 def display_metric(task_metric: str) -> str:
-    """``matthews_correlation`` -> ``Matthews correlation``."""
+    """Write a metric's name for people: ``matthews_correlation`` as ``Matthews correlation``."""
     known = {"accuracy": "accuracy", "matthews_correlation": "Matthews correlation", "f1": "F1"}
     return known.get(task_metric, task_metric.replace("_", " "))

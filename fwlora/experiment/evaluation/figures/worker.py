@@ -1,4 +1,4 @@
-"""What a process that draws figures does first; it imports little, as each such process imports it."""
+"""Start of a process that draws figures; every such process imports this module, so it imports little."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import threading
 
 
 def prepare_worker() -> None:
-    """Leave interrupts to the process that the user started, and end with it, however it ends."""
+    """Ignore interrupts, which the parent process handles, and end when the parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -1,4 +1,4 @@
-"""The document that pipelines read: every run's values, the best run of each side, and the gap between them."""
+"""``aggregated_metrics.json`` for pipelines: values of every run, the best run of each side, and their gap."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _METRIC_ORDER = (
 
 
 def aggregate(cells: Sequence[Cell], warnings: Sequence[ComparisonWarning]) -> dict[str, Any]:
-    """The content of ``aggregated_metrics.json``.
+    """Build ``aggregated_metrics.json``.
 
     ``best_*`` is the highest final primary metric of a single run, the control counted among the baselines; ``gap`` is
     their difference, ``improvement_rate`` is ``(proposed - baseline) / baseline``, null where the baseline is not

@@ -1,4 +1,4 @@
-"""What evaluation found as JSON documents. They say nothing of where a run was read: equal runs give equal bytes."""
+"""Results of an evaluation as JSON documents; they do not name the source of a run, so equal runs give equal bytes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _SIGNIFICANT_DIGITS = 6
 
 
 def to_json(document: Mapping[str, Any]) -> bytes:
-    """UTF-8 JSON with a line per top-level key: compact, and still readable in a diff. What is not finite is null."""
+    """Write UTF-8 JSON, a line per top-level key to keep diffs readable; numbers that are not finite are null."""
     lines = [
         f"{json.dumps(key)}: {json.dumps(_without_non_finite(value), allow_nan=False, ensure_ascii=False)}"
         for key, value in document.items()
@@ -44,7 +44,7 @@ def to_json(document: Mapping[str, Any]) -> bytes:
 
 
 def describe_run(run: EvaluatedRun) -> dict[str, Any]:
-    """The content of a run's ``metrics.json``: settings, summary, per-epoch values, confusion matrix, modules."""
+    """Build a run's ``metrics.json``: settings, summary, per-epoch values, confusion matrix, modules."""
     config, summary = run.record.config, run.record.summary
     kept = {key: value for key, value in sorted(summary.items()) if key not in (*_PACKED, *_MODULE_LISTS)}
     return {
@@ -67,19 +67,19 @@ def describe_run(run: EvaluatedRun) -> dict[str, Any]:
 
 
 def describe_history(run: EvaluatedRun) -> dict[str, Any]:
-    """The content of a run's ``history.json``: every logged row."""
+    """Build a run's ``history.json``: every logged row."""
     return {"run_id": run.run_id, "history": [dict(row) for row in run.record.history]}
 
 
 def epoch_rows(run: EvaluatedRun) -> list[dict[str, Any]]:
-    """Rows that end an epoch, with step and epoch-level values."""
+    """List the rows that end an epoch, without values of single steps."""
     rows = [row for row in run.record.history if as_finite(row.get(metrics.eval_name(run.primary))) is not None]
     step_only = (metrics.GRADIENT_NORM, metrics.FISHER_WARMUP, metrics.LEARNING_RATE, metrics.TRAIN_LOSS)
     return [{key: value for key, value in row.items() if key not in step_only} for row in rows]
 
 
 def describe_comparison(comparison: Comparison, cells: Sequence[Cell]) -> dict[str, Any]:
-    """Build ``statistics.json``."""
+    """Build ``statistics.json``, which ``statistics.schema.json`` beside this file describes."""
     return {
         "difference": "first minus second, as fractions",
         "confidence": comparison.confidence,

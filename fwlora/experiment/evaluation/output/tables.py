@@ -1,4 +1,4 @@
-"""Evaluated cells, differences and verdicts as tables for people: terminal, Markdown, LaTeX, CSV."""
+"""Tables of cells, differences and verdicts: for the terminal, as Markdown, LaTeX and CSV."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _LATEX = {
 
 
 def render_text_table(cells: Sequence[Cell]) -> str:
-    """Aligned columns for a terminal, one row per method of a cell."""
+    """Align columns for a terminal, one row per method of a cell."""
     header, rows = method_rows(cells)
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     lines = []
@@ -45,7 +45,7 @@ def render_text_table(cells: Sequence[Cell]) -> str:
 
 
 def render_verdicts(results: Sequence[ClaimResult]) -> list[str]:
-    """A line or two per claim, for a terminal."""
+    """Write each claim's verdict, values and reasons for a terminal."""
     lines = []
     for result in results:
         lines.append(f"{result.verdict.upper():<9}  {result.claim.statement}: {describe_findings(result)}")
@@ -55,14 +55,14 @@ def render_verdicts(results: Sequence[ClaimResult]) -> list[str]:
 
 
 def _explain(result: ClaimResult) -> list[str]:
-    """Why it is undecided, what would decide it, and what it leaves out, a sentence each."""
+    """List why it is undecided, what would decide it, and what is left out, a sentence each."""
     sentences = [f"because {join_reasons(result.reasons)}."] if result.reasons else []
     sentences += [f"Decided by: {join_reasons(result.remedies)}."] if result.remedies else []
     return sentences + [f"Without {left_out}." for finding in result.findings for left_out in finding.left_out]
 
 
 def describe_findings(result: ClaimResult) -> str:
-    """The measured values behind a verdict: ``+0.12 points [-0.40, +0.65], p = 0.412``, cell by cell if several."""
+    """Write the values of a verdict: ``+0.12 points [-0.40, +0.65], p = 0.412``, cell by cell if there are several."""
     if not result.findings:
         return "not measured"
     several = len(result.findings) > 1
@@ -73,7 +73,7 @@ def describe_findings(result: ClaimResult) -> str:
 
 
 def format_finding(result: ClaimResult, finding: Finding) -> str:
-    """One value with its interval and corrected p-value."""
+    """Write one value with its interval and corrected p-value."""
     if finding.value is None:
         return "not measured"
     unit = result.claim.unit
@@ -91,7 +91,7 @@ def render_markdown(
     comparison: Comparison,
     warnings: Sequence[ComparisonWarning],
 ) -> str:
-    """Verdicts, the table of methods, paired differences and warnings."""
+    """Write verdicts, the table of methods, paired differences and warnings."""
     parts = ["# Comparison"]
     if results:
         header = ["claim", "verdict", "measured", "why, and what would decide it"]
@@ -115,7 +115,7 @@ def render_markdown(
 
 
 def explain_intervals(comparison: Comparison) -> str:
-    """How intervals and p-values in the table of differences were made."""
+    """Explain how intervals and p-values in the table of differences were computed."""
     return (
         f"Intervals: {comparison.confidence:.0%} percentile bootstrap, {comparison.resamples} resamples, over "
         "seeds and examples (examples alone for one seed). p-values: over seeds; Holm: over all pairs. MDD: the true "
@@ -124,7 +124,7 @@ def explain_intervals(comparison: Comparison) -> str:
 
 
 def render_latex(cells: Sequence[Cell], comparison: Comparison) -> str:
-    """Two ``booktabs`` tables: methods, and paired differences."""
+    """Write two ``booktabs`` tables: methods, and paired differences."""
     parts = ["% needs \\usepackage{booktabs}"]
     for header, rows in (method_rows(cells), pair_rows(comparison)):
         if rows:
@@ -136,13 +136,13 @@ def render_latex(cells: Sequence[Cell], comparison: Comparison) -> str:
 
 
 def _escape_latex(text: str) -> str:
-    """Text as LaTeX prints it; a hyphen before a number is a minus."""
+    """Escape text for LaTeX; a hyphen before a number becomes a minus."""
     escaped = "".join(_LATEX.get(character, character) for character in text.replace("->", "→"))
     return re.sub(r"(?<![\w.])-(?=\d)", r"$-$", escaped)
 
 
 def render_csv(cells: Sequence[Cell]) -> str:
-    """One row per method of a cell: seeds, and mean and standard deviation over seeds of every metric, in full."""
+    """Write a row per method of a cell: seeds, and unrounded mean and standard deviation of every metric."""
     names = list(dict.fromkeys(name for cell in cells for g in cell.groups for run in g.runs for name in run.values))
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -159,12 +159,12 @@ def render_csv(cells: Sequence[Cell]) -> str:
 
 
 def format_p_value(value: float | None) -> str:
-    """Three decimals, ``<0.001`` below."""
+    """Write three decimals, ``<0.001`` for smaller values, a dash for None."""
     return _NOTHING if value is None else "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def method_rows(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
-    """Header and one row per method of a cell."""
+    """Return the header, and one row per method of a cell."""
     header = ["cell", "method", "n", "metric", "mean", "sd", "accuracy", "time [s]", "adapter parameters"]
     rows = [[cell.name, group.label, *_method_values(cell, group)] for cell in cells for group in cell.groups]
     return header, rows
@@ -186,7 +186,7 @@ def _method_values(cell: Cell, group: Group) -> list[str]:
 
 
 def pair_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Header and one row per pair of methods in a cell."""
+    """Return the header, and one row per pair of methods in a cell."""
     header = [
         "cell",
         "first",

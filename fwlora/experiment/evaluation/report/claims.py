@@ -1,4 +1,4 @@
-"""What the report shows of claims: one card each, with its findings drawn as strips."""
+"""Cards of claims in the report, with their findings drawn as strips."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class FindingText:
 
 @dataclass(frozen=True)
 class ClaimCard:
-    """What the report says of one claim.
+    """The text of one claim's card.
 
     Attributes:
         result: the claim and its verdict.
@@ -107,11 +107,11 @@ def describe_claim(result: ClaimResult, cells: Sequence[Cell]) -> ClaimCard:
         contrast=claim.unit.format_contrast({label_role(role): weight for role, weight in claim.contrast.items()}),
         bound=_describe_bound(claim),
         cells=tuple(cell.name for cell in evaluated),
-        left_out=tuple(cell.name for cell in cells if claim.speaks_of(cell) and cell.name not in names and names),
+        left_out=tuple(cell.name for cell in cells if claim.covers(cell) and cell.name not in names and names),
         left_out_why=tuple(str(reason) for finding in result.findings for reason in finding.left_out),
         reasons=tuple(group_reasons(result.reasons)),
         remedies=tuple(group_reasons(result.remedies)),
-        elsewhere=tuple(cell.name for cell in evaluated if claim.about and not claim.about.holds(cell)),
+        elsewhere=tuple(cell.name for cell in evaluated if claim.about and not claim.about.contains(cell)),
         measured=tuple(
             FindingText(
                 finding, format_finding(result, finding), format_finding(result, replace(finding, p_value_holm=None))

@@ -70,7 +70,7 @@ class ReportOrigin:
 class MarkerStyle:
     """Colour of a method, and the number of its marker, as in the figures."""
 
-    colour: str
+    color: str
     marker: int
 
 

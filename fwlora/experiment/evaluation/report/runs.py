@@ -1,4 +1,4 @@
-"""What the report says of single runs and of what they were made with."""
+"""Pages of single runs, and the table of what all runs were made with."""
 
 from __future__ import annotations
 
@@ -196,18 +196,18 @@ def collect_facts(runs: Sequence[EvaluatedRun]) -> list[FactTable]:
 
 
 def describe_commit(environment: Mapping[str, Any]) -> str:
-    """The commit, and in capitals if what ran was not what it holds."""
+    """Return the commit, with ``DIRTY`` behind it if the code had uncommitted changes."""
     commit = environment.get("commit") or NOT_RECORDED
     return f"{commit}, DIRTY" if environment.get("dirty") else str(commit)
 
 
 def is_dirty(run: EvaluatedRun) -> bool:
-    """Whether the code that trained the run was not what its commit holds."""
+    """Return whether the code that trained the run had uncommitted changes."""
     return bool(run.facts.environment.get("dirty"))
 
 
 def describe_environment_facts(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Names and values of one environment, the commit first."""
+    """List names and values of one environment, the commit first."""
     packages = environment.get("packages") or {}
     return [
         ("commit", describe_commit(environment)),

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from fwlora.experiment.errors import UserError
 from fwlora.experiment.tracking import metrics
 from fwlora.experiment.tracking import tracker as tracking
-from fwlora.experiment.errors import UserError
 from fwlora.experiment.tracking.wandb.files import find_run_folders, has_end
 from fwlora.experiment.tracking.wandb.session import end_session, explain, find_upload_error, one_line, open_session
 
