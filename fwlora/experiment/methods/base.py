@@ -252,9 +252,12 @@ def unregister_method(name: str) -> None:
 
 def known_methods() -> dict[str, MethodSpec]:
     """All registered methods by name, the built-in ones first."""
-    for module in _BUILT_IN:
-        import_module(f"fwlora.experiment.methods.{module}")
-    return dict(_METHODS)
+    modules = [f"fwlora.experiment.methods.{module}" for module in _BUILT_IN]
+    for module in modules:
+        import_module(module)
+    # Whoever imports a method's module alone registers it earlier.
+    order = {module: index for index, module in enumerate(modules)}
+    return dict(sorted(_METHODS.items(), key=lambda item: order.get(type(item[1]).__module__, len(order))))
 
 
 def method_nodes() -> dict[str, MethodSpec]:
