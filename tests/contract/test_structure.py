@@ -132,7 +132,7 @@ def test_wheel_holds_the_library_alone(tmp_path):
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"fwlora"}
     assert {"fwlora/py.typed", "fwlora/budget.py", "fwlora/experiment/engine/loop.py"} <= set(names)
-    parts = ("page.html.jinja", "macros.jinja", "report.css", "report.js")
+    parts = ("page.html.jinja", "runs.html.jinja", "provenance.html.jinja", "macros.jinja", "report.css", "report.js")
     assert {f"fwlora/experiment/evaluation/report/{part}" for part in parts} <= set(names)
     assert "fwlora/experiment/evaluation/output/statistics.schema.json" in names
 
