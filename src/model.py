@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from fwlora.adalora import AdaLora, attach_adalora, plan_adalora
-from fwlora.adapters import TargetModuleError, encoder_parameter_count, find_adapter_pairs, find_target_matrices
+from fwlora.adapters import find_adapter_pairs
+from fwlora.architectures import TargetModuleError, encoder_parameter_count, find_target_matrices
 from fwlora.budget import BudgetError, adapter_cost
 from fwlora.config import RankPlan, attach_lora, plan_ranks
 from fwlora.experiment.errors import UserError

@@ -14,18 +14,18 @@ from transformers.models.electra import modeling_electra as electra
 from transformers.models.roberta import modeling_roberta as roberta
 from transformers.models.xlm_roberta import modeling_xlm_roberta as xlm_roberta
 
-from fwlora.adapters import (
-    AdapterPair,
+from fwlora.adapters import AdapterPair
+from fwlora.estimators import PassRecorder
+from fwlora.experiment.fused.encoder import EncoderFunction, ObserveLayer, Pass, run_forward
+from fwlora.experiment.fused.layer import FusedLayer, LayerWeights, Norm
+from fwlora.experiment.fused.read_model import (
     LinearParts,
-    UncoveredError,
+    UnsupportedModelError,
     inner_model,
     module_type,
     read_linear,
     uses_prompt_learning,
 )
-from fwlora.estimators import PassRecorder
-from fwlora.experiment.fused.encoder import EncoderFunction, ObserveLayer, Pass, run_forward
-from fwlora.experiment.fused.layer import FusedLayer, LayerWeights, Norm
 
 # Post-norm encoders whose classifier reads the first token: one layer's modules have the same names in all of them.
 # transformers' model -> its layer, and its head where that is given all tokens and reads the first.
@@ -89,7 +89,7 @@ class FastClassifier(nn.Module):
         observer: asked in every training pass for what measures gradients, as module hooks are passed by.
 
     Raises:
-        UncoveredError: the model uses what this path does not compute; the message says what.
+        UnsupportedModelError: the model uses what this path does not compute; the message says what.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class FastClassifier(nn.Module):
         self.model, self.precision, self._observer = model, precision, observer
         inner: Any = inner_model(model)
         if uses_prompt_learning(model):
-            raise UncoveredError("learnt prompts")
+            raise UnsupportedModelError("learnt prompts")
         _check_architecture(inner, pairs)
         # Outside of the module tree: these are no second path to the same parameters.
         self._inner, self._encoder = [inner], [getattr(inner, inner.base_model_prefix)]
@@ -197,13 +197,13 @@ def make_classifier(
         return PlainClassifier(model, precision), None
     try:
         return FastClassifier(model, pairs, precision, observer), None
-    except UncoveredError as error:
+    except UnsupportedModelError as error:
         return PlainClassifier(model, precision), f"the fused path does not cover {error}: the model computes by itself"
 
 
 def _check_architecture(model: Any, pairs: Sequence[AdapterPair]) -> None:
     if type(model) not in COVERED_MODELS:
-        raise UncoveredError(type(model).__name__)
+        raise UnsupportedModelError(type(model).__name__)
     layer_type, head_type = COVERED_MODELS[type(model)]
     config, encoder = model.config, getattr(model, model.base_model_prefix)
     layers = list(encoder.encoder.layer)
@@ -246,15 +246,15 @@ def _check_training(model: Any, pairs: Sequence[AdapterPair]) -> None:
 
 def _raise_for(features: dict[str, bool]) -> None:
     if found := [what for what, present in features.items() if present]:
-        raise UncoveredError(", ".join(found))
+        raise UnsupportedModelError(", ".join(found))
 
 
 def _read_layer(module: Any, linear: dict[str, nn.Module], scalings: dict[str, float]) -> LayerWeights:
     parts: dict[str, LinearParts] = {name: read_linear(part) for name, part in linear.items()}
     if {name for name, part in parts.items() if part.adapted} != set(scalings):
-        raise UncoveredError("an adapter that the method does not know")
+        raise UnsupportedModelError("an adapter that the method does not know")
     if len({part.dropout for part in parts.values() if part.adapted}) > 1:
-        raise UncoveredError("unlike dropout probabilities of adapters")
+        raise UnsupportedModelError("unlike dropout probabilities of adapters")
     norms = []
     for path in NORM_PATHS:
         norm: Any = module.get_submodule(path)
@@ -263,7 +263,7 @@ def _read_layer(module: Any, linear: dict[str, nn.Module], scalings: dict[str, f
     hidden_dropouts = [module.attention.output.dropout.p, module.output.dropout.p]
     probabilities = [part.dropout for part in parts.values()] + [attention.dropout.p, *hidden_dropouts]
     if any(probability >= 1 for probability in probabilities):
-        raise UncoveredError("a dropout probability of 1")
+        raise UnsupportedModelError("a dropout probability of 1")
     return LayerWeights(parts, scalings, norms, attention.num_attention_heads, hidden_dropouts, attention.dropout.p)
 
 

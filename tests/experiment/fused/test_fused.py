@@ -13,11 +13,13 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from fwlora import FisherWeightedLora, FisherWeighting
 from fwlora.adalora import attach_adalora, plan_adalora
-from fwlora.adapters import UncoveredError, find_adapter_pairs, find_target_matrices, resize_adapter
+from fwlora.adapters import find_adapter_pairs, resize_adapter
+from fwlora.architectures import find_target_matrices
 from fwlora.experiment.fused import encoder as fused_encoder
 from fwlora.experiment.fused import layer as fused_layer
 from fwlora.experiment.fused.dropout import draw_dropped
 from fwlora.experiment.fused.forward import FastClassifier, PlainClassifier, make_classifier
+from fwlora.experiment.fused.read_model import UnsupportedModelError
 
 HIDDEN, HEADS, LAYERS = 32, 2, 3
 FAMILIES = ["bert", "roberta", "xlm-roberta", "camembert", "electra"]
@@ -303,7 +305,7 @@ def test_what_is_not_covered_falls_back_and_says_why():
         config = AutoConfig.for_model("distilbert", vocab_size=60, dim=32, n_layers=1, n_heads=2, hidden_dim=48)
         other = AutoModelForSequenceClassification.from_config(config)
     assert "DistilBertForSequenceClassification" in fallback_reason(other, [])
-    with pytest.raises(UncoveredError):
+    with pytest.raises(UnsupportedModelError):
         FastClassifier(other, [])
 
 
