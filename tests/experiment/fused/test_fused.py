@@ -18,11 +18,12 @@ from fwlora.architectures import find_target_matrices
 from fwlora.experiment.fused import encoder as fused_encoder
 from fwlora.experiment.fused import layer as fused_layer
 from fwlora.experiment.fused.dropout import draw_dropped
+from fwlora.experiment.fused.families import Family, known_families, register_family
 from fwlora.experiment.fused.forward import FastClassifier, PlainClassifier, make_classifier
 from fwlora.experiment.fused.read_model import UnsupportedModelError
 
 HIDDEN, HEADS, LAYERS = 32, 2, 3
-FAMILIES = ["bert", "roberta", "xlm-roberta", "camembert", "electra"]
+FAMILIES = [family.name for family in known_families()]
 ALL = ("query", "key", "value", "intermediate", "output")
 
 
@@ -428,3 +429,12 @@ def test_a_pass_is_differentiated_once():
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="a second time"):
         loss.backward()
+
+
+def test_families_are_registered_once_by_the_class_of_their_models():
+    first = known_families()[0]
+    assert FAMILIES == ["bert", "roberta", "xlm-roberta", "camembert", "electra"]
+    register_family(first)
+    assert len(known_families()) == len(FAMILIES)
+    with pytest.raises(ValueError, match="`model_class` BertForSequenceClassification is registered already"):
+        register_family(Family(first.model_class, first.layer_class, first.layer_class))
