@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.activations import GELUActivation
 
 from fwlora.adapters import AdapterPair
-from fwlora.estimators import PassRecorder
+from fwlora.estimators import PassEstimator
 from fwlora.experiment.fused.encoder import EncoderFunction, ObserveLayer, Pass, run_forward
 from fwlora.experiment.fused.families import Family, find_family
 from fwlora.experiment.fused.layer import FusedLayer, LayerWeights, Norm
@@ -23,7 +23,7 @@ from fwlora.experiment.fused.read_model import (
     uses_prompt_learning,
 )
 
-Observer = Callable[[], PassRecorder | None]
+FindEstimator = Callable[[], PassEstimator | None]
 
 
 class PlainClassifier(nn.Module):
@@ -61,7 +61,7 @@ class FastClassifier(nn.Module):
         model: a model of a family in :mod:`fwlora.experiment.fused.families`, adapted or not.
         pairs: its adapters.
         precision: ``bf16`` multiplies in bfloat16, and normalises and keeps residuals in float32, as autocast does.
-        observer: asked in every training pass for what measures gradients, as module hooks are passed by.
+        find_estimator: returns the estimator of gradient norms of a training pass, or None; hooks are bypassed.
 
     Raises:
         UnsupportedModelError: the model uses what this path does not compute; the message says what.
@@ -72,10 +72,10 @@ class FastClassifier(nn.Module):
         model: nn.Module,
         pairs: Sequence[AdapterPair],
         precision: str = "fp32",
-        observer: Observer = lambda: None,
+        find_estimator: FindEstimator = lambda: None,
     ) -> None:
         super().__init__()
-        self.model, self.precision, self._observer = model, precision, observer
+        self.model, self.precision, self._find_estimator = model, precision, find_estimator
         inner: Any = inner_model(model)
         if uses_prompt_learning(model):
             raise UnsupportedModelError("learnt prompts")
@@ -136,25 +136,25 @@ class FastClassifier(nn.Module):
             return _at_least_float32(self.family.head(self._inner[0], self._encoder[0], first[:, None]))
 
     def _make_observe(self) -> ObserveLayer | None:
-        recorder = self._observer() if self.training else None
-        if recorder is None:
+        estimator = self._find_estimator() if self.training else None
+        if estimator is None:
             return None
 
         def observe(layer: int, names: Sequence[str], X: Tensor, G: Tensor) -> None:
             for name, gradient in zip(names, G, strict=True):
-                recorder.observe(self._places[layer][name], X, gradient)
+                estimator.observe(self._places[layer][name], X, gradient)
 
         return observe
 
 
 def make_classifier(
-    model: nn.Module, pairs: Sequence[AdapterPair], precision: str, observer: Observer, *, fast: bool
+    model: nn.Module, pairs: Sequence[AdapterPair], precision: str, find_estimator: FindEstimator, *, fast: bool
 ) -> tuple[nn.Module, str | None]:
     """The fast path where it covers the model, else the plain one; and, where fast was wanted, why it is not."""
     if not fast:
         return PlainClassifier(model, precision), None
     try:
-        return FastClassifier(model, pairs, precision, observer), None
+        return FastClassifier(model, pairs, precision, find_estimator), None
     except UnsupportedModelError as error:
         return PlainClassifier(model, precision), f"the fused path does not cover {error}: the model computes by itself"
 

@@ -230,8 +230,9 @@ def test_gradients_are_measured_as_hooks_measure_them(estimator):
     for path in ("plain", "fast"):
         model = adapt(make_base(), (*ALL, "attention.output.dense"), ranks=(1, 2))
         fw = FisherWeightedLora(model, FisherWeighting(estimator=estimator, warmup_steps=9, fisher_every=2, decay=0.5))
-        pairs, observer = fw.pairs, lambda fw=fw: fw.observer
-        classifier = PlainClassifier(model) if path == "plain" else FastClassifier(model, pairs, observer=observer)
+        pairs, find_estimator = fw.pairs, lambda fw=fw: fw.pass_estimator
+        fast = FastClassifier(model, pairs, find_estimator=find_estimator) if path != "plain" else None
+        classifier = fast or PlainClassifier(model)
         for width in (9, 12, 19, 8):
             gradients(classifier, make_inputs(width))
             gradients(classifier, make_inputs(width + 1))  # a second micro-batch
