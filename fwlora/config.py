@@ -18,7 +18,7 @@ from typing import Any
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from fwlora.adapters import encoder_parameter_count, find_target_matrices, present_roles, stores_transposed
+from fwlora.architectures import encoder_parameter_count, find_target_matrices, present_roles, stores_transposed
 from fwlora.budget import BudgetError, MatrixShape, adapter_cost, budget_parameters, solve_ranks
 from fwlora.options import FisherWeighting, is_number
 
@@ -61,7 +61,7 @@ def plan_ranks(model: nn.Module, budget_percent: float, target_modules: Sequence
 
     Args:
         model: the model to be adapted; a weightless one on the meta device will do.
-        target_modules: as :func:`fwlora.adapters.find_target_matrices` takes them; None for all projections of
+        target_modules: as :func:`fwlora.architectures.find_target_matrices` takes them; None for all projections of
             attention inputs and feed-forward layers that the model has.
 
     Raises:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from fwlora.adapters import TargetModuleError, encoder_parameter_count, find_target_matrices
+from fwlora.architectures import TargetModuleError, encoder_parameter_count, find_target_matrices
 from fwlora.budget import BudgetError, adapter_cost
 from fwlora.config import RankPlan, plan_ranks
 from fwlora.experiment.errors import UserError

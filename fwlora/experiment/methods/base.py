@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from fwlora.adapters import AdapterPair
     from fwlora.config import RankPlan
-    from fwlora.estimators import PassRecorder
+    from fwlora.estimators import PassEstimator
     from fwlora.experiment.settings.schema import RunSettings
 
 # On which side of a comparison a variant stands: proposed ones are compared with all others.
@@ -88,7 +88,7 @@ class Method:
         return False
 
     @property
-    def estimator(self) -> PassRecorder | None:
+    def estimator(self) -> PassEstimator | None:
         """The estimator of this step's gradient norms, for forward paths that bypass module hooks.
 
         They pass it X and G of every matrix, by its place in :attr:`pairs`; None where nothing is measured this way.

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from fwlora.config import RankPlan
-    from fwlora.estimators import PassRecorder
+    from fwlora.estimators import PassEstimator
     from fwlora.experiment.settings.schema import RunSettings
     from fwlora.regularizer import FisherWeightedLora
 
@@ -69,9 +69,9 @@ class FwLoraMethod(Method):
         return self.fisher_weighted.in_warmup
 
     @property
-    def estimator(self) -> PassRecorder | None:
+    def estimator(self) -> PassEstimator | None:
         """The estimator while this step is measured from what passes through modules."""
-        return self.fisher_weighted.observer
+        return self.fisher_weighted.pass_estimator
 
     def after_backward(self, optimizer: Optimizer) -> None:
         """Measure, or add the shrinkage gradient."""
