@@ -151,7 +151,6 @@ def record_runs(results_dir: Path, count: int, steps: int) -> list[str]:
             run_id=run_id,
             config=config,
             directory=results_dir / run_id,
-            announce=str,
         )
         for row in make_rows(generator, config["run"]["method"], steps):
             tracker.log(row)

@@ -5,8 +5,10 @@ Started by ``src.main`` as a subprocess; takes the same arguments.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +43,9 @@ from fwlora.experiment.tracking.wandb import WandbTarget, start_tracker
 from src.model import build_model, plan_adapters
 from src.preprocess import load_task, tokenize_search_task, tokenize_task
 
+# Below the logger of the package, whatever name this module is started under.
+logger = logging.getLogger("fwlora.train")
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -53,10 +58,17 @@ class Prepared:
     execution: Execution
 
 
-def announce(line: str) -> None:
-    """Prints a line at once, whoever reads the stream; of several processes the first one prints."""
-    if is_main_process():
-        print(line, flush=True)
+def print_log_lines() -> None:
+    """Print what this package logs to stdout, a line at once; of several processes the main one prints."""
+    package = logging.getLogger("fwlora")
+    package.setLevel(logging.INFO)
+    package.propagate = False
+    handler = logging.StreamHandler(sys.stdout) if is_main_process() else logging.NullHandler()
+    package.handlers = [handler]
+    # Hydra disables every logger that exists when it starts, which keeps other packages quiet.
+    for name, other in logging.root.manager.loggerDict.items():
+        if name.startswith("fwlora") and isinstance(other, logging.Logger):
+            other.disabled = False
 
 
 def run_training(settings: ProgramSettings, command: str | None = None) -> None:
@@ -82,7 +94,7 @@ def run_training(settings: ProgramSettings, command: str | None = None) -> None:
     config = {**settings.model_dump(), "resolved": resolved_facts(settings, prepared, command)}
     tracker: Tracker = NullTracker()
     if is_main_process():
-        tracker = start_tracker(target, run_id=run.run_id, config=config, directory=directory, announce=announce)
+        tracker = start_tracker(target, run_id=run.run_id, config=config, directory=directory)
     exit_code = 1
     try:
         found, search_time_s = None, 0.0
@@ -106,7 +118,7 @@ def prepare(settings: ProgramSettings) -> Prepared:
     device = processes.device
     precision, remark = choose_precision(run.training.mixed_precision, device)
     if remark:
-        announce(remark)
+        logger.info(remark)
     plan = plan_adapters(run.model)
     check_max_length(run.model, run.dataset.max_length)
     with processes.main_first():
@@ -123,22 +135,22 @@ def prepare(settings: ProgramSettings) -> Prepared:
     )
     width = None if settings.engine.fast else run.dataset.max_length
     graphs = settings.engine.cuda_graphs
-    return Prepared(data, tokenizer, plan, task, Execution(device, precision, width, announce, graphs))
+    return Prepared(data, tokenizer, plan, task, Execution(device, precision, width, graphs))
 
 
 def describe(settings: ProgramSettings, prepared: Prepared) -> None:
     """Says what is about to run."""
     run, data, plan = settings.run, prepared.data, prepared.plan
-    announce(f"run {run.run_id}: {run.method}, seed {run.training.seed}, mode {settings.mode}")
-    announce(
+    logger.info(f"run {run.run_id}: {run.method}, seed {run.training.seed}, mode {settings.mode}")
+    logger.info(
         f"data {' '.join(filter(None, (run.dataset.name, run.dataset.subset)))}: {len(data.train.labels)} training and "
         f"{len(data.evaluation.labels)} evaluation examples, classes {', '.join(data.label_names)}"
     )
     if not run.model.lora.enabled:
-        announce("model.lora.enabled is false: only the classification head is trained")
+        logger.info("model.lora.enabled is false: only the classification head is trained")
         return
     used = [rank for rank in plan.ranks.values() if rank]
-    announce(
+    logger.info(
         f"budget {plan.budget:,} of {plan.encoder_parameters:,} encoder parameters "
         f"({100 * plan.budget / plan.encoder_parameters:.3f} %): ranks {min(used)} to {max(used)} on {len(used)} of "
         f"{len(plan.ranks)} matrices, scaling {run.model.lora.scaling:g}"
@@ -165,7 +177,7 @@ def resolved_facts(settings: ProgramSettings, prepared: Prepared, command: str |
 def run_search(run: RunSettings, prepared: Prepared) -> SearchResult:
     """Trials on a fixed part of train, scored on another; the reported split is never looked at."""
     train_split, heldout_split = tokenize_search_task(prepared.data, prepared.tokenizer, run)
-    announce(
+    logger.info(
         f"search: {run.optuna.n_trials} trials of {run.optuna.epochs} epoch(s) on {len(train_split)} training "
         f"examples, objective {prepared.task.task_metric} on {len(heldout_split)} held-out ones"
     )
@@ -184,13 +196,13 @@ def run_search(run: RunSettings, prepared: Prepared) -> SearchResult:
                 prepared.task,
                 prepared.execution,
                 log=lambda row: None,
-                report=ProgressPrinter(announce),
+                report=ProgressPrinter(),
             )
         except DivergedError as error:
             raise InfeasibleTrial(str(error).partition(";")[0]) from None
         return result.last.values[metrics.eval_name(prepared.task.task_metric)]
 
-    return search(run, objective, announce=announce)
+    return search(run, objective)
 
 
 def build(run: RunSettings, plan: RankPlan, prepared: Prepared, total_steps: int) -> AdaptedModel:
@@ -214,7 +226,7 @@ def train_and_record(
         check_schedules(run, total_steps)
     adapted = build(run, prepared.plan if found is None else plan_adapters(run.model), prepared, total_steps)
     counts = adapted.counts
-    announce(
+    logger.info(
         f"parameters: adapter {counts[metrics.PARAMS_ADAPTER]:,}, head {counts[metrics.PARAMS_HEAD]:,}, "
         f"total {counts[metrics.PARAMS_TOTAL]:,}"
     )
@@ -227,7 +239,7 @@ def train_and_record(
         prepared.task,
         prepared.execution,
         log=tracker.log,
-        report=ProgressPrinter(announce),
+        report=ProgressPrinter(),
     )
     summary = summarise(result, adapted, prepared, eval_split, search_time_s)
     tracker.set_summary(summary)
@@ -235,7 +247,7 @@ def train_and_record(
         save_checkpoint(adapted, prepared, directory / "checkpoint")
     tracker.set_summary({metrics.COMPLETED: True})
     primary = metrics.eval_name(prepared.task.task_metric)
-    announce(
+    logger.info(
         f"{primary} {summary[metrics.final_name(primary)]:.4f} after the last epoch; "
         f"training {summary[metrics.TRAINING_TIME_S]:.1f} s, "
         f"adapter parameters in use {summary[metrics.PARAMS_ADAPTER_FINAL]:,}"
@@ -293,6 +305,7 @@ def save_checkpoint(adapted: AdaptedModel, prepared: Prepared, folder: Path) -> 
 @hydra.main(config_path="../config", config_name="config", version_base="1.3")
 def main(composed: DictConfig) -> None:
     """Hydra's task; user mistakes end in one message and exit code 2."""
+    print_log_lines()
     with user_errors_exit():
         overrides = list(HydraConfig.get().overrides.task)
         run_training(settings_of(composed, overrides, CONFIG_DIR), restore_command("src.main", overrides))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,8 @@ import optuna
 from fwlora.experiment.errors import UserError
 from fwlora.experiment.methods import get_method
 from fwlora.experiment.settings.schema import Categorical, IntRange, LogUniform, RunSettings
+
+logger = logging.getLogger(__name__)
 
 
 class InfeasibleTrial(Exception):
@@ -60,26 +63,20 @@ def effective_space(run: RunSettings) -> tuple[dict[str, Any], dict[str, str]]:
     return space, dropped
 
 
-def search(
-    run: RunSettings,
-    objective: Callable[[RunSettings], float],
-    *,
-    announce: Callable[[str], None],
-) -> SearchResult:
-    """Runs ``optuna.n_trials`` trials with the TPE sampler, seeded by ``optuna.seed``.
+def search(run: RunSettings, objective: Callable[[RunSettings], float]) -> SearchResult:
+    """Run ``optuna.n_trials`` trials with the TPE sampler, seeded by ``optuna.seed``.
 
     Args:
         run: settings whose ``optuna`` node says what to do.
         objective: trains with the given settings and returns the metric on held-out data; raises
             :class:`InfeasibleTrial` where the values cannot make a run.
-        announce: takes a line per trial.
 
     Raises:
         UserError: nothing to search, or no trial could be trained.
     """
     space, dropped = effective_space(run)
     for name, reason in dropped.items():
-        announce(f"search: dimension {name} dropped: {reason}")
+        logger.info("search: dimension %s dropped: %s", name, reason)
     if not space:
         raise UserError("run.optuna.search_space has no dimension to search; set run.optuna.n_trials=0")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -88,13 +85,14 @@ def search(
     )
 
     def run_trial(trial: optuna.Trial) -> float:
+        label = f"search: trial {trial.number + 1}/{run.optuna.n_trials}"
         values = {name: _suggest(trial, name, distribution) for name, distribution in space.items()}
         try:
             value = objective(run.with_values(values))
         except InfeasibleTrial as reason:
-            announce(f"search: trial {trial.number + 1}/{run.optuna.n_trials} infeasible ({reason}): {_format(values)}")
+            logger.info("%s infeasible (%s): %s", label, reason, _format(values))
             raise optuna.TrialPruned(str(reason)) from None
-        announce(f"search: trial {trial.number + 1}/{run.optuna.n_trials} objective {value:.4f}: {_format(values)}")
+        logger.info("%s objective %.4f: %s", label, value, _format(values))
         return value
 
     study.optimize(run_trial, n_trials=run.optuna.n_trials)

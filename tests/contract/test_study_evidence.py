@@ -150,9 +150,11 @@ def test_training_ends_well_while_its_server_does_not(
     tiny_roberta: Path,
     tiny_glue: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
     outage: Outage,
 ) -> None:
+    caplog.set_level("INFO", "fwlora")
+
     @functools.wraps(start_tracker)
     def start(*arguments, **options) -> Tracker:
         tracker = start_tracker(*arguments, finish_timeout_s=1.0, **options)
@@ -176,7 +178,7 @@ def test_training_ends_well_while_its_server_does_not(
     finally:
         repair_server(server, outage)
     (folder,) = run_folders(results_dir, run_id)
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if "the upload is not complete" in line]
+    (line,) = [line for line in caplog.messages if "the upload is not complete" in line]
     assert line.endswith(f"nothing is lost, send the rest with: wandb sync --include-online {folder}")
     assert server.run(run_id).state == "running"
     assert (results_dir / run_id / "checkpoint").is_dir()

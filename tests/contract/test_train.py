@@ -41,12 +41,17 @@ def compose(run_id: str, tiny_roberta: Path, tiny_glue: Path, *arguments: str, m
     return compose_settings([*base, *arguments], CONFIG_DIR, {})
 
 
+@pytest.fixture(autouse=True)
+def _log_lines(caplog) -> None:
+    caplog.set_level("INFO", "fwlora")
+
+
 @pytest.fixture
 def recorded(monkeypatch) -> list[MemoryTracker]:
     """Runs are kept in memory instead of W&B's files."""
     trackers: list[MemoryTracker] = []
 
-    def start(target, *, run_id, config, directory, announce):
+    def start(target, *, run_id, config, directory):
         trackers.append(MemoryTracker())
         trackers[-1].update_config(config)
         return trackers[-1]
@@ -253,9 +258,9 @@ def test_search_scores_on_held_out_train_and_records_the_best(tiny_roberta, tiny
     assert tracker.summary[metrics.TIME_SEARCH_S] > 0
 
 
-def test_head_alone(tiny_roberta, tiny_glue, recorded, capsys):
+def test_head_alone(tiny_roberta, tiny_glue, recorded, caplog):
     _, tracker = full_run("baseline_lora", tiny_roberta, tiny_glue, recorded, "run.model.lora.enabled=false")
-    assert "only the classification head is trained" in capsys.readouterr().out
+    assert "only the classification head is trained" in caplog.text
     assert tracker.summary[metrics.PARAMS_ADAPTER] == 0 and tracker.summary[metrics.MODULE_NAMES] == []
     assert tracker.summary[metrics.PARAMS_TRAINABLE] == tracker.summary[metrics.PARAMS_HEAD] > 0
 
@@ -317,7 +322,7 @@ def test_a_diverging_run_is_recorded_as_failed(method, tiny_roberta, tiny_glue, 
     assert recorded[-1].exit_code == 1 and metrics.COMPLETED not in recorded[-1].summary
 
 
-def test_a_search_survives_a_trial_that_diverges(tiny_roberta, tiny_glue, recorded, capsys):
+def test_a_search_survives_a_trial_that_diverges(tiny_roberta, tiny_glue, recorded, caplog):
     settings = compose(
         "comparative-1-roberta-base-110M--CoLA-GLUE", tiny_roberta, tiny_glue, "run.optuna.n_trials=6",
         "run.optuna.train_examples=64",
@@ -330,15 +335,15 @@ def test_a_search_survives_a_trial_that_diverges(tiny_roberta, tiny_glue, record
     run_training(settings.model_copy(update={"run": run}))
     found = recorded[-1].config["search"]
     assert found["infeasible_trials"] > 0 and found["best_values"]["learning_rate"] == 1e-3
-    output = capsys.readouterr().out
+    output = caplog.text
     assert "infeasible (the training loss is nan" in output or "infeasible (the evaluation loss is nan" in output
     assert "step 4/4  epoch 2" in output, "searched epochs are trained"
 
 
-def test_a_trial_of_data_that_make_one_batch_takes_smaller_ones(tiny_roberta, tmp_path, capsys):
+def test_a_trial_of_data_that_make_one_batch_takes_smaller_ones(tiny_roberta, tmp_path, caplog):
     frame = pd.DataFrame({"sentence": [f"the cat {i}" for i in range(10)], "label": [0, 1] * 5})
     for split in ("train", "validation"):
         frame.to_csv(tmp_path / f"{split}.csv", index=False)
     for run_id in ("proposed-roberta-base-110M--CoLA-GLUE", "comparative-2-roberta-base-110M--CoLA-GLUE"):
         run_training(compose(run_id, tiny_roberta, tmp_path, "run.dataset.subset=null", mode="trial"))
-    assert capsys.readouterr().out.count("step 2/2") == 2
+    assert caplog.text.count("step 2/2") == 2

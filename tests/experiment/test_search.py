@@ -21,15 +21,15 @@ def settings(*arguments: str) -> RunSettings:
     return compose_settings([*base, *arguments], CONFIG_DIR, {}).run
 
 
-def test_all_kinds_are_sampled_within_their_bounds_and_the_best_is_returned():
+def test_all_kinds_are_sampled_within_their_bounds_and_the_best_is_returned(caplog):
+    caplog.set_level("INFO", "fwlora")
     seen: list[RunSettings] = []
 
     def objective(candidate: RunSettings) -> float:
         seen.append(candidate)
         return -abs(candidate.training.learning_rate - 1e-3)
 
-    lines: list[str] = []
-    result = search(settings("run.optuna.n_trials=25"), objective, announce=lines.append)
+    result = search(settings("run.optuna.n_trials=25"), objective)
     assert len(seen) == result.completed_trials == 25
     rates = [run.training.learning_rate for run in seen]
     assert 1e-4 <= min(rates) < 5e-4 and 2e-3 < max(rates) <= 1e-2
@@ -40,7 +40,10 @@ def test_all_kinds_are_sampled_within_their_bounds_and_the_best_is_returned():
     best = settings().with_values(result.best_values)
     assert -abs(best.training.learning_rate - 1e-3) == result.best_objective
     assert {run.model.lora.rank for run in seen} == {8} and "lora_rank" in result.dropped_dimensions
-    assert sum("dimension lora_rank dropped: the parameter budget fixes the ranks" in line for line in lines) == 1
+    assert (
+        sum("dimension lora_rank dropped: the parameter budget fixes the ranks" in line for line in caplog.messages)
+        == 1
+    )
 
 
 def test_minimize_and_repeatability():
@@ -48,10 +51,10 @@ def test_minimize_and_repeatability():
         return candidate.training.weight_decay
 
     arguments = ("run.optuna.n_trials=8", "run.optuna.direction=minimize")
-    first, again = (search(settings(*arguments), objective, announce=lambda line: None) for _ in range(2))
+    first, again = (search(settings(*arguments), objective) for _ in range(2))
     assert first == again
     values: list[float] = []
-    search(settings(*arguments), lambda c: values.append(c.training.weight_decay) or values[-1], announce=print)
+    search(settings(*arguments), lambda c: values.append(c.training.weight_decay) or values[-1])
     assert first.best_objective == min(values)
 
 
@@ -60,22 +63,23 @@ def test_rank_is_searched_where_it_leads():
     assert "lora_rank" in space and not dropped
 
 
-def test_infeasible_values_are_counted_and_all_infeasible_is_an_error():
+def test_infeasible_values_are_counted_and_all_infeasible_is_an_error(caplog):
+    caplog.set_level("INFO", "fwlora")
+
     def objective(candidate: RunSettings) -> float:
         if candidate.training.batch_size == 32:
             raise InfeasibleTrial("too large")
         return 1.0
 
-    lines: list[str] = []
-    result = search(settings("run.optuna.n_trials=12"), objective, announce=lines.append)
+    result = search(settings("run.optuna.n_trials=12"), objective)
     assert result.infeasible_trials > 0 and result.infeasible_trials + result.completed_trials == 12
-    assert any("infeasible (too large)" in line for line in lines)
+    assert any("infeasible (too large)" in line for line in caplog.messages)
 
     def refuse(candidate: RunSettings) -> float:
         raise InfeasibleTrial("never")
 
     with pytest.raises(UserError, match="none of 3 trials could be trained"):
-        search(settings("run.optuna.n_trials=3"), refuse, announce=lambda line: None)
+        search(settings("run.optuna.n_trials=3"), refuse)
 
 
 def test_trials_keep_the_warmups_share_of_the_steps():
@@ -109,4 +113,4 @@ def test_nothing_to_search_is_an_error():
     only = {"lora_rank": run.optuna.search_space["lora_rank"]}
     only_rank = run.model_copy(update={"optuna": run.optuna.model_copy(update={"search_space": only})})
     with pytest.raises(UserError, match="no dimension to search"):
-        search(only_rank, lambda candidate: 0.0, announce=lambda line: None)
+        search(only_rank, lambda candidate: 0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import subprocess
@@ -79,6 +80,24 @@ def repair_server(server: WandbServer, outage: Outage) -> None:
         server.restart()
 
 
+class _LineHandler(logging.Handler):
+    """Appends what is logged to a list."""
+
+    def __init__(self, lines: list[str]) -> None:
+        super().__init__()
+        self.lines = lines
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+def collect_log_lines(lines: list[str] | None) -> None:
+    """Append what tracking logs from now on to a list, and to no earlier one; None collects nothing."""
+    logger = logging.getLogger("fwlora.experiment.tracking")
+    logger.setLevel(logging.INFO)
+    logger.handlers = [] if lines is None else [_LineHandler(lines)]
+
+
 def start(
     target: WandbTarget,
     results: Path,
@@ -87,13 +106,12 @@ def start(
     patience_s: float = 30.0,
     config: dict | None = None,
 ) -> Tracker:
-    announce = [].append if lines is None else lines.append
+    collect_log_lines(lines)
     return start_tracker(
         target,
         run_id=run_id,
         config=CONFIG if config is None else config,
         directory=results / run_id,
-        announce=announce,
         init_timeout_s=patience_s,
         finish_timeout_s=patience_s,
     )

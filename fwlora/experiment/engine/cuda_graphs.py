@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fwlora.experiment.data.batching import Batch
+
+logger = logging.getLogger(__name__)
 
 # Forward and backward of one batch; returns what is to be kept of it.
 EagerPass = Callable[[Batch], Tensor]
@@ -32,11 +35,10 @@ class GraphedPasses:
 
     Args:
         parameters: that receive gradients.
-        announce: takes a line where capturing fails.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], announce: Callable[[str], None]) -> None:
-        self._parameters, self._announce = list(parameters), announce
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._parameters = list(parameters)
         self._seen: set[Any] = set()
         self._captured: dict[Any, _Captured] = {}
         self._pool: Any = None
@@ -59,7 +61,7 @@ class GraphedPasses:
                 self._captured[key] = self._capture(batch, eager)
             except RuntimeError as error:
                 self._working = False
-                self._announce(f"CUDA graphs are off: {str(error).splitlines()[0]}")
+                logger.warning("CUDA graphs are off: %s", str(error).splitlines()[0])
                 return eager(batch)
         captured = self._captured[key]
         for name, value in inputs.items():

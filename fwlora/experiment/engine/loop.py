@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,6 +26,8 @@ from fwlora.experiment.settings.schema import TrainingSettings
 from fwlora.experiment.study.progress import Progress
 from fwlora.experiment.tracking import metrics
 from fwlora.regularizer import UnmeasuredError
+
+logger = logging.getLogger(__name__)
 
 EVALUATION_BATCH_FACTOR = 2
 # Widths on a GPU: few shapes, each a multiple of what its matrix units take at once.
@@ -63,14 +66,12 @@ class Execution:
         precision: ``bf16`` or ``fp32``.
         fixed_width: pad every batch to this many tokens, draw batches at random and compute by the model itself; None
             pads to the longest example of a batch, makes batches of like length and computes by the fused path.
-        announce: takes a line where the fused path does not cover the model.
         cuda_graphs: on a GPU, capture the fused path's passes and replay them.
     """
 
     device: torch.device
     precision: str = "fp32"
     fixed_width: int | None = None
-    announce: Callable[[str], None] = lambda line: None
     cuda_graphs: bool = False
 
     @property
@@ -147,7 +148,7 @@ def train(
         model, method.pairs, execution.precision, lambda: method.estimator, fast=execution.fast
     )
     if remark:
-        execution.announce(remark)
+        logger.info(remark)
     classifier = processes.prepare(local)
     graphs = _make_graphs(local, parameters, execution, processes)
     clock = PhaseClock(execution.device)
@@ -259,7 +260,7 @@ def _make_graphs(
     """CUDA graphs where they are wanted and can be: one process on a GPU, by the fused path."""
     alone_on_gpu = execution.device.type == "cuda" and processes.count == 1
     if execution.cuda_graphs and alone_on_gpu and isinstance(classifier, FastClassifier):
-        return GraphedPasses(parameters, execution.announce)
+        return GraphedPasses(parameters)
     return None
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+
+logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 2.0
 _LINE = re.compile(r"step (\d+)/(\d+)  epoch (\d+)  loss (\S+)(  fisher warm-up)?")
@@ -39,9 +42,8 @@ def parse_progress(line: str) -> Progress | None:
 
 @dataclass
 class ProgressPrinter:
-    """Prints progress at most every :data:`SECONDS_BETWEEN_LINES`, and always the last step."""
+    """Logs progress at most every :data:`SECONDS_BETWEEN_LINES`, and always the last step."""
 
-    announce: Callable[[str], None] = print
     clock: Callable[[], float] = time.monotonic
     _last: float = float("-inf")
 
@@ -49,4 +51,4 @@ class ProgressPrinter:
         now = self.clock()
         if now - self._last >= SECONDS_BETWEEN_LINES or progress.step == progress.total_steps:
             self._last = now
-            self.announce(format_progress(progress))
+            logger.info(format_progress(progress))

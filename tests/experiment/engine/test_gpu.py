@@ -41,22 +41,22 @@ def test_bf16_is_used_where_the_gpu_has_it(tiny_roberta, tiny_glue, recorded):  
 
 
 @pytest.mark.parametrize("name", ["lora", "fw_lora"])
-def test_graphs_train_what_eager_passes_train(name):
+def test_graphs_train_what_eager_passes_train(name, caplog):
+    caplog.set_level("INFO", "fwlora")
     found = []
     for cuda_graphs in (False, True):
         model = adapt(make_base()).float().cuda()
-        lines: list[str] = []
         rows: list[dict] = []
         training = TrainingSettings(
             epochs=3, batch_size=8, learning_rate=1e-3, weight_decay=0.1, optimizer="adamw", lr_scheduler="linear",
             warmup_ratio=0.0, gradient_accumulation_steps=2, max_gradient_norm=1.0, mixed_precision="fp32", seed=3,
         )  # fmt: skip
-        execution = Execution(torch.device("cuda"), announce=lines.append, cuda_graphs=cuda_graphs)
+        execution = Execution(torch.device("cuda"), cuda_graphs=cuda_graphs)
         train(
             model, make_method(model, name), make_split(200, 0), make_split(21, 1), training, Task(0, 2, "accuracy"),
             execution, log=lambda row, rows=rows: rows.append(dict(row)),
         )  # fmt: skip
-        assert lines == []
+        assert caplog.messages == []
         found.append((rows, [p.detach() for p in model.parameters() if p.requires_grad]))
     for got, expected in zip(found[1][0], found[0][0], strict=True):
         assert got == pytest.approx(expected, rel=1e-3, abs=1e-5)

@@ -323,12 +323,12 @@ def test_bf16_computes_logits_in_bf16_and_the_loss_in_float32(monkeypatch):
     assert dtypes == {torch.float32}
 
 
-def test_a_model_that_the_fused_path_does_not_cover_is_told_once():
-    lines: list[str] = []
-    run(execution=Execution(torch.device("cpu"), announce=lines.append))
-    assert lines == ["the fused path does not cover BagOfWords: the model computes by itself"]
-    run(execution=Execution(torch.device("cpu"), fixed_width=16, announce=lines.append))
-    assert len(lines) == 1
+def test_a_model_that_the_fused_path_does_not_cover_is_logged_once(caplog):
+    caplog.set_level("INFO", "fwlora")
+    run(execution=Execution(torch.device("cpu")))
+    assert caplog.messages == ["the fused path does not cover BagOfWords: the model computes by itself"]
+    run(execution=Execution(torch.device("cpu"), fixed_width=16))
+    assert len(caplog.messages) == 1
 
 
 def test_freed_memory_is_kept_where_the_c_library_can_be_told(monkeypatch):

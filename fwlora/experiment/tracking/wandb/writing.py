@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +19,8 @@ from fwlora.experiment.tracking.wandb.session import end_session, explain, find_
 
 if TYPE_CHECKING:
     import wandb
+
+logger = logging.getLogger(__name__)
 
 INIT_TIMEOUT_S = 30.0
 FINISH_TIMEOUT_S = 120.0
@@ -49,7 +52,6 @@ def start_tracker(
     run_id: str,
     config: Mapping[str, Any],
     directory: Path,
-    announce: Callable[[str], None] = print,
     init_timeout_s: float = INIT_TIMEOUT_S,
     finish_timeout_s: float = FINISH_TIMEOUT_S,
 ) -> tracking.Tracker:
@@ -60,7 +62,6 @@ def start_tracker(
         run_id: id and name of the W&B run; an existing run of this id is resumed, its history appended to.
         config: first config entries.
         directory: gets a ``wandb`` folder.
-        announce: receives the one line that says where the run is recorded.
         init_timeout_s: how long W&B may take to answer at the start.
         finish_timeout_s: how long the upload of what is left may take at the end.
 
@@ -74,7 +75,7 @@ def start_tracker(
 
     def start(mode: Literal["online", "offline"]) -> _WandbTracker:
         run = _init_run(target, mode, run_id, entries, directory, init_timeout_s, finish_timeout_s)
-        return _WandbTracker(run, announce)
+        return _WandbTracker(run)
 
     cause = None
     if target.mode == "online":
@@ -85,14 +86,14 @@ def start_tracker(
             if target.required:
                 raise UserError(f"W&B is required (wandb.required=true) and cannot be used: {cause}") from error
         else:
-            announce(f"W&B run: {tracker.url}")
+            logger.info("W&B run: %s", tracker.url)
             return tracker
     try:
         tracker = start("offline")
     except Exception as error:
         raise UserError(f"run `{run_id}` cannot be recorded in {directory}: {one_line(error)}") from error
     reason = f"W&B: {cause}. The run goes on offline" if cause else "W&B offline"
-    announce(f"{reason}, recorded in {tracker.folder}; send it later with: wandb sync {tracker.folder}")
+    logger.info("%s, recorded in %s; send it later with: wandb sync %s", reason, tracker.folder, tracker.folder)
     return tracker
 
 
@@ -150,9 +151,8 @@ def _init_run(
 class _WandbTracker:
     """A W&B run behind the tracker protocol; no failure of it reaches the training loop."""
 
-    def __init__(self, run: wandb.Run, announce: Callable[[str], None]) -> None:
+    def __init__(self, run: wandb.Run) -> None:
         self._run: Any = run  # parts of it are untyped
-        self._announce = announce
         self._failed = False
         self._finished = False
         self.url: str | None = None if run.offline else run.url
@@ -182,12 +182,16 @@ class _WandbTracker:
         except TimeoutError:
             unsent = "no usable answer in time"
         except Exception as error:
-            self._announce(f"W&B: the run's record ends early ({one_line(error)}); what there is: {self.folder}")
+            logger.warning("W&B: the run's record ends early (%s); what there is: %s", one_line(error), self.folder)
             return
         self._await_log()
         if unsent:
-            remedy = f"wandb sync --include-online {self.folder}"
-            self._announce(f"W&B: the upload is not complete ({unsent}); nothing is lost, send the rest with: {remedy}")
+            logger.warning(
+                "W&B: the upload is not complete (%s); nothing is lost, send the rest with: "
+                "wandb sync --include-online %s",
+                unsent,
+                self.folder,
+            )
 
     def _await_log(self) -> None:
         """W&B's client writes the end of its log a moment after it says that the run has finished."""
@@ -201,5 +205,5 @@ class _WandbTracker:
             record()
         except Exception as error:
             if not self._failed:
-                self._announce(f"W&B: values could not be recorded ({one_line(error)}); the run goes on")
+                logger.warning("W&B: values could not be recorded (%s); the run goes on", one_line(error))
             self._failed = True
