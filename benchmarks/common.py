@@ -19,7 +19,8 @@ from scipy import stats
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
-from fwlora.adapters import find_adapter_pairs, find_target_matrices
+from fwlora.adapters import find_adapter_pairs
+from fwlora.architectures import find_target_matrices
 from fwlora.config import attach_lora
 from fwlora.experiment.data.batching import Padding, TokenizedSplit, collate, plan_epoch
 from fwlora.experiment.data.glue import find_task

@@ -35,7 +35,8 @@ from benchmarks.common import (
 )
 from fwlora import FisherWeightedLora, FisherWeighting
 from fwlora.adalora import AdaLora, attach_adalora, plan_adalora
-from fwlora.adapters import find_adapter_pairs, find_target_matrices
+from fwlora.adapters import find_adapter_pairs
+from fwlora.architectures import find_target_matrices
 
 # Token counts of batches of like length on SST-2 (mean 13 with the special tokens, long tail).
 BATCH_LENGTHS = (5, 6, 8, 9, 11, 13, 16, 21, 29)

@@ -23,8 +23,8 @@ from torch import nn
 from benchmarks.common import load_minilm, load_sentences, make_lora, print_table, write_json
 from fwlora import FisherWeighting
 from fwlora.adapters import find_adapter_pairs
-from fwlora.estimators import AdapterRecorder, ExactRecorder, FisherAccumulator, GradientRecorder, SketchRecorder
-from fwlora.importance import normalise_importance
+from fwlora.estimators import AdapterEstimator, ExactEstimator, FisherAccumulator, GradientEstimator, SketchEstimator
+from fwlora.importance import normalize_importance
 
 DEFAULT = FisherWeighting()
 SIZES = (1, 4, 8, 16)
@@ -37,18 +37,18 @@ def watch_training(seed: int, glue: str, steps: int, batch_size: int, learning_r
     torch.manual_seed(seed)
     model = make_lora(load_minilm, 8, torch.device("cpu")).train()
     pairs = find_adapter_pairs(model)
-    recorders: dict[str, GradientRecorder] = {"exact": ExactRecorder(pairs), "adapter": AdapterRecorder(pairs)}
-    recorders |= {f"sketch, k = {size}": SketchRecorder(pairs, size, seed) for size in SIZES}
-    schedules = [(name, 1) for name in recorders]
+    estimators: dict[str, GradientEstimator] = {"exact": ExactEstimator(pairs), "adapter": AdapterEstimator(pairs)}
+    estimators |= {f"sketch, k = {size}": SketchEstimator(pairs, size, seed) for size in SIZES}
+    schedules = [(name, 1) for name in estimators]
     schedules += [(name, every) for name in ("exact", f"sketch, k = {DEFAULT.sketch_size}") for every in SPARSE]
     fishers = {schedule: FisherAccumulator(len(pairs), DEFAULT.decay ** schedule[1]) for schedule in schedules}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
     batches = load_sentences(glue, "cola", batch_size, steps, seed)
     for step, (inputs, labels) in enumerate(track(batches, description=f"seed {seed}"), start=1):
-        for recorder in recorders.values():
-            recorder.start(step)
+        for estimator in estimators.values():
+            estimator.start(step)
         nn.functional.cross_entropy(model(**inputs).logits, labels).backward()
-        norms = {name: recorder.take_squared_norms() for name, recorder in recorders.items()}
+        norms = {name: estimator.take_squared_norms() for name, estimator in estimators.items()}
         for (name, every), fisher in fishers.items():
             if (step - 1) % every == 0:
                 fisher.update(norms[name])
@@ -62,7 +62,7 @@ def watch_training(seed: int, glue: str, steps: int, batch_size: int, learning_r
 
 def compare(exact: np.ndarray, estimate: np.ndarray) -> dict[str, float]:
     """Rank correlation, median relative error of I, and the scale of F against the exact one."""
-    of_exact, of_estimate = (normalise_importance(torch.from_numpy(F)).numpy() for F in (exact, estimate))
+    of_exact, of_estimate = (normalize_importance(torch.from_numpy(F)).numpy() for F in (exact, estimate))
     return {
         "spearman": float(stats.spearmanr(exact, estimate).statistic),
         "median_importance_error": float(np.median(np.abs(of_estimate / of_exact - 1))),
@@ -83,7 +83,7 @@ def main() -> None:
     importances = []
     for seed in range(1, arguments.seeds + 1):
         fishers = watch_training(seed, arguments.glue, arguments.steps, arguments.batch_size, arguments.learning_rate)
-        importances.append(normalise_importance(torch.from_numpy(fishers["exact"])).numpy())
+        importances.append(normalize_importance(torch.from_numpy(fishers["exact"])).numpy())
         for name, values in fishers.items():
             if name != "exact":
                 found[name].append(compare(fishers["exact"], values))

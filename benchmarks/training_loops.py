@@ -16,7 +16,7 @@ from benchmarks.stepping import Gate
 from benchmarks.trainers import make_trainer
 from fwlora import AdaLoraCallback, FisherWeightedLora, FisherWeighting
 from fwlora.adalora import AdaLora, attach_adalora, plan_adalora
-from fwlora.adapters import find_target_matrices
+from fwlora.architectures import find_target_matrices
 from fwlora.experiment.data.batching import Padding, TokenizedSplit, plan_epoch, stage
 from fwlora.experiment.engine.device import keep_freed_memory
 from fwlora.experiment.engine.loop import Execution, Task, train

@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fwlora.adalora import AdaLora, AdaLoraPlan, attach_adalora, plan_adalora
+    from fwlora.adapters import AdapterPair, find_adapter_pairs
+    from fwlora.architectures import find_target_matrices
     from fwlora.budget import MatrixShape, budget_parameters, solve_ranks
-    from fwlora.config import FisherWeighting, FwLoraConfig, RankPlan, attach_lora, plan_ranks
+    from fwlora.config import FwLoraConfig, RankPlan, attach_lora, plan_ranks
+    from fwlora.options import FisherWeighting
     from fwlora.regularizer import FisherWeightedLora
     from fwlora.trainer import AdaLoraCallback, FwLoraCallback
 
@@ -19,8 +22,9 @@ _HOMES = {
     "AdaLora": "fwlora.adalora",
     "AdaLoraCallback": "fwlora.trainer",
     "AdaLoraPlan": "fwlora.adalora",
+    "AdapterPair": "fwlora.adapters",
     "FisherWeightedLora": "fwlora.regularizer",
-    "FisherWeighting": "fwlora.config",
+    "FisherWeighting": "fwlora.options",
     "FwLoraCallback": "fwlora.trainer",
     "FwLoraConfig": "fwlora.config",
     "MatrixShape": "fwlora.budget",
@@ -28,6 +32,8 @@ _HOMES = {
     "attach_adalora": "fwlora.adalora",
     "attach_lora": "fwlora.config",
     "budget_parameters": "fwlora.budget",
+    "find_adapter_pairs": "fwlora.adapters",
+    "find_target_matrices": "fwlora.architectures",
     "plan_adalora": "fwlora.adalora",
     "plan_ranks": "fwlora.config",
     "solve_ranks": "fwlora.budget",
@@ -37,6 +43,7 @@ __all__ = [
     "AdaLora",
     "AdaLoraCallback",
     "AdaLoraPlan",
+    "AdapterPair",
     "FisherWeightedLora",
     "FisherWeighting",
     "FwLoraCallback",
@@ -47,6 +54,8 @@ __all__ = [
     "attach_adalora",
     "attach_lora",
     "budget_parameters",
+    "find_adapter_pairs",
+    "find_target_matrices",
     "plan_adalora",
     "plan_ranks",
     "solve_ranks",

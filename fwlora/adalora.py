@@ -14,7 +14,8 @@ from peft import AdaLoraConfig, PeftModel
 from peft.tuners.adalora import AdaLoraModel
 from torch import Tensor, nn
 
-from fwlora.adapters import find_adapter_pairs, stores_transposed
+from fwlora.adapters import find_adapter_pairs
+from fwlora.architectures import stores_transposed
 from fwlora.budget import MatrixShape
 from fwlora.config import wrap_with_peft
 

@@ -1,4 +1,4 @@
-"""Settings of the method, and a LoRA configuration that carries them.
+"""A LoRA configuration that carries the options of the method, and the ranks of a parameter budget.
 
 A saved adapter is a plain LoRA adapter: ``adapter_config.json`` holds PEFT's keys alone, so that PEFT loads it without
 fwlora and without a warning. What fwlora adds lies in a file beside it.
@@ -13,89 +13,21 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from fwlora.adapters import encoder_parameter_count, find_target_matrices, present_roles, stores_transposed
+from fwlora.architectures import encoder_parameter_count, find_target_matrices, present_roles, stores_transposed
 from fwlora.budget import BudgetError, MatrixShape, adapter_cost, budget_parameters, solve_ranks
-from fwlora.importance import NORMALISATIONS, Normalisation
+from fwlora.options import FisherWeighting, is_number
 
-Estimator = Literal["exact", "sketch", "adapter"]
-Allocation = Literal["shrink", "reallocate"]
 FILE_NAME = "fwlora_config.json"
 # Options of LoRA that would change which matrices are adapted, or add parameters that no budget counts.
 DECIDED_BY_BUDGET = (
     "r", "lora_alpha", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "bias", "lora_bias", "layers_to_transform",
     "layers_pattern", "exclude_modules", "target_parameters",
 )  # fmt: skip
-
-
-@dataclass
-class FisherWeighting:
-    r"""How importances are measured and what is done with them.
-
-    Attributes:
-        strength: lambda >= 0 of the shrinkage term; with 0 training is plain LoRA, unless ranks are reallocated.
-        warmup_steps: K >= 1, optimiser steps before importances are frozen. Not the learning rate's warm-up.
-        decay: beta in [0, 1) of the moving average F, per optimiser step (the experiment program's ``fisher_alpha``).
-        estimator: how ||grad W||_F^2 is measured, see :mod:`fwlora.estimators`: ``exact``, ``sketch``, or ``adapter``.
-        sketch_size: k >= 1, columns of the random matrix; the estimate's variance falls as 1 / k.
-        fisher_every: n >= 1, measure at the first optimiser step and then at every n-th, with beta^n, so that the
-            average keeps its time constant.
-        importance: how F becomes I, see :func:`fwlora.importance.normalise_importance`; ``none`` shrinks uniformly.
-        allocation: ``shrink`` keeps every rank; ``reallocate`` also redistributes the ranks once, when the warm-up
-            ends, within the parameters that they cost at the start (:func:`fwlora.budget.reallocate_ranks`).
-        max_rank_factor: >= 1, with ``reallocate`` no matrix gets more than this times its initial rank, rounded up.
-        seed: of the sketches and of the directions that a growing matrix is given; training's own stream is untouched.
-
-    Raises:
-        ValueError: fields outside their range, all of them in one message.
-    """
-
-    strength: float = field(default=1e-4, metadata={"help": "lambda of the shrinkage term, >= 0"})
-    warmup_steps: int = field(default=500, metadata={"help": "optimiser steps of measuring, >= 1"})
-    decay: float = field(default=0.98, metadata={"help": "factor of the moving average per optimiser step, in [0, 1)"})
-    estimator: Estimator = field(default="sketch", metadata={"help": "exact, sketch or adapter"})
-    sketch_size: int = field(default=16, metadata={"help": "columns of the sketch, >= 1"})
-    fisher_every: int = field(default=4, metadata={"help": "optimiser steps from one measurement to the next, >= 1"})
-    importance: Normalisation = field(default="sum", metadata={"help": "sum, max, mean or none (uniform shrinkage)"})
-    allocation: Allocation = field(default="shrink", metadata={"help": "shrink or reallocate"})
-    max_rank_factor: float = field(default=2.0, metadata={"help": "most a rank may grow by when reallocated, >= 1"})
-    seed: int = field(default=0, metadata={"help": "of sketches and new directions"})
-
-    def __post_init__(self) -> None:
-        self.check()
-
-    def check(self) -> None:
-        """Raises ValueError that names every field outside its range, with its value and the range."""
-        wrong = [
-            f"`{name}` is {getattr(self, name)!r}; {rule}"
-            for name, allowed, rule in (
-                ("strength", _is_number(self.strength) and 0 <= self.strength < math.inf, "lambda is at least 0"),
-                ("warmup_steps", _is_count(self.warmup_steps), "give optimiser steps, a whole number of at least 1"),
-                ("decay", _is_number(self.decay) and 0 <= self.decay < 1, "an averaging factor is in [0, 1)"),
-                ("estimator", self.estimator in get_args(Estimator), _one_of(get_args(Estimator))),
-                ("sketch_size", _is_count(self.sketch_size), "give columns, a whole number of at least 1"),
-                ("fisher_every", _is_count(self.fisher_every), "give optimiser steps, a whole number of at least 1"),
-                ("importance", self.importance in NORMALISATIONS, _one_of(NORMALISATIONS)),
-                ("allocation", self.allocation in get_args(Allocation), _one_of(get_args(Allocation))),
-                (
-                    "max_rank_factor",
-                    _is_number(self.max_rank_factor) and 1 <= self.max_rank_factor < math.inf,
-                    "a factor of at least 1",
-                ),
-                ("seed", _is_count(self.seed + 1 if _is_number(self.seed) else 0) and self.seed < 2**63, "0 to 2^63"),
-            )
-            if not allowed
-        ]
-        if wrong:
-            raise ValueError("; ".join(wrong))
-
-    def fisher_weighting(self) -> FisherWeighting:
-        """These fields alone, as an independent copy."""
-        return FisherWeighting(**{f.name: getattr(self, f.name) for f in fields(FisherWeighting)})
 
 
 @dataclass(frozen=True)
@@ -129,7 +61,7 @@ def plan_ranks(model: nn.Module, budget_percent: float, target_modules: Sequence
 
     Args:
         model: the model to be adapted; a weightless one on the meta device will do.
-        target_modules: as :func:`fwlora.adapters.find_target_matrices` takes them; None for all projections of
+        target_modules: as :func:`fwlora.architectures.find_target_matrices` takes them; None for all projections of
             attention inputs and feed-forward layers that the model has.
 
     Raises:
@@ -175,7 +107,7 @@ class FwLoraConfig(FisherWeighting, LoraConfig):
         LoraConfig.__post_init__(self)
         self.check()
         percent = self.budget_percent
-        if percent is not None and not (_is_number(percent) and 0 < percent <= 100):
+        if percent is not None and not (is_number(percent) and 0 < percent <= 100):
             raise ValueError(f"`budget_percent` is {percent!r}; a budget is above 0 and at most 100 per cent")
 
     @classmethod
@@ -204,7 +136,7 @@ class FwLoraConfig(FisherWeighting, LoraConfig):
         if decided:
             names = ", ".join(f"`{name}`" for name in decided)
             raise ValueError(f"{names} cannot be given beside `budget_percent`: the budget decides; set `scaling`")
-        if not (_is_number(scaling) and 0 < scaling < math.inf):
+        if not (is_number(scaling) and 0 < scaling < math.inf):
             raise ValueError(f"`scaling` is {scaling!r}; the factor s of an update s B A is above 0")
         plan = plan_ranks(model, budget_percent, target_modules)
         used = [name for name, rank in plan.ranks.items() if rank > 0]
@@ -310,15 +242,3 @@ def wrap_with_peft(model: nn.Module, config: LoraConfig) -> PeftModel:
         # PEFT 0.21 still asks transformers 5 under the old name; the answer is right.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         return get_peft_model(model, config)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _one_of(choices: Sequence[str]) -> str:
-    return f"choose one of {', '.join(choices)}"

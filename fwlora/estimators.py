@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from fwlora.adapters import AdapterPair
 
 
-class GradientRecorder(ABC):
+class GradientEstimator(ABC):
     """Sums one product per adapted matrix while it is measuring; the base of the three estimators.
 
     Args:
@@ -104,7 +104,7 @@ class GradientRecorder(ABC):
         """From the products' squared norms to the estimate of ||grad W||_F^2, both of shape (matrices,)."""
 
 
-class PassRecorder(GradientRecorder):
+class PassEstimator(GradientEstimator):
     """G^T of what is kept of X, from each pass through an adapted module; the base of ``exact`` and ``sketch``.
 
     G is taken at the output of the adapted module: at the base layer alone, autograd computes no gradient where the
@@ -166,7 +166,7 @@ class PassRecorder(GradientRecorder):
             self._add(index, left @ right)
 
 
-class ExactRecorder(PassRecorder):
+class ExactEstimator(PassEstimator):
     """||G^T X||_F^2: the reference. Holds every module's input until its backward pass."""
 
     def _compress(self, X: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ class ExactRecorder(PassRecorder):
         return squared_norms
 
 
-class SketchRecorder(PassRecorder):
+class SketchEstimator(PassEstimator):
     r"""||G^T (X P)||_F^2 with P = S / sqrt(k), S (d_in, k) of random signs: unbiased, because E[P P^T] = I.
 
     With M = G^T X the variance is (2 / k) (||M^T M||_F^2 - sum_i (M^T M)_ii^2) (Hutchinson's estimator with Rademacher
@@ -249,7 +249,7 @@ class SketchRecorder(PassRecorder):
         return squared_norms / self.size
 
 
-class AdapterRecorder(GradientRecorder):
+class AdapterEstimator(GradientEstimator):
     """||dL/dB||_F^2 d_in / (s^2 ||A||_F^2), from the gradient that the adapter gets anyway.
 
     dL/dB = s grad W A^T, so this is ||grad W||_F^2 if A points nowhere in particular, as it does at the start. Recorded

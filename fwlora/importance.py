@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import torch
 from torch import Tensor
 
-Normalisation = Literal["sum", "max", "mean", "none"]
-NORMALISATIONS: tuple[str, ...] = get_args(Normalisation)
+from fwlora.options import NORMALIZATIONS, Normalization
 
 
-def normalise_importance(fisher: Tensor, normalisation: Normalisation = "sum") -> Tensor:
+def normalize_importance(fisher: Tensor, normalization: Normalization = "sum") -> Tensor:
     """Importance of each matrix.
 
     ``sum``: I_m = F_m / sum F, the specification's. ``max``: I_m = F_m / max F, which reaches 1 and so frees the most
@@ -25,18 +22,18 @@ def normalise_importance(fisher: Tensor, normalisation: Normalisation = "sum") -
         I in [0, 1], shape (matrices,).
 
     Raises:
-        ValueError: unknown normalisation, negative or non-finite F, or F all zero (except for ``none``).
+        ValueError: unknown normalization, negative or non-finite F, or F all zero (except for ``none``).
     """
-    if normalisation not in NORMALISATIONS:
-        raise ValueError(f"`normalisation` is {normalisation!r}; choose one of {', '.join(NORMALISATIONS)}")
+    if normalization not in NORMALIZATIONS:
+        raise ValueError(f"`normalization` is {normalization!r}; choose one of {', '.join(NORMALIZATIONS)}")
     if not torch.isfinite(fisher).all() or (fisher < 0).any():
         raise ValueError("`fisher` holds negative or non-finite values; squared gradient norms cannot be either")
-    if normalisation == "none":
+    if normalization == "none":
         return torch.zeros_like(fisher)
     if not (fisher > 0).any():
         raise ValueError("`fisher` is zero everywhere: no gradient was measured, so no importance can be given")
-    if normalisation == "max":
+    if normalization == "max":
         return fisher / fisher.max()
-    if normalisation == "mean":
+    if normalization == "mean":
         return (fisher / (2 * fisher.mean())).clamp_max(1)
     return fisher / fisher.sum()

@@ -61,13 +61,13 @@ def moving_average(squared_norms: Sequence[Matrix], decay: float, every: int = 1
     return F
 
 
-def importance(F: Matrix, normalisation: str) -> Matrix:
+def importance(F: Matrix, normalization: str) -> Matrix:
     """I: F / sum F, F / max F, min(1, F / (2 mean F)), or 0 everywhere."""
-    if normalisation == "sum":
+    if normalization == "sum":
         return F / sum(F)
-    if normalisation == "max":
+    if normalization == "max":
         return F / max(F)
-    if normalisation == "mean":
+    if normalization == "mean":
         return np.array([min(1.0, f / (2 * sum(F) / len(F))) for f in F])
     return np.zeros_like(F)
 

@@ -22,17 +22,18 @@ from fwlora.adapters import (
     unwrap,
 )
 from fwlora.budget import MatrixShape, adapter_cost, reallocate_ranks
-from fwlora.config import FisherWeighting, FwLoraConfig
+from fwlora.config import FwLoraConfig
 from fwlora.estimators import (
-    AdapterRecorder,
-    ExactRecorder,
+    AdapterEstimator,
+    ExactEstimator,
     FisherAccumulator,
-    GradientRecorder,
-    PassRecorder,
-    SketchRecorder,
+    GradientEstimator,
+    PassEstimator,
+    SketchEstimator,
     count_processes,
 )
-from fwlora.importance import normalise_importance
+from fwlora.importance import normalize_importance
+from fwlora.options import FisherWeighting
 from fwlora.reallocation import resize_factors
 from fwlora.shrinkage import BatchedShrinkage, shrinkage_penalty
 from fwlora.state import STATE_FORMAT, match_state
@@ -128,7 +129,7 @@ class FisherWeightedLora:
         self._importance: Tensor | None = None
         self._shrinkage: BatchedShrinkage | None = None
         self._hold(adapter_name)
-        self.recorder: GradientRecorder | None = None
+        self._estimator: GradientEstimator | None = None
         self._place_hooks()
 
     @property
@@ -137,12 +138,12 @@ class FisherWeightedLora:
         return self._importance is None
 
     @property
-    def observer(self) -> PassRecorder | None:
-        """The recorder, while this step is measured from what passes through modules.
+    def pass_estimator(self) -> PassEstimator | None:
+        """Return the estimator while this step is measured from what passes through modules.
 
-        For forward paths that bypass module hooks: they call its ``observe``, with places in :attr:`pairs`.
+        Forward paths that bypass module hooks call its ``observe``, with places in :attr:`pairs`.
         """
-        return self.recorder if isinstance(self.recorder, PassRecorder) and self.recorder.measuring else None
+        return self._estimator if isinstance(self._estimator, PassEstimator) and self._estimator.measuring else None
 
     def step(self, optimizer: torch.optim.Optimizer | None = None, *, loss_scale: float | Tensor = 1.0) -> None:
         """Once between ``backward()`` and ``optimizer.step()``: measure, or add the shrinkage gradient.
@@ -167,8 +168,8 @@ class FisherWeightedLora:
             return
         if self.options.allocation == "reallocate":
             self._check_optimizer(optimizer)
-        if self.recorder is not None and self.recorder.measuring:
-            self.fisher.update(self.recorder.take_squared_norms(loss_scale))
+        if self._estimator is not None and self._estimator.measuring:
+            self.fisher.update(self._estimator.take_squared_norms(loss_scale))
         else:
             self._require_gradients()
         self.steps += 1
@@ -291,25 +292,25 @@ class FisherWeightedLora:
         holders[adapter_name] = weakref.ref(self)
 
     def _place_hooks(self) -> None:
-        self.recorder = self._make_recorder()
+        self._estimator = self._make_estimator()
         # An object that is dropped without close() leaves no hook behind.
-        self._finalizer = weakref.finalize(self, GradientRecorder.close, self.recorder)
+        self._finalizer = weakref.finalize(self, GradientEstimator.close, self._estimator)
         self._start_measuring_when_due()
 
     def _remove_hooks(self) -> None:
         self._finalizer()
-        self.recorder = None
+        self._estimator = None
 
     def _start_measuring_when_due(self) -> None:
-        if self.recorder is not None and self.steps % self.options.fisher_every == 0:
-            self.recorder.start(self.steps + 1)
+        if self._estimator is not None and self.steps % self.options.fisher_every == 0:
+            self._estimator.start(self.steps + 1)
 
-    def _make_recorder(self) -> GradientRecorder:
+    def _make_estimator(self) -> GradientEstimator:
         if self.options.estimator == "exact":
-            return ExactRecorder(self.pairs)
+            return ExactEstimator(self.pairs)
         if self.options.estimator == "adapter":
-            return AdapterRecorder(self.pairs)
-        return SketchRecorder(self.pairs, self.options.sketch_size, self.options.seed)
+            return AdapterEstimator(self.pairs)
+        return SketchEstimator(self.pairs, self.options.sketch_size, self.options.seed)
 
     def _check_optimizer(self, optimizer: torch.optim.Optimizer | None) -> None:
         if optimizer is None:
@@ -337,7 +338,7 @@ class FisherWeightedLora:
                 "look for the cause with torch.autograd.set_detect_anomaly(True)"
             )
         try:
-            importance = normalise_importance(self.fisher.values, self.options.importance)
+            importance = normalize_importance(self.fisher.values, self.options.importance)
             if self.options.allocation == "reallocate":
                 assert optimizer is not None
                 self._reallocate(optimizer)

@@ -16,9 +16,14 @@ import torch
 from torch import Tensor
 
 
+def squared_product_norm(A: Tensor, B: Tensor) -> Tensor:
+    """Return ||B A||_F^2 for A (..., r, d_in) and B (..., d_out, r): shape (...), differentiable."""
+    return ((B.mT @ B) * (A @ A.mT)).sum(dim=(-2, -1))
+
+
 def squared_delta_norm(A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """||s B A||_F^2 for A (..., r, d_in) and B (..., d_out, r): shape (...), differentiable."""
-    return scaling**2 * ((B.mT @ B) * (A @ A.mT)).sum(dim=(-2, -1))
+    """Return ||s B A||_F^2 for A (..., r, d_in) and B (..., d_out, r): shape (...), differentiable."""
+    return scaling**2 * squared_product_norm(A, B)
 
 
 def shrinkage_penalty(

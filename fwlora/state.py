@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from fwlora.adapters import AdapterPair
-from fwlora.config import FisherWeighting
+from fwlora.options import FisherWeighting
 
 STATE_FORMAT = 1
 STATE_KEYS = (

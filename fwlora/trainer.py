@@ -15,7 +15,7 @@ from transformers.training_args import TrainingArguments
 
 from fwlora.adalora import keep_orthogonal_term_out_of_evaluation
 from fwlora.adapters import unwrap
-from fwlora.config import FisherWeighting
+from fwlora.options import FisherWeighting
 from fwlora.regularizer import FisherWeightedLora
 
 

@@ -17,12 +17,11 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from fwlora.adapters import TargetModuleError, encoder_parameter_count, find_target_matrices
+from fwlora.architectures import TargetModuleError, encoder_parameter_count, find_target_matrices
 from fwlora.budget import BudgetError, adapter_cost
 from fwlora.config import RankPlan, plan_ranks
 from fwlora.experiment.errors import UserError
 from fwlora.experiment.methods import Method, get_method
-from fwlora.experiment.methods.lora import LoraMethod
 from fwlora.experiment.modeling.build import (
     AdaptedModel,
     count_parameters,
@@ -78,7 +77,7 @@ def attach_method(
     """
     if not run.model.lora.enabled:
         train_head_only(model, heads)
-        return model.to(device), LoraMethod([])
+        return model.to(device), Method([])
     spec = get_method(run.method)
     return spec.attach(model, plan, run, head_modules=heads, total_steps=total_steps, device=device)
 

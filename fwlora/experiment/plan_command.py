@@ -11,7 +11,7 @@ import torch
 from rich.table import Table
 from transformers import AutoConfig, AutoModel
 
-from fwlora.adapters import TargetModuleError
+from fwlora.architectures import TargetModuleError
 from fwlora.budget import BudgetError
 from fwlora.config import RankPlan, plan_ranks
 from fwlora.experiment.errors import UserError

@@ -12,7 +12,7 @@ from tests.helpers.toy_method import registered_toy
 LORA = "comparative-1-roberta-base-110M--CoLA-GLUE"
 
 
-def test_a_run_of_a_registered_method(tmp_path, tiny_roberta, tiny_glue, capsys):
+def test_a_run_of_a_registered_method(tmp_path, tiny_roberta, tiny_glue, caplog):
     shutil.copytree(CONFIG_DIR, tmp_path / "config")
     text = (CONFIG_DIR / "runs" / f"{LORA}.yaml").read_text()
     (tmp_path / "config" / "runs" / "toy.yaml").write_text(
@@ -22,7 +22,8 @@ def test_a_run_of_a_registered_method(tmp_path, tiny_roberta, tiny_glue, capsys)
         "run=toy", "mode=trial", f"run.model.pretrained_id={tiny_roberta}", f"run.dataset.name={tiny_glue}",
         "run.model.parameter_budget_percent=5.0",
     ]  # fmt: skip
+    caplog.set_level("INFO", "fwlora")
     with registered_toy():
         run_training(compose_settings(arguments, tmp_path / "config", {}))
-    printed = capsys.readouterr().out
+    printed = caplog.text
     assert "toy_method, seed 42, mode trial" in printed and "step 2/2" in printed

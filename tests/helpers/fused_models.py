@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from fwlora.adapters import find_target_matrices
+from fwlora.architectures import find_target_matrices
 
 HIDDEN, HEADS, LAYERS = 32, 2, 3
 ALL = ("query", "key", "value", "intermediate", "output")

@@ -1,6 +1,6 @@
 """One of the two processes of tests/library/test_processes.py: trains on its share of every batch, saves its result.
 
-Started as ``python process_worker.py RANK PORT FOLDER ESTIMATOR KIND``.
+Started as ``python -m tests.helpers.process_worker RANK PORT FOLDER ESTIMATOR KIND``.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from fwlora.adalora import AdaLora, AdaLoraPlan, attach_adalora, plan_adalora
-from fwlora.adapters import find_adapter_pairs, find_target_matrices, save_adapter
+from fwlora.adapters import find_adapter_pairs, save_adapter
+from fwlora.architectures import find_target_matrices
 from fwlora.budget import MatrixShape
 
 SCHEDULE = {"tinit": 2, "tfinal": 3, "deltaT": 1, "beta1": 0.85, "beta2": 0.85, "orth_reg_weight": 0.5}

@@ -7,13 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from fwlora.adapters import (
-    TargetModuleError,
-    encoder_parameter_count,
-    find_adapter_pairs,
-    find_target_matrices,
-    head_module_names,
-)
+from fwlora.adapters import find_adapter_pairs
+from fwlora.architectures import TargetModuleError, encoder_parameter_count, find_target_matrices, head_module_names
 from fwlora.config import attach_lora
 
 DEFAULT_TARGETS = ["query", "key", "value", "intermediate", "output"]

@@ -13,7 +13,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from fwlora import FisherWeightedLora, FisherWeighting, FwLoraConfig, plan_ranks, solve_ranks
-from fwlora.adapters import TargetModuleError, find_adapter_pairs
+from fwlora.adapters import find_adapter_pairs
+from fwlora.architectures import TargetModuleError
 from fwlora.budget import BudgetError
 from fwlora.config import FILE_NAME
 from tests.helpers.small_models import Block, make_adapted

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fwlora import reference
 from fwlora.adapters import find_adapter_pairs
-from fwlora.estimators import AdapterRecorder, ExactRecorder, FisherAccumulator, SketchRecorder
+from fwlora.estimators import AdapterEstimator, ExactEstimator, FisherAccumulator, SketchEstimator
 from tests.helpers.small_models import loss_of, make_adapted, make_batches, squared_gradient_norms
 
 
@@ -41,12 +41,12 @@ def passes_of(model: nn.Module, data) -> list[list[tuple[np.ndarray, np.ndarray]
 def test_exact_is_autograds_own_weight_gradient_summed_before_the_norm(parts):
     model, data = make_adapted(), make_batches(parts)
     expected = squared_gradient_norms(model, step_loss(data))
-    recorder = ExactRecorder(find_adapter_pairs(model))
-    recorder.start(1)
+    estimator = ExactEstimator(find_adapter_pairs(model))
+    estimator.start(1)
     for batch in data:
         loss_of(model, batch, parts).backward()
     assert not any(pair.module.base_layer.weight.requires_grad for pair in find_adapter_pairs(model))
-    torch.testing.assert_close(recorder.take_squared_norms(), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(estimator.take_squared_norms(), expected, rtol=1e-12, atol=0)
     one_by_one = sum(squared_gradient_norms(model, step_loss([batch])) for batch in data) / parts
     assert parts == 1 or not torch.allclose(one_by_one, expected, rtol=0.05)
 
@@ -55,9 +55,9 @@ def test_exact_and_sketch_are_the_reference_on_the_same_passes():
     model, data = make_adapted(), make_batches(2)
     passes = passes_of(copy.deepcopy(model), data)
     pairs = find_adapter_pairs(model)
-    exact, sketch = ExactRecorder(pairs), SketchRecorder(pairs, size=3, seed=5)
-    for recorder in (exact, sketch):
-        recorder.start(7)
+    exact, sketch = ExactEstimator(pairs), SketchEstimator(pairs, size=3, seed=5)
+    for estimator in (exact, sketch):
+        estimator.start(7)
     signs = {width: sketch._draw_signs(width, torch.device("cpu"), torch.float64).clone() for width in (5, 4)}
     for batch in data:
         loss_of(model, batch, 2).backward()
@@ -72,8 +72,8 @@ def test_exact_and_sketch_are_the_reference_on_the_same_passes():
 def test_adapter_estimate_is_the_reference_and_sums_micro_batches_before_the_norm():
     model, data = make_adapted({"key": 3}), make_batches(3)
     pairs = find_adapter_pairs(model)
-    recorder = AdapterRecorder(pairs)
-    recorder.start(1)
+    estimator = AdapterEstimator(pairs)
+    estimator.start(1)
     for batch in data:
         loss_of(model, batch, 3).backward()
     expected = [
@@ -81,7 +81,7 @@ def test_adapter_estimate_is_the_reference_and_sums_micro_batches_before_the_nor
     ]
     for pair in pairs:
         pair.B.grad.mul_(0.01)  # a loop that clips before it asks
-    np.testing.assert_allclose(recorder.take_squared_norms().numpy(), expected, rtol=1e-12)
+    np.testing.assert_allclose(estimator.take_squared_norms().numpy(), expected, rtol=1e-12)
 
 
 def test_adapter_estimate_is_right_on_average_over_initial_factors():
@@ -95,11 +95,11 @@ def test_adapter_estimate_is_right_on_average_over_initial_factors():
                 pair.B.zero_()
                 pair.A.copy_(torch.randn(pair.A.shape, dtype=torch.float64, generator=generator))
                 pair.A.mul_(pair.A.shape[1] ** 0.5 / pair.A.norm(dim=1, keepdim=True))
-        recorder = AdapterRecorder(pairs)
-        recorder.start(1)
+        estimator = AdapterEstimator(pairs)
+        estimator.start(1)
         loss_of(model, batch).backward()
-        estimates.append(recorder.take_squared_norms())
-        recorder.close()
+        estimates.append(estimator.take_squared_norms())
+        estimator.close()
     expected = squared_gradient_norms(model, step_loss([batch]))
     drawn = torch.stack(estimates)
     error = drawn.std(dim=0) / len(drawn) ** 0.5
@@ -115,12 +115,12 @@ def test_sketch_is_unbiased_with_the_variance_predicted(size):
         6, 6, dtype=torch.float64, generator=generator
     )
     gradient = G.T @ X
-    recorder = SketchRecorder([], size, seed=3)
+    estimator = SketchEstimator([], size, seed=3)
     estimates = []
     for step in range(draws):
-        recorder.start(step)
-        recorder._signs.clear()
-        signs = recorder._draw_signs(12, torch.device("cpu"), torch.float64)
+        estimator.start(step)
+        estimator._signs.clear()
+        signs = estimator._draw_signs(12, torch.device("cpu"), torch.float64)
         estimates.append((gradient @ signs).square().sum() / size)
     drawn = torch.stack(estimates)
     exact = reference.exact_squared_norm([(X.numpy(), G.numpy())])
@@ -134,9 +134,9 @@ def test_sketch_is_unbiased_with_the_variance_predicted(size):
 
 def test_sketches_are_the_same_for_the_same_step_and_no_others():
     def draw(seed: int, step: int, width: int) -> torch.Tensor:
-        recorder = SketchRecorder([], 8, seed)
-        recorder.start(step)
-        return recorder._draw_signs(width, torch.device("cpu"), torch.float32)
+        estimator = SketchEstimator([], 8, seed)
+        estimator.start(step)
+        return estimator._draw_signs(width, torch.device("cpu"), torch.float32)
 
     first = draw(0, 1, 64)
     assert set(first.unique().tolist()) == {-1.0, 1.0}
@@ -151,35 +151,35 @@ def test_sketches_are_the_same_for_the_same_step_and_no_others():
 
 def test_measuring_leaves_the_training_stream_alone():
     model, (batch,) = make_adapted(), make_batches(1)
-    recorder = SketchRecorder(find_adapter_pairs(model), 8)
-    recorder.start(1)
+    estimator = SketchEstimator(find_adapter_pairs(model), 8)
+    estimator.start(1)
     before = torch.get_rng_state()
     loss_of(model, batch).backward()
-    recorder.take_squared_norms()
+    estimator.take_squared_norms()
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_one_sketch_of_an_input_serves_every_module_that_reads_it(monkeypatch):
     model, (batch,) = make_adapted(), make_batches(1)
     taken = []
-    compress = SketchRecorder._compress
-    monkeypatch.setattr(SketchRecorder, "_compress", lambda self, X: taken.append(X.shape) or compress(self, X))
-    recorder = SketchRecorder(find_adapter_pairs(model), 2)
-    recorder.start(1)
+    compress = SketchEstimator._compress
+    monkeypatch.setattr(SketchEstimator, "_compress", lambda self, X: taken.append(X.shape) or compress(self, X))
+    estimator = SketchEstimator(find_adapter_pairs(model), 2)
+    estimator.start(1)
     loss_of(model, batch).backward()
     assert taken == [(7, 5), (7, 4), (7, 4)]  # query and key share; output's two inputs differ
-    assert recorder._latest[0]() is None  # and no input is kept alive
+    assert estimator._latest[0]() is None  # and no input is kept alive
 
 
 def test_an_input_changed_in_place_is_sketched_anew():
     model, _ = make_adapted(), None
     pairs = find_adapter_pairs(model)
-    recorder = SketchRecorder(pairs, 2)
-    recorder.start(1)
+    estimator = SketchEstimator(pairs, 2)
+    estimator.start(1)
     x = torch.randn(3, 5, dtype=torch.float64)
-    first = recorder._compress_input(x).clone()
+    first = estimator._compress_input(x).clone()
     x.mul_(2)
-    torch.testing.assert_close(recorder._compress_input(x), 2 * first)
+    torch.testing.assert_close(estimator._compress_input(x), 2 * first)
 
 
 class Checkpointed(nn.Module):
@@ -192,55 +192,55 @@ class Checkpointed(nn.Module):
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("recorder_of", [ExactRecorder, lambda pairs: SketchRecorder(pairs, 400_000)])
+@pytest.mark.parametrize("recorder_of", [ExactEstimator, lambda pairs: SketchEstimator(pairs, 400_000)])
 def test_gradient_checkpointing_counts_every_call_once(reentrant, recorder_of):
     model, (batch,) = make_adapted(), make_batches(1)
     expected = squared_gradient_norms(model, step_loss([batch]))
-    recorder = recorder_of(find_adapter_pairs(model))
-    recorder.start(1)
+    estimator = recorder_of(find_adapter_pairs(model))
+    estimator.start(1)
     loss_of(Checkpointed(model, reentrant), batch).backward()
-    torch.testing.assert_close(recorder.take_squared_norms(), expected, rtol=0.02, atol=0)
+    torch.testing.assert_close(estimator.take_squared_norms(), expected, rtol=0.02, atol=0)
 
 
 def test_modules_that_a_step_does_not_use_have_gradient_zero():
     model, (batch,) = make_adapted(), make_batches(1)
-    recorder = ExactRecorder(find_adapter_pairs(model))
-    recorder.start(1)
+    estimator = ExactEstimator(find_adapter_pairs(model))
+    estimator.start(1)
     model.base_model.model.query(batch[0]).square().mean().backward()
-    norms = recorder.take_squared_norms()
+    norms = estimator.take_squared_norms()
     assert norms[0] > 0 and norms[1:].tolist() == [0.0, 0.0]
 
 
 def test_forward_passes_without_backward_are_not_counted():
     model, data = make_adapted(), make_batches(2)
     expected = squared_gradient_norms(model, step_loss(data[:1]))
-    recorder = ExactRecorder(find_adapter_pairs(model))
-    recorder.start(1)
+    estimator = ExactEstimator(find_adapter_pairs(model))
+    estimator.start(1)
     with torch.no_grad():
         loss_of(model, data[1])
     loss_of(model, data[1])
     loss_of(model, data[0]).backward()
-    torch.testing.assert_close(recorder.take_squared_norms(), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(estimator.take_squared_norms(), expected, rtol=1e-12, atol=0)
 
 
 def test_a_deep_copy_of_the_model_is_not_measured():
     model, data = make_adapted(), make_batches(2)
     expected = squared_gradient_norms(model, step_loss(data[:1]))
-    recorder = ExactRecorder(find_adapter_pairs(model))
-    recorder.start(1)
+    estimator = ExactEstimator(find_adapter_pairs(model))
+    estimator.start(1)
     loss_of(copy.deepcopy(model), data[1]).backward()
     loss_of(model, data[0]).backward()
-    torch.testing.assert_close(recorder.take_squared_norms(), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(estimator.take_squared_norms(), expected, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("make", [ExactRecorder, AdapterRecorder, lambda pairs: SketchRecorder(pairs, 2)])
+@pytest.mark.parametrize("make", [ExactEstimator, AdapterEstimator, lambda pairs: SketchEstimator(pairs, 2)])
 def test_loss_scale_is_divided_out(make):
     model, (batch,) = make_adapted(), make_batches(1)
-    recorder, norms = make(find_adapter_pairs(model)), []
+    estimator, norms = make(find_adapter_pairs(model)), []
     for scale in (1.0, 1024.0):
-        recorder.start(1)
+        estimator.start(1)
         (scale * loss_of(model, batch)).backward()
-        norms.append(recorder.take_squared_norms(scale))
+        norms.append(estimator.take_squared_norms(scale))
     torch.testing.assert_close(norms[0], norms[1], rtol=1e-12, atol=0)
 
 
@@ -252,12 +252,12 @@ def test_low_precision_gradients(dtype, tolerance):
     pairs = find_adapter_pairs(make_adapted())
     X, G = torch.randn(500, 5).to(dtype), (3000 * torch.randn(500, 4)).to(dtype)
     exact = (G.double().T @ X.double()).square().sum()
-    for recorder in (ExactRecorder(pairs), SketchRecorder(pairs, 3)):
-        recorder.start(1)
-        recorder.observe(0, X, G)
-        norm = recorder.take_squared_norms()[0].double()
-        if isinstance(recorder, SketchRecorder):
-            signs = recorder._draw_signs(5, torch.device("cpu"), torch.float64)
+    for estimator in (ExactEstimator(pairs), SketchEstimator(pairs, 3)):
+        estimator.start(1)
+        estimator.observe(0, X, G)
+        norm = estimator.take_squared_norms()[0].double()
+        if isinstance(estimator, SketchEstimator):
+            signs = estimator._draw_signs(5, torch.device("cpu"), torch.float64)
             exact = (G.double().T @ X.double() @ signs).square().sum() / 3
             torch.testing.assert_close(norm, exact, rtol=tolerance, atol=0)
         else:  # the reference estimator multiplies in float32 whatever it is given
@@ -266,11 +266,11 @@ def test_low_precision_gradients(dtype, tolerance):
 
 def test_steps_that_are_not_measured_record_nothing():
     model, (batch,) = make_adapted(), make_batches(1)
-    recorder = ExactRecorder(find_adapter_pairs(model))
+    estimator = ExactEstimator(find_adapter_pairs(model))
     loss_of(model, batch).backward()
     with pytest.raises(RuntimeError, match="before any backward pass reached"):
-        recorder.take_squared_norms()
-    recorder.close()
+        estimator.take_squared_norms()
+    estimator.close()
     assert not any(module._forward_hooks for module in model.modules())
 
 
@@ -299,39 +299,39 @@ def test_accumulator_by_hand():
 
 def test_a_backward_pass_after_the_measurement_is_not_recorded():
     model, data = make_adapted(), make_batches(2)
-    for recorder in (ExactRecorder(find_adapter_pairs(model)), SketchRecorder(find_adapter_pairs(model), 4)):
-        recorder.start(1)
+    for estimator in (ExactEstimator(find_adapter_pairs(model)), SketchEstimator(find_adapter_pairs(model), 4)):
+        estimator.start(1)
         late = loss_of(model, data[1])
         loss_of(model, data[0]).backward()
-        recorder.take_squared_norms()
+        estimator.take_squared_norms()
         late.backward()
-        recorder.start(2)
+        estimator.start(2)
         with pytest.raises(RuntimeError, match="before any backward pass"):
-            recorder.take_squared_norms()
-        recorder.close()
+            estimator.take_squared_norms()
+        estimator.close()
 
 
 def test_one_input_is_sketched_with_each_steps_own_signs():
     model, (batch,) = make_adapted(), make_batches(1)
-    recorder, seen = SketchRecorder(find_adapter_pairs(model), 2), []
+    estimator, seen = SketchEstimator(find_adapter_pairs(model), 2), []
     for step in (1, 2):
-        recorder.start(step)
+        estimator.start(step)
         loss_of(model, batch).backward()
-        seen.append(recorder.take_squared_norms())
+        seen.append(estimator.take_squared_norms())
     assert not torch.allclose(seen[0][:2], seen[1][:2], rtol=1e-3)
 
 
 def test_backward_inside_autocast_multiplies_the_reference_in_float32():
     model, norms = make_adapted().float(), []
     x = torch.randn(64, 5)
-    recorder = ExactRecorder(find_adapter_pairs(model))
+    estimator = ExactEstimator(find_adapter_pairs(model))
     for inside in (False, True):
-        recorder.start(1)
+        estimator.start(1)
         loss = model(x).square().mean()
         with torch.autocast("cpu", torch.bfloat16, enabled=inside):
-            recorder.observe(0, x, torch.ones(64, 4))
+            estimator.observe(0, x, torch.ones(64, 4))
         del loss
-        norms.append(recorder.take_squared_norms()[0])
+        norms.append(estimator.take_squared_norms()[0])
     assert torch.equal(norms[0], norms[1])
 
 
@@ -339,8 +339,8 @@ def test_partly_frozen_adapters_are_measured_where_they_train():
     model, (batch,) = make_adapted(), make_batches(1)
     pairs = find_adapter_pairs(model)
     pairs[1].B.requires_grad_(False)
-    recorder = AdapterRecorder(pairs)
-    recorder.start(1)
+    estimator = AdapterEstimator(pairs)
+    estimator.start(1)
     loss_of(model, batch).backward()
-    norms = recorder.take_squared_norms()
+    norms = estimator.take_squared_norms()
     assert norms[1] == 0 and norms[0] > 0 and norms[2] > 0

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.paths import HELPERS, REPOSITORY
+from tests.helpers.paths import REPOSITORY
 from tests.helpers.process_worker import train_loop, train_with_trainer
 from tests.helpers.small_models import make_adapted
 
-WORKER = HELPERS / "process_worker.py"
+WORKER = "tests.helpers.process_worker"
 
 
 def run_two(folder: Path, estimator: str, kind: str) -> list[dict]:
@@ -24,7 +24,7 @@ def run_two(folder: Path, estimator: str, kind: str) -> list[dict]:
         port = str(probe.getsockname()[1])
     workers = [
         subprocess.Popen(
-            [sys.executable, str(WORKER), str(rank), port, str(folder), estimator, kind],
+            [sys.executable, "-m", WORKER, str(rank), port, str(folder), estimator, kind],
             env={
                 **os.environ,
                 "PYTHONPATH": str(REPOSITORY),

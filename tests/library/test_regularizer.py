@@ -49,7 +49,7 @@ def test_every_nth_step_is_measured_from_the_first_on():
     measured, norms = [], []
     for step in range(8):
         batch = make_batches(step + 1)[-1]
-        measured.append(fw.recorder.measuring)
+        measured.append(fw._estimator.measuring)
         norms.append(squared_gradient_norms(model, lambda m, batch=batch: loss_of(m, batch)).numpy())
         model.zero_grad()
         loss_of(model, batch).backward()

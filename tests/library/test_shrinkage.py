@@ -8,7 +8,8 @@ import torch
 
 from fwlora import reference
 from fwlora.adapters import delta_norms, find_adapter_pairs
-from fwlora.importance import NORMALISATIONS, normalise_importance
+from fwlora.importance import normalize_importance
+from fwlora.options import NORMALIZATIONS
 from fwlora.reallocation import resize_factors
 from fwlora.shrinkage import BatchedShrinkage, shrinkage_gradients, shrinkage_penalty, squared_delta_norm
 from tests.helpers.small_models import make_adapted
@@ -90,31 +91,31 @@ def test_delta_norms_are_those_of_the_formed_update():
 
 
 @pytest.mark.parametrize(
-    ("normalisation", "expected"),
+    ("normalization", "expected"),
     [("sum", [0.1, 0.3, 0.6]), ("max", [1 / 6, 0.5, 1.0]), ("mean", [0.15, 0.45, 0.9]), ("none", [0.0, 0.0, 0.0])],
 )
-def test_importance_by_hand(normalisation, expected):
+def test_importance_by_hand(normalization, expected):
     fisher = torch.tensor([1.0, 3.0, 6.0], dtype=torch.float64)
-    torch.testing.assert_close(normalise_importance(fisher, normalisation), torch.tensor(expected, dtype=torch.float64))
+    torch.testing.assert_close(normalize_importance(fisher, normalization), torch.tensor(expected, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("normalisation", NORMALISATIONS)
-def test_importance_is_the_reference_and_only_proportions_count(normalisation):
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_importance_is_the_reference_and_only_proportions_count(normalization):
     fisher = torch.rand(36, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) ** 4
-    expected = reference.importance(fisher.numpy(), normalisation)
+    expected = reference.importance(fisher.numpy(), normalization)
     for scale in (1.0, 1e-6, 1e6):
-        found = normalise_importance(scale * fisher, normalisation)
+        found = normalize_importance(scale * fisher, normalization)
         np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12)
     assert float(found.min()) >= 0 and float(found.max()) <= 1
 
 
 def test_importance_refuses_what_is_no_importance():
     with pytest.raises(ValueError, match="zero everywhere"):
-        normalise_importance(torch.zeros(2))
+        normalize_importance(torch.zeros(2))
     with pytest.raises(ValueError, match="negative or non-finite"):
-        normalise_importance(torch.tensor([1.0, float("nan")]))
+        normalize_importance(torch.tensor([1.0, float("nan")]))
     with pytest.raises(ValueError, match="'softmax'"):
-        normalise_importance(torch.ones(2), "softmax")
+        normalize_importance(torch.ones(2), "softmax")
 
 
 def factors_of_decreasing_directions(r: int = 4) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,47 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.activations import GELUActivation
-from transformers.models.bert import modeling_bert as bert
-from transformers.models.camembert import modeling_camembert as camembert
-from transformers.models.electra import modeling_electra as electra
-from transformers.models.roberta import modeling_roberta as roberta
-from transformers.models.xlm_roberta import modeling_xlm_roberta as xlm_roberta
 
-from fwlora.adapters import (
-    AdapterPair,
+from fwlora.adapters import AdapterPair
+from fwlora.estimators import PassEstimator
+from fwlora.experiment.fused.encoder import EncoderFunction, ObserveLayer, Pass, run_forward
+from fwlora.experiment.fused.families import Family, find_family
+from fwlora.experiment.fused.layer import FusedLayer, LayerWeights, Norm
+from fwlora.experiment.fused.read_model import (
     LinearParts,
-    UncoveredError,
+    UnsupportedModelError,
     inner_model,
     module_type,
     read_linear,
     uses_prompt_learning,
 )
-from fwlora.estimators import PassRecorder
-from fwlora.experiment.fused.encoder import EncoderFunction, ObserveLayer, Pass, run_forward
-from fwlora.experiment.fused.layer import FusedLayer, LayerWeights, Norm
 
-# Post-norm encoders whose classifier reads the first token: one layer's modules have the same names in all of them.
-# transformers' model -> its layer, and its head where that is given all tokens and reads the first.
-COVERED_MODELS: dict[type[nn.Module], tuple[type[nn.Module], type[nn.Module] | None]] = {
-    bert.BertForSequenceClassification: (bert.BertLayer, None),
-    roberta.RobertaForSequenceClassification: (roberta.RobertaLayer, roberta.RobertaClassificationHead),
-    xlm_roberta.XLMRobertaForSequenceClassification: (
-        xlm_roberta.XLMRobertaLayer,
-        xlm_roberta.XLMRobertaClassificationHead,
-    ),
-    camembert.CamembertForSequenceClassification: (camembert.CamembertLayer, camembert.CamembertClassificationHead),
-    electra.ElectraForSequenceClassification: (electra.ElectraLayer, electra.ElectraClassificationHead),
-}
-LINEAR_PATHS = {
-    "query": "attention.self.query",
-    "key": "attention.self.key",
-    "value": "attention.self.value",
-    "attention_output": "attention.output.dense",
-    "intermediate": "intermediate.dense",
-    "output": "output.dense",
-}
-NORM_PATHS = ("attention.output.LayerNorm", "output.LayerNorm")
-Observer = Callable[[], PassRecorder | None]
+FindEstimator = Callable[[], PassEstimator | None]
 
 
 class PlainClassifier(nn.Module):
@@ -83,13 +58,13 @@ class FastClassifier(nn.Module):
     another way than torch draws it, from the same distribution, while this classifier itself is in training mode.
 
     Args:
-        model: a model of :data:`COVERED_MODELS`, adapted or not.
+        model: a model of a family in :mod:`fwlora.experiment.fused.families`, adapted or not.
         pairs: its adapters.
         precision: ``bf16`` multiplies in bfloat16, and normalises and keeps residuals in float32, as autocast does.
-        observer: asked in every training pass for what measures gradients, as module hooks are passed by.
+        find_estimator: returns the estimator of gradient norms of a training pass, or None; hooks are bypassed.
 
     Raises:
-        UncoveredError: the model uses what this path does not compute; the message says what.
+        UnsupportedModelError: the model uses what this path does not compute; the message says what.
     """
 
     def __init__(
@@ -97,34 +72,36 @@ class FastClassifier(nn.Module):
         model: nn.Module,
         pairs: Sequence[AdapterPair],
         precision: str = "fp32",
-        observer: Observer = lambda: None,
+        find_estimator: FindEstimator = lambda: None,
     ) -> None:
         super().__init__()
-        self.model, self.precision, self._observer = model, precision, observer
+        self.model, self.precision, self._find_estimator = model, precision, find_estimator
         inner: Any = inner_model(model)
         if uses_prompt_learning(model):
-            raise UncoveredError("learnt prompts")
-        _check_architecture(inner, pairs)
+            raise UnsupportedModelError("learnt prompts")
+        self.family = _check_architecture(inner, pairs)
         # Outside of the module tree: these are no second path to the same parameters.
         self._inner, self._encoder = [inner], [getattr(inner, inner.base_model_prefix)]
         places = {id(pair.module): place for place, pair in enumerate(pairs)}
-        layers = list(self._encoder[0].encoder.layer)
+        layers = self.family.layers(self._encoder[0])
         self.layers: list[FusedLayer] = []
         # By layer, group and member.
         self.pairs: list[list[list[AdapterPair]]] = []
         self._places: list[dict[str, int]] = []
         for number, module in enumerate(layers):
-            found = {name: module.get_submodule(path) for name, path in LINEAR_PATHS.items()}
+            found = {name: module.get_submodule(path) for name, path in self.family.linear_paths.items()}
             own = {name: places[id(linear)] for name, linear in found.items() if id(linear) in places}
             # A matrix that reallocation took the adapter from is a base layer.
             own = {name: place for name, place in own.items() if pairs[place].rank > 0}
-            weights = _read_layer(module, found, {name: pairs[place].scaling for name, place in own.items()})
+            weights = _read_layer(
+                self.family, module, found, {name: pairs[place].scaling for name, place in own.items()}
+            )
             dtype = torch.bfloat16 if precision == "bf16" else weights.linear["query"].weight.dtype
             layer = FusedLayer(weights, dtype, first_only=number == len(layers) - 1)
             self.layers.append(layer)
             self.pairs.append([[pairs[own[name]] for name in group.adapted] for group in layer.groups.values()])
             self._places.append(own)
-        _check_training(inner, pairs)
+        _check_training(self.family, inner, pairs)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
@@ -137,7 +114,7 @@ class FastClassifier(nn.Module):
         batch, width = input_ids.shape
         factors = [[[pair.factors() for pair in group] for group in layer] for layer in self.pairs]
         with torch.no_grad():
-            hidden = self._embed(input_ids, token_type_ids)
+            hidden = self.family.embed(self._encoder[0], input_ids, token_type_ids).flatten(0, 1)
             adapters = [
                 {name: group.gather(own) for (name, group), own in zip(layer.groups.items(), by_group, strict=True)}
                 for layer, by_group in zip(self.layers, factors, strict=True)
@@ -148,7 +125,7 @@ class FastClassifier(nn.Module):
             bias.masked_fill_(attention_mask[:, None] == 0, torch.finfo(bias.dtype).min)
             bias = bias.repeat_interleave(self.layers[0].heads, dim=0)
         seed = int(torch.randint(2**62, ())) if self.training else None
-        dropout = self._encoder[0].embeddings.dropout.p
+        dropout = self._encoder[0].get_submodule(self.family.embeddings_dropout_path).p
         call = Pass(self.layers, adapters, batch, bias, seed, dropout, self._make_observe())
         flat = [factor for layer in factors for group in layer for pair in group for factor in pair]
         if flat and torch.is_grad_enabled():
@@ -156,77 +133,62 @@ class FastClassifier(nn.Module):
         else:
             first = run_forward(call, hidden, keep=False)[0]
         with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            return _at_least_float32(self._head(first[:, None]))
+            return _at_least_float32(self.family.head(self._inner[0], self._encoder[0], first[:, None]))
 
     def _make_observe(self) -> ObserveLayer | None:
-        recorder = self._observer() if self.training else None
-        if recorder is None:
+        estimator = self._find_estimator() if self.training else None
+        if estimator is None:
             return None
 
         def observe(layer: int, names: Sequence[str], X: Tensor, G: Tensor) -> None:
             for name, gradient in zip(names, G, strict=True):
-                recorder.observe(self._places[layer][name], X, gradient)
+                estimator.observe(self._places[layer][name], X, gradient)
 
         return observe
 
-    def _embed(self, input_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
-        """Embeddings before their dropout, shape (batch x width, d)."""
-        encoder: Any = self._encoder[0]
-        training = encoder.embeddings.training
-        encoder.embeddings.eval()
-        try:
-            hidden = encoder.embeddings(input_ids=input_ids, token_type_ids=token_type_ids)
-        finally:
-            encoder.embeddings.train(training)
-        return hidden.flatten(0, 1)
-
-    def _head(self, first: Tensor) -> Tensor:
-        """Logits from the first token's output, shape (batch, 1, d)."""
-        model: Any = self._inner[0]
-        pooler = getattr(self._encoder[0], "pooler", None)
-        if pooler is None:
-            return model.classifier(first)
-        return model.classifier(model.dropout(pooler(first)))
-
 
 def make_classifier(
-    model: nn.Module, pairs: Sequence[AdapterPair], precision: str, observer: Observer, *, fast: bool
+    model: nn.Module, pairs: Sequence[AdapterPair], precision: str, find_estimator: FindEstimator, *, fast: bool
 ) -> tuple[nn.Module, str | None]:
     """The fast path where it covers the model, else the plain one; and, where fast was wanted, why it is not."""
     if not fast:
         return PlainClassifier(model, precision), None
     try:
-        return FastClassifier(model, pairs, precision, observer), None
-    except UncoveredError as error:
+        return FastClassifier(model, pairs, precision, find_estimator), None
+    except UnsupportedModelError as error:
         return PlainClassifier(model, precision), f"the fused path does not cover {error}: the model computes by itself"
 
 
-def _check_architecture(model: Any, pairs: Sequence[AdapterPair]) -> None:
-    if type(model) not in COVERED_MODELS:
-        raise UncoveredError(type(model).__name__)
-    layer_type, head_type = COVERED_MODELS[type(model)]
+def _check_architecture(model: Any, pairs: Sequence[AdapterPair]) -> Family:
+    family = find_family(model)
+    if family is None:
+        raise UnsupportedModelError(type(model).__name__)
     config, encoder = model.config, getattr(model, model.base_model_prefix)
-    layers = list(encoder.encoder.layer)
-    adapted = {id(pair.module) for pair in pairs}  # these carry the recorder's own hooks
-    bypassed = [encoder.encoder, *(m for layer in layers for m in layer.modules() if id(m) not in adapted)]
-    if head_type is None:
-        has_own_head = module_type(encoder.pooler) is not bert.BertPooler
-    else:
-        has_own_head = module_type(model.classifier) is not head_type
+    layers = family.layers(encoder)
+    adapted = {id(pair.module) for pair in pairs}  # on these, the hooks are those of the estimator
+    bypassed = [
+        encoder.get_submodule(family.stack_path),
+        *(m for layer in layers for m in layer.modules() if id(m) not in adapted),
+    ]
+    try:
+        has_own_head = module_type(model.get_submodule(family.head_path)) is not family.head_class
+    except AttributeError:
+        has_own_head = True
     _raise_for({
         "a decoder": getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False),
         "a projection of the embeddings": hasattr(encoder, "embeddings_project"),
         "a head of its own": has_own_head,
-        "layers of its own": any(type(layer) is not layer_type for layer in layers),
+        "layers of its own": any(type(layer) is not family.layer_class for layer in layers),
     })  # fmt: skip
-    norms = [layer.get_submodule(path) for layer in layers for path in NORM_PATHS]
-    activations = [layer.intermediate.intermediate_act_fn for layer in layers]
+    norms = [layer.get_submodule(path) for layer in layers for path in family.norm_paths]
+    activations = [layer.get_submodule(family.activation_path) for layer in layers]
     _raise_for({
         f"the activation {config.hidden_act!r}": any(type(a) is not GELUActivation for a in activations),
         "another normalisation": any(type(norm) is not nn.LayerNorm for norm in norms),
         "gradient checkpointing": any(getattr(module, "gradient_checkpointing", False) for module in encoder.modules()),
         "hooks on modules that it passes by": any(_has_hooks(module) for module in bypassed),
     })  # fmt: skip
+    return family
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -234,10 +196,11 @@ def _has_hooks(module: nn.Module) -> bool:
     return any(kinds)
 
 
-def _check_training(model: Any, pairs: Sequence[AdapterPair]) -> None:
+def _check_training(family: Family, model: Any, pairs: Sequence[AdapterPair]) -> None:
     encoder = getattr(model, model.base_model_prefix)
     trained = {id(factor) for pair in pairs for factor in (pair.A, pair.B, pair.E)}
-    body = [parameter for part in (encoder.embeddings, encoder.encoder) for parameter in part.parameters()]
+    parts = [encoder.get_submodule(path) for path in (family.embeddings_path, family.stack_path)]
+    body = [parameter for part in parts for parameter in part.parameters()]
     _raise_for({
         "base weights that are trained": any(p.requires_grad and id(p) not in trained for p in body),
         "adapters that are not trained": any(not p.requires_grad for pair in pairs for p in (pair.A, pair.B)),
@@ -246,24 +209,24 @@ def _check_training(model: Any, pairs: Sequence[AdapterPair]) -> None:
 
 def _raise_for(features: dict[str, bool]) -> None:
     if found := [what for what, present in features.items() if present]:
-        raise UncoveredError(", ".join(found))
+        raise UnsupportedModelError(", ".join(found))
 
 
-def _read_layer(module: Any, linear: dict[str, nn.Module], scalings: dict[str, float]) -> LayerWeights:
+def _read_layer(family: Family, module: Any, linear: dict[str, nn.Module], scalings: dict[str, float]) -> LayerWeights:
     parts: dict[str, LinearParts] = {name: read_linear(part) for name, part in linear.items()}
     if {name for name, part in parts.items() if part.adapted} != set(scalings):
-        raise UncoveredError("an adapter that the method does not know")
+        raise UnsupportedModelError("an adapter that the method does not know")
     if len({part.dropout for part in parts.values() if part.adapted}) > 1:
-        raise UncoveredError("unlike dropout probabilities of adapters")
+        raise UnsupportedModelError("unlike dropout probabilities of adapters")
     norms = []
-    for path in NORM_PATHS:
+    for path in family.norm_paths:
         norm: Any = module.get_submodule(path)
         norms.append(Norm(norm.weight.detach(), norm.bias.detach(), norm.eps))
-    attention = module.attention.self
-    hidden_dropouts = [module.attention.output.dropout.p, module.output.dropout.p]
+    attention = module.get_submodule(family.attention_path)
+    hidden_dropouts = [module.get_submodule(path).p for path in family.dropout_paths]
     probabilities = [part.dropout for part in parts.values()] + [attention.dropout.p, *hidden_dropouts]
     if any(probability >= 1 for probability in probabilities):
-        raise UncoveredError("a dropout probability of 1")
+        raise UnsupportedModelError("a dropout probability of 1")
     return LayerWeights(parts, scalings, norms, attention.num_attention_heads, hidden_dropouts, attention.dropout.p)
 
 

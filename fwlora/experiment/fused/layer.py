@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fwlora.adapters import LinearParts
 from fwlora.experiment.fused.dropout import Dropped, draw_dropped
 from fwlora.experiment.fused.linear import Adapters, FusedGroup, GroupTape
+from fwlora.experiment.fused.read_model import LinearParts
 
 # Takes the names of matrices with one input X (T, d_in), and the gradients G (names, T, d_out) at their outputs.
 ObserveMatrices = Callable[[Sequence[str], Tensor, Tensor], None]

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fwlora.adapters import LinearParts
 from fwlora.experiment.fused.dropout import Dropped
+from fwlora.experiment.fused.read_model import LinearParts
 
 
 @dataclass(frozen=True)

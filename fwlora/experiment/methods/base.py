@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from fwlora.adapters import AdapterPair
     from fwlora.config import RankPlan
-    from fwlora.estimators import PassRecorder
+    from fwlora.estimators import PassEstimator
     from fwlora.experiment.settings.schema import RunSettings
 
 # On which side of a comparison a variant stands: proposed ones are compared with all others.
@@ -88,7 +88,7 @@ class Method:
         return False
 
     @property
-    def estimator(self) -> PassRecorder | None:
+    def estimator(self) -> PassEstimator | None:
         """The estimator of this step's gradient norms, for forward paths that bypass module hooks.
 
         They pass it X and G of every matrix, by its place in :attr:`pairs`; None where nothing is measured this way.
@@ -252,9 +252,12 @@ def unregister_method(name: str) -> None:
 
 def known_methods() -> dict[str, MethodSpec]:
     """All registered methods by name, the built-in ones first."""
-    for module in _BUILT_IN:
-        import_module(f"fwlora.experiment.methods.{module}")
-    return dict(_METHODS)
+    modules = [f"fwlora.experiment.methods.{module}" for module in _BUILT_IN]
+    for module in modules:
+        import_module(module)
+    # Whoever imports a method's module alone registers it earlier.
+    order = {module: index for index, module in enumerate(modules)}
+    return dict(sorted(_METHODS.items(), key=lambda item: order.get(type(item[1]).__module__, len(order))))
 
 
 def method_nodes() -> dict[str, MethodSpec]:

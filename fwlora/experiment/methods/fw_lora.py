@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from dataclasses import Field, fields
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_type_hints
 
-from pydantic import Field
+import pydantic
 
 from fwlora.experiment.errors import UserError
 from fwlora.experiment.methods.base import Method, MethodSpec, Variant, peft_options, register_method
-from fwlora.experiment.settings.base import Fraction, Searchable, SettingsNode
+from fwlora.experiment.settings.base import Searchable, SettingsNode
+from fwlora.options import FisherWeighting
 
 if TYPE_CHECKING:
     import torch
@@ -18,25 +21,35 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from fwlora.config import RankPlan
-    from fwlora.estimators import PassRecorder
+    from fwlora.estimators import PassEstimator
     from fwlora.experiment.settings.schema import RunSettings
     from fwlora.regularizer import FisherWeightedLora
 
 logger = logging.getLogger(__name__)
 
 
-class FwLoraSettings(SettingsNode):
-    """``fw_lora``: see :class:`fwlora.FisherWeighting`. ``warmup_steps`` is the Fisher warm-up, in optimiser steps."""
+def _run_file_name(option: Field[Any]) -> str:
+    return option.metadata.get("run_file_name") or option.name
 
-    lambda_fw: Annotated[float, Field(ge=0), Searchable()]
-    warmup_steps: Annotated[int, Field(ge=1), Searchable()]
-    fisher_alpha: Annotated[Fraction, Searchable()]
-    estimator: Literal["exact", "sketch", "adapter"] = "sketch"
-    sketch_size: int = Field(default=16, ge=1)
-    fisher_every: int = Field(default=4, ge=1)
-    importance: Literal["sum", "max", "mean", "none"] = "sum"
-    allocation: Literal["shrink", "reallocate"] = "shrink"
-    max_rank_factor: float = Field(default=2.0, ge=1)
+
+def _derive_settings() -> type[SettingsNode]:
+    """Make the node ``fw_lora`` of run files from :class:`fwlora.FisherWeighting`, without its seed."""
+    types = get_type_hints(FisherWeighting)
+    keys: dict[str, Any] = {}
+    for option in fields(FisherWeighting):
+        if option.name == "seed":
+            continue
+        range_ = {} if "choices" in option.metadata else {"ge": option.metadata["ge"], "lt": option.metadata["lt"]}
+        if range_.get("lt") == math.inf:
+            del range_["lt"]
+        required = option.metadata.get("required", False)
+        field = pydantic.Field(... if required else option.default, description=option.metadata["help"], **range_)
+        marks = (field, Searchable()) if required else (field,)
+        keys[_run_file_name(option)] = Annotated[types[option.name], *marks]
+    return pydantic.create_model("FwLoraSettings", __base__=SettingsNode, __doc__="``fw_lora``.", **keys)
+
+
+FwLoraSettings = _derive_settings()
 
 
 class FwLoraMethod(Method):
@@ -56,9 +69,9 @@ class FwLoraMethod(Method):
         return self.fisher_weighted.in_warmup
 
     @property
-    def estimator(self) -> PassRecorder | None:
+    def estimator(self) -> PassEstimator | None:
         """The estimator while this step is measured from what passes through modules."""
-        return self.fisher_weighted.observer
+        return self.fisher_weighted.pass_estimator
 
     def after_backward(self, optimizer: Optimizer) -> None:
         """Measure, or add the shrinkage gradient."""
@@ -100,8 +113,7 @@ class FwLoraSpec(MethodSpec):
     def variant(self, run: RunSettings) -> Variant:
         """FW-LoRA, or uniform shrinkage."""
         proposed, control = self.variants
-        settings = run.method_settings
-        return control if isinstance(settings, FwLoraSettings) and settings.importance == "none" else proposed
+        return control if run.method_settings and weighting_of(run).importance == "none" else proposed
 
     def attach(
         self,
@@ -114,28 +126,15 @@ class FwLoraSpec(MethodSpec):
         device: torch.device,
     ) -> tuple[nn.Module, Method]:
         """Add the adapters of plain LoRA, and shrink their updates by importance after the Fisher warm-up."""
-        from fwlora.config import FisherWeighting, attach_lora
+        from fwlora.config import attach_lora
         from fwlora.regularizer import FisherWeightedLora
 
         adapted = attach_lora(model, plan.ranks, **peft_options(run, head_modules)).to(device)
-        settings = _settings_of(run)
-        weighting = FisherWeighting(
-            strength=settings.lambda_fw,
-            warmup_steps=settings.warmup_steps,
-            decay=settings.fisher_alpha,
-            estimator=settings.estimator,
-            sketch_size=settings.sketch_size,
-            fisher_every=settings.fisher_every,
-            importance=settings.importance,
-            allocation=settings.allocation,
-            max_rank_factor=settings.max_rank_factor,
-            seed=run.training.seed,
-        )
-        return adapted, FwLoraMethod(FisherWeightedLora(adapted, weighting))
+        return adapted, FwLoraMethod(FisherWeightedLora(adapted, weighting_of(run)))
 
     def check(self, run: RunSettings, total_steps: int) -> None:
         """Check that the Fisher warm-up ends, since FW-LoRA is plain LoRA until then; warn if it takes over half."""
-        warmup_steps = _settings_of(run).warmup_steps
+        warmup_steps = weighting_of(run).warmup_steps
         if warmup_steps >= total_steps:
             raise UserError(
                 f"run.fw_lora.warmup_steps is {warmup_steps}, but the run has {total_steps} optimiser steps: "
@@ -152,7 +151,7 @@ class FwLoraSpec(MethodSpec):
 
     def rescale(self, run: RunSettings, steps: int, new_steps: int) -> RunSettings:
         """Keep the Fisher warm-up's share of the steps."""
-        warmup_steps = _settings_of(run).warmup_steps
+        warmup_steps = weighting_of(run).warmup_steps
         if warmup_steps >= steps:
             raise ValueError(f"warmup_steps {warmup_steps} >= the run's {steps} steps")
         return run.with_method_settings(
@@ -165,14 +164,19 @@ class FwLoraSpec(MethodSpec):
 
     def changes_ranks(self, run: RunSettings) -> bool:
         """Only where ranks are reallocated after the Fisher warm-up."""
-        settings = run.method_settings
-        return isinstance(settings, FwLoraSettings) and settings.allocation == "reallocate"
+        return run.method_settings is not None and weighting_of(run).allocation == "reallocate"
 
 
-def _settings_of(run: RunSettings) -> FwLoraSettings:
-    settings = run.method_settings
-    assert isinstance(settings, FwLoraSettings)
-    return settings
+def weighting_of(run: RunSettings) -> FisherWeighting:
+    """Return the options of the method that a run's settings name, with the run's seed."""
+    assert run.method_settings is not None
+    given = run.method_settings.model_dump()
+    options = {
+        option.name: given[_run_file_name(option)]
+        for option in fields(FisherWeighting)
+        if _run_file_name(option) in given
+    }
+    return FisherWeighting(**options, seed=run.training.seed)
 
 
 register_method(FwLoraSpec())

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from fwlora.adapters import head_module_names
+from fwlora.architectures import head_module_names
 from fwlora.config import RankPlan
 from fwlora.experiment.errors import UserError
 from fwlora.experiment.methods import Method

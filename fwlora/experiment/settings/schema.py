@@ -191,6 +191,10 @@ class RunSettings(SettingsNode):
         spec = find_method(self.method)
         return getattr(self, spec.settings_node, None) if spec is not None and spec.settings_node else None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by the class's nodes, since the class itself is made at run time; figures are drawn in processes."""
+        return _restore_run, (self.__dict__, self.model_fields_set)
+
     def with_values(self, values: Mapping[str, Any]) -> Self:
         """Put searched values in their places and validate again.
 
@@ -225,6 +229,10 @@ def _add_nodes(nodes: tuple[tuple[str, type[SettingsNode]], ...]) -> type[RunSet
         name: (node | None, None) for name, node in nodes if name is not None and node is not None
     }
     return create_model("RunSettings", __base__=RunSettings, __module__=__name__, **fields)
+
+
+def _restore_run(values: dict[str, Any], fields_set: set[str]) -> RunSettings:
+    return run_settings_class().model_construct(fields_set, **values)
 
 
 def searchable_paths() -> dict[str, tuple[str, ...]]:

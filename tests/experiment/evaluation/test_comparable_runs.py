@@ -94,9 +94,9 @@ def test_a_control_of_a_searched_strength_needs_the_same_one_for_each_seed():
     assert "the control's fw_lora.lambda_fw" in reason_of(judge(with_lora, control=three))
 
 
-@pytest.mark.parametrize("key", ["warmup_steps", "allocation"])
-def test_the_control_shrinks_from_the_same_step_within_the_same_ranks(key):
-    given = [make_run("control", s, 3400 + s, **{f"config__run__fw_lora__{key}": "other"}) for s in range(4)]
+@pytest.mark.parametrize(("key", "other"), [("warmup_steps", 7), ("allocation", "reallocate")])
+def test_the_control_shrinks_from_the_same_step_within_the_same_ranks(key, other):
+    given = [make_run("control", s, 3400 + s, **{f"config__run__fw_lora__{key}": other}) for s in range(4)]
     given += [make_run("proposed", s, 3500 + s) for s in range(4)]
     result = judge(given, control=make_claim(contrast={"proposed": 1, "control": -1}))
     assert result.verdict == "undecided" and f"the control's fw_lora.{key} is not the method's" in reason_of(result)

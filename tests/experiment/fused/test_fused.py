@@ -13,14 +13,17 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from fwlora import FisherWeightedLora, FisherWeighting
 from fwlora.adalora import attach_adalora, plan_adalora
-from fwlora.adapters import UncoveredError, find_adapter_pairs, find_target_matrices, resize_adapter
+from fwlora.adapters import find_adapter_pairs, resize_adapter
+from fwlora.architectures import find_target_matrices
 from fwlora.experiment.fused import encoder as fused_encoder
 from fwlora.experiment.fused import layer as fused_layer
 from fwlora.experiment.fused.dropout import draw_dropped
+from fwlora.experiment.fused.families import Family, known_families, register_family
 from fwlora.experiment.fused.forward import FastClassifier, PlainClassifier, make_classifier
+from fwlora.experiment.fused.read_model import UnsupportedModelError
 from tests.helpers.fused_models import ALL, HEADS, HIDDEN, LAYERS, adapt, make_base
 
-FAMILIES = ["bert", "roberta", "xlm-roberta", "camembert", "electra"]
+FAMILIES = [family.name for family in known_families()]
 
 
 def make_inputs(width: int, padded: bool = True) -> dict[str, Tensor]:
@@ -190,8 +193,9 @@ def test_gradients_are_measured_as_hooks_measure_them(estimator):
     for path in ("plain", "fast"):
         model = adapt(make_base(), (*ALL, "attention.output.dense"), ranks=(1, 2))
         fw = FisherWeightedLora(model, FisherWeighting(estimator=estimator, warmup_steps=9, fisher_every=2, decay=0.5))
-        pairs, observer = fw.pairs, lambda fw=fw: fw.observer
-        classifier = PlainClassifier(model) if path == "plain" else FastClassifier(model, pairs, observer=observer)
+        pairs, find_estimator = fw.pairs, lambda fw=fw: fw.pass_estimator
+        fast = FastClassifier(model, pairs, find_estimator=find_estimator) if path != "plain" else None
+        classifier = fast or PlainClassifier(model)
         for width in (9, 12, 19, 8):
             gradients(classifier, make_inputs(width))
             gradients(classifier, make_inputs(width + 1))  # a second micro-batch
@@ -266,7 +270,7 @@ def test_what_is_not_covered_falls_back_and_says_why():
         config = AutoConfig.for_model("distilbert", vocab_size=60, dim=32, n_layers=1, n_heads=2, hidden_dim=48)
         other = AutoModelForSequenceClassification.from_config(config)
     assert "DistilBertForSequenceClassification" in fallback_reason(other, [])
-    with pytest.raises(UncoveredError):
+    with pytest.raises(UnsupportedModelError):
         FastClassifier(other, [])
 
 
@@ -389,3 +393,12 @@ def test_a_pass_is_differentiated_once():
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="a second time"):
         loss.backward()
+
+
+def test_families_are_registered_once_by_the_class_of_their_models():
+    first = known_families()[0]
+    assert FAMILIES == ["bert", "roberta", "xlm-roberta", "camembert", "electra"]
+    register_family(first)
+    assert len(known_families()) == len(FAMILIES)
+    with pytest.raises(ValueError, match="`model_class` BertForSequenceClassification is registered already"):
+        register_family(Family(first.model_class, first.layer_class, first.layer_class))

@@ -1,0 +1,152 @@
+"""Transformers' architectures: names of projections, the encoder's matrices and parameters, and the head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from fwlora.budget import MatrixShape
+
+# One product for query, key and value, as ModernBERT, GPT-2, GPT-NeoX and Phi-3 have it.
+FUSED_ATTENTION = ("attn.Wqkv", "attn.c_attn", "query_key_value", "qkv_proj")
+# Names that papers and run files use for the projections of an encoder layer, and what the families call them. The
+# first name that a model has counts; names joined by a space are the parts of one role (a gated feed-forward layer).
+PROJECTION_ALIASES: dict[str, tuple[str, ...]] = {
+    "query": ("query", "query_proj", "q_lin", "q_proj", "q", *FUSED_ATTENTION),
+    "key": ("key", "key_proj", "k_lin", "k_proj", "k", *FUSED_ATTENTION),
+    "value": ("value", "value_proj", "v_lin", "v_proj", "v", *FUSED_ATTENTION),
+    "intermediate": (
+        "intermediate.dense", "ffn.lin1", "ffn", "mlp.Wi", "DenseReluDense.wi", "wi", "wi_0 wi_1", "fc1", "mlp.c_fc",
+        "mlp.gate_proj mlp.up_proj", "gate_up_proj", "dense_h_to_4h", "ff.layer_1",
+    ),
+    "output": (
+        "output.dense", "ffn.lin2", "ffn_output", "mlp.Wo", "DenseReluDense.wo", "wo", "fc2", "mlp.c_proj",
+        "mlp.down_proj", "dense_4h_to_h", "ff.layer_2",
+    ),
+}  # fmt: skip
+ATTENTION_OUTPUT = "attention.output.dense"
+
+
+class TargetModuleError(ValueError):
+    """A target module name that matches no weight matrix of the encoder."""
+
+
+def matrix_features(module: nn.Module) -> tuple[int, int] | None:
+    """(d_in, d_out) of a module that an adapter can be put on, else None."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if isinstance(module, Conv1D):
+        return module.weight.shape[0], module.weight.shape[1]
+    return None
+
+
+def stores_transposed(model: nn.Module, names: Sequence[str]) -> bool:
+    """Return whether these matrices are stored as (d_in, d_out), as GPT-2's Conv1D is: PEFT's ``fan_in_fan_out``."""
+    return any(isinstance(model.get_submodule(name), Conv1D) for name in names)
+
+
+def head_module_names(model: nn.Module, missing_keys: Sequence[str] = ()) -> list[str]:
+    """Modules that start untrained and therefore train fully: all outside the encoder, and a pooler without weights.
+
+    Args:
+        model: a transformers model with a task head.
+        missing_keys: parameter names that ``from_pretrained`` did not find in the checkpoint.
+
+    Raises:
+        ValueError: the checkpoint lacks parameters of the encoder itself.
+    """
+    encoder = getattr(model, "base_model_prefix", "")
+    names = [
+        name for name, child in model.named_children() if name != encoder and any(True for _ in child.parameters())
+    ]
+    unexplained = []
+    for key in missing_keys:
+        module = key.rpartition(".")[0]
+        if any(f"{module}.".startswith(f"{name}.") for name in names):
+            continue
+        if any("pool" in part or "summary" in part for part in module.split(".")):
+            names.append(module)
+        else:
+            unexplained.append(key)
+    if unexplained:
+        raise ValueError(f"{len(unexplained)} encoder parameters are not in it, the first {unexplained[0]!r}")
+    return names
+
+
+def encoder_parameter_count(model: Any) -> int:
+    """Parameters of the encoder alone: embeddings and layers, no pooler and no head."""
+    encoder = getattr(model, getattr(model, "base_model_prefix", ""), model)
+    outside = {id(p) for name, child in encoder.named_children() if "pooler" in name for p in child.parameters()}
+    if hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is not None:
+        inputs = model.get_input_embeddings()
+        tied = {id(p) for p in inputs.parameters()} if inputs is not None else set()
+        outside |= {id(p) for p in model.get_output_embeddings().parameters()} - tied
+    return sum(p.numel() for p in encoder.parameters() if id(p) not in outside)
+
+
+def find_target_matrices(model: nn.Module, targets: Sequence[str]) -> list[MatrixShape]:
+    """Encoder matrices that ``targets`` name, in model order.
+
+    A target is the end of a module path (``query``, ``attention.output.dense``, or a full path), or one of the roles in
+    :data:`PROJECTION_ALIASES`. The role ``output`` is the second feed-forward projection; the attention's own output
+    projection is named ``attention.output``. Modules of the head are never matched.
+
+    Raises:
+        TargetModuleError: a target without a match; the message lists what could be named.
+    """
+    available = dict(_encoder_matrices(model))
+    chosen: set[str] = set()
+    unmatched = []
+    for target in targets:
+        matches = _match_target(target, list(available))
+        chosen.update(matches)
+        if not matches:
+            unmatched.append(target)
+    if unmatched:
+        kinds = dict.fromkeys(shape.kind for shape in available.values())
+        raise TargetModuleError(
+            f"no weight matrix of {type(model).__name__}'s encoder matches {', '.join(map(repr, unmatched))}; "
+            f"it has {', '.join(kinds)}"
+        )
+    return [shape for name, shape in available.items() if name in chosen]
+
+
+def present_roles(model: nn.Module) -> list[str]:
+    """The roles of :data:`PROJECTION_ALIASES` that the model has matrices for.
+
+    Raises:
+        TargetModuleError: none of them; the targets have to be named then.
+    """
+    names = [name for name, _ in _encoder_matrices(model)]
+    roles = [role for role in PROJECTION_ALIASES if _match_target(role, names)]
+    if not roles:
+        raise TargetModuleError(f"{type(model).__name__} has no projection of a known name; give `target_modules`")
+    return roles
+
+
+def _encoder_matrices(model: Any) -> Iterator[tuple[str, MatrixShape]]:
+    encoder_name = getattr(model, "base_model_prefix", "")
+    encoder = getattr(model, encoder_name, None)
+    root, prefix = (model, "") if encoder is None else (encoder, f"{encoder_name}.")
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    for path, module in root.named_modules():
+        features = matrix_features(module)
+        if features and module is not head and not any("pooler" in part for part in path.split(".")):
+            yield prefix + path, MatrixShape(prefix + path, *features)
+
+
+def _match_target(target: str, names: Sequence[str]) -> list[str]:
+    """Paths ending in the target, else those of the role it stands for."""
+
+    def ending_in(suffix: str) -> list[str]:
+        return [name for name in names if name == suffix or name.endswith(f".{suffix}")]
+
+    direct = ending_in(target) or ending_in(f"{target}.dense")
+    for alias in PROJECTION_ALIASES.get(target, ()):
+        direct = direct or [name for part in alias.split() for name in ending_in(part)]
+    if target.startswith("attention."):
+        return direct
+    return [name for name in direct if not name.endswith(f".{ATTENTION_OUTPUT}") or target == name]
