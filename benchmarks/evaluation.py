@@ -3,7 +3,7 @@
     uv run python -m benchmarks.evaluation --json benchmarks/results/evaluation_cpu.json
 
 Four variants x five seeds are recorded offline by the W&B client itself, made up but complete, and read from their
-files by fresh processes: W&B's own inspector (one run), ``load_records`` and ``src.evaluate`` (all runs).
+files by fresh processes: W&B's own inspector (one run), ``open_source`` and ``src.evaluate`` (all runs).
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from fwlora.experiment.settings.hydra_arguments import compose_settings
 from fwlora.experiment.tracking import metrics
 from fwlora.experiment.tracking.metrics import best_name, compute_task_metrics, eval_name, final_name
 from fwlora.experiment.tracking.records import pack_classes
-from fwlora.experiment.tracking.wandb import WandbTarget, end_session, start_tracker
+from fwlora.experiment.tracking.wandb import WandbSettings
+from fwlora.experiment.tracking.wandb.session import end_session
 
 VARIANTS = {
     "lora": ("comparative-1-roberta-base-110M--SST-2-GLUE", 0.060, {}),
@@ -53,9 +54,10 @@ EPOCHS = 3
 TARGET_SECONDS, TARGET_MIB = 60.0, 1024.0
 PLACE = {"entity": "benchmark", "project": "benchmark"}
 READ = (
-    "import json, sys; from pathlib import Path; from fwlora.experiment.tracking.wandb import load_records;"
+    "import json, sys; from pathlib import Path; from fwlora.experiment.tracking import known_trackers, open_source;"
     "results_dir, run_ids = Path(sys.argv[1]), json.loads(sys.argv[2]);"
-    "records = load_records(run_ids, results_dir=results_dir, source='files', entity='', project='');"
+    "settings = known_trackers()['wandb'](entity='-', project='-');"
+    "records = open_source(settings, results_dir=results_dir, source='files').load(run_ids);"
     "assert all(record.finished for record in records);"
     "print(sum(len(record.history) for record in records))"
 )
@@ -146,12 +148,8 @@ def record_runs(results_dir: Path, count: int, steps: int) -> list[str]:
         generator = np.random.default_rng([seed, list(VARIANTS).index(variant)])
         config = make_config(variant, seed)
         run_id = config["run"]["run_id"]
-        tracker = start_tracker(
-            WandbTarget(**PLACE, mode="offline"),
-            run_id=run_id,
-            config=config,
-            directory=results_dir / run_id,
-        )
+        settings = WandbSettings(**PLACE, mode="offline")
+        tracker = settings.open_tracker(run_id=run_id, config=config, directory=results_dir / run_id)
         for row in make_rows(generator, config["run"]["method"], steps):
             tracker.log(row)
         tracker.set_summary(make_summary(generator, variant, steps))
@@ -215,8 +213,8 @@ def main() -> None:
         (log, *_) = results_dir.glob(f"{run_ids[0]}/wandb/offline-run-*/*.wandb")
         commands = {
             "wandb leet inspect, 1 run": [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(log)],
-            "load_records, 1 run": [sys.executable, "-c", READ, folder, json.dumps(run_ids[:1])],
-            f"load_records, {len(run_ids)} runs": [sys.executable, "-c", READ, folder, names],
+            "open_source, 1 run": [sys.executable, "-c", READ, folder, json.dumps(run_ids[:1])],
+            f"open_source, {len(run_ids)} runs": [sys.executable, "-c", READ, folder, names],
         }
         if options.stage == "all":
             evaluate = [

@@ -21,7 +21,7 @@ STARTS = 5
 # What only the inside of a seam needs to name, in the old layout's words and in the new one's.
 SEAMS = {
     "method": r"proposed_fw_lora|baseline_lora|['\"]adalora['\"]|FwLoraSettings|AdaLoraSettings",
-    "tracker": r"wandb_store|tracking\.wandb|WandbTarget|\bimport wandb\b",
+    "tracker": r"wandb_store|tracking\.wandb|WandbTarget|WandbSettings|\bimport wandb\b",
     "measure": r"is_ratio|training_time['\"]|update_norm['\"]",
     "fused family": r"COVERED_MODELS|LINEAR_PATHS|NORM_PATHS|families import|Roberta|Electra",
     "GLUE task": r"['\"](cola|sst2|mrpc|stsb)['\"]",

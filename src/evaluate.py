@@ -7,7 +7,6 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from functools import partial
 
 from fwlora.experiment.errors import user_errors_exit
 from fwlora.experiment.paths import CONFIG_DIR, REPOSITORY
@@ -26,23 +25,19 @@ def main(arguments: Sequence[str]) -> int:
         )
         from fwlora.experiment.evaluation.figures.draw import available_cores
         from fwlora.experiment.evaluation.report.render import ReportOrigin
-        from fwlora.experiment.evaluation.request import USAGE, parse_request
+        from fwlora.experiment.evaluation.request import parse_request, usage
+        from fwlora.experiment.plugins import load_plugins
+        from fwlora.experiment.tracking import open_source
         from fwlora.experiment.tracking.environment import describe_environment, name_cpu
-        from fwlora.experiment.tracking.wandb import load_records
 
+        load_plugins()
         if any(argument in ("-h", "--help") for argument in arguments):
-            print(USAGE)
+            print(usage())
             return 0
         request = parse_request(arguments, os.environ, CONFIG_DIR / "config.yaml")
         claims = load_claims(CONFIG_DIR / "claims")
-        load = partial(
-            load_records,
-            results_dir=request.results_dir,
-            source=request.source,
-            entity=request.entity,
-            project=request.project,
-        )
-        records = collect_records(load, request.run_ids)
+        source = open_source(request.tracker_settings, results_dir=request.results_dir, source=request.source)
+        records = collect_records(source, request.run_ids)
         command = shlex.join(["python", "-m", "src.evaluate", *arguments])
         made_by = ReportOrigin(command, describe_environment(REPOSITORY, name_cpu()))
         evaluation = evaluate_records(records, request.results_dir, claims, made_by, workers=available_cores())

@@ -89,7 +89,7 @@ def run_training(settings: ProgramSettings, command: str | None = None) -> None:
     if run.model.lora.enabled and run.optuna.n_trials == 0:
         check_schedules(run, total_steps)
     directory = Path(settings.results_dir) / run.run_id
-    config = {**settings.model_dump(), "resolved": resolved_facts(settings, prepared, command)}
+    config = {**settings.as_record(), "resolved": resolved_facts(settings, prepared, command)}
     tracker: Tracker = NullTracker()
     if is_main_process():
         tracker = open_tracker(settings, run_id=run.run_id, config=config, directory=directory)

@@ -38,7 +38,12 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
+    from fwlora.experiment.errors import user_errors_exit
+    from fwlora.experiment.plugins import load_plugins
+
     arguments = make_parser().parse_args(argv)
+    with user_errors_exit():
+        load_plugins()
     try:
         return _plan(arguments) if arguments.command == "plan" else _study(arguments)
     except ModuleNotFoundError as error:

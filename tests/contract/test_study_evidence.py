@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
-import src.train
 from fwlora.experiment.evaluation import evaluate
 from fwlora.experiment.evaluation.figures.draw import Figures
 from fwlora.experiment.settings.hydra_arguments import compose_settings
 from fwlora.experiment.settings.schema import ProgramSettings
+from fwlora.experiment.tracking import Tracker, metrics
 from fwlora.experiment.tracking.records import RunRecord, unpack_classes
-from fwlora.experiment.tracking.tracker import Tracker, metrics
-from fwlora.experiment.tracking.wandb import start_tracker
+from fwlora.experiment.tracking.wandb import writing
 from src.evaluate import main
 from src.train import run_training
 from tests.helpers.paths import CONFIG_DIR
@@ -155,9 +153,8 @@ def test_training_ends_well_while_its_server_does_not(
 ) -> None:
     caplog.set_level("INFO", "fwlora")
 
-    @functools.wraps(start_tracker)
-    def start(*arguments, **options) -> Tracker:
-        tracker = start_tracker(*arguments, finish_timeout_s=1.0, **options)
+    def start(*arguments, _start=writing.start_tracker, **options) -> Tracker:
+        tracker = _start(*arguments, finish_timeout_s=1.0, **options)
         log = tracker.log
 
         def log_and_break(values: Mapping[str, float | int]) -> None:
@@ -168,7 +165,7 @@ def test_training_ends_well_while_its_server_does_not(
         tracker.log = log_and_break
         return tracker
 
-    monkeypatch.setattr(src.train, "start_tracker", start)
+    monkeypatch.setattr(writing, "start_tracker", start)
     results_dir = tmp_path / "results"
     settings = compose("proposed_fw_lora", 7, "online", results_dir, tiny_roberta, tiny_glue)
     run_id = settings.run.run_id

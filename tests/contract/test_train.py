@@ -21,10 +21,11 @@ from fwlora.experiment.errors import UserError
 from fwlora.experiment.fused.forward import PlainClassifier
 from fwlora.experiment.settings.hydra_arguments import compose_settings, known_run_ids
 from fwlora.experiment.settings.schema import Categorical, IntRange
+from fwlora.experiment.tracking import metrics
 from fwlora.experiment.tracking.records import unpack_classes
-from fwlora.experiment.tracking.tracker import MemoryTracker, metrics
 from src.model import build_model, plan_adapters
 from src.train import run_training
+from tests.helpers.memory_tracker import MemoryTracker
 from tests.helpers.paths import CONFIG_DIR
 
 METHODS = {"baseline_lora": "comparative-1", "adalora": "comparative-2", "proposed_fw_lora": "proposed"}
@@ -51,12 +52,12 @@ def recorded(monkeypatch) -> list[MemoryTracker]:
     """Runs are kept in memory instead of W&B's files."""
     trackers: list[MemoryTracker] = []
 
-    def start(target, *, run_id, config, directory):
+    def start(settings, *, run_id, config, directory):
         trackers.append(MemoryTracker())
         trackers[-1].update_config(config)
         return trackers[-1]
 
-    monkeypatch.setattr(src.train, "start_tracker", start)
+    monkeypatch.setattr(src.train, "open_tracker", start)
     return trackers
 
 

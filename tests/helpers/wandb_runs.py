@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,12 +19,15 @@ import pytest
 from fwlora.experiment.errors import UserError
 from fwlora.experiment.tracking.records import RunRecord
 from fwlora.experiment.tracking.tracker import Tracker, spell_non_finite
-from fwlora.experiment.tracking.wandb import WandbTarget, end_session, load_records, start_tracker
+from fwlora.experiment.tracking.wandb import WandbSettings
+from fwlora.experiment.tracking.wandb.reading import WandbSource
+from fwlora.experiment.tracking.wandb.session import end_session
+from fwlora.experiment.tracking.wandb.writing import start_tracker
 from tests.helpers.paths import REPOSITORY
 from tests.helpers.wandb_server import API_KEY, ENTITY, WandbServer
 
-TARGET = WandbTarget(entity=ENTITY, project="project", mode="online")
-OFFLINE = replace(TARGET, mode="offline")
+TARGET = WandbSettings(entity=ENTITY, project="project", mode="online")
+OFFLINE = TARGET.model_copy(update={"mode": "offline"})
 CONFIG = {"run": {"run_id": "a", "training": {"learning_rate": 2e-4, "betas": [0.9, 0.999]}}}
 SUMMARY = {
     "completed": True,
@@ -99,7 +101,7 @@ def collect_log_lines(lines: list[str] | None) -> None:
 
 
 def start(
-    target: WandbTarget,
+    settings: WandbSettings,
     results: Path,
     run_id: str = "a",
     lines: list[str] | None = None,
@@ -108,7 +110,7 @@ def start(
 ) -> Tracker:
     collect_log_lines(lines)
     return start_tracker(
-        target,
+        settings,
         run_id=run_id,
         config=CONFIG if config is None else config,
         directory=results / run_id,
@@ -131,8 +133,7 @@ def write(tracker: Tracker, steps: Sequence[int], scale: float = 1.0, exit_code:
 
 
 def load(results: Path, source: str, *run_ids: str, timeout_s: int = 30) -> list[RunRecord]:
-    place = {"entity": TARGET.entity, "project": TARGET.project}
-    return load_records(run_ids or ["a"], results_dir=results, source=source, timeout_s=timeout_s, **place)
+    return WandbSource(results, source, TARGET.entity, TARGET.project, timeout_s).load(run_ids or ["a"])
 
 
 def content(record: RunRecord) -> dict[str, object]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from fwlora.experiment.evaluation.output import documents, tables
 from fwlora.experiment.evaluation.output.aggregate import aggregate
 from fwlora.experiment.evaluation.report.render import ReportOrigin, render_report
 from fwlora.experiment.evaluation.request import COMPARISON_FOLDER
+from fwlora.experiment.tracking import RecordSource
 from fwlora.experiment.tracking.records import RunRecord, UnreadableRunsError
 
 
@@ -35,24 +36,24 @@ class EvaluationOutput:
     files: Mapping[Path, bytes]
 
 
-def collect_records(load: Callable[[Sequence[str]], list[RunRecord]], run_ids: Sequence[str]) -> list[RunRecord]:
+def collect_records(source: RecordSource, run_ids: Sequence[str]) -> list[RunRecord]:
     """Read the records of all runs; where some cannot be read, report what is wrong with the others as well.
 
     Args:
-        load: reads records, and raises :class:`UnreadableRunsError` for those that it cannot read.
+        source: where the records are read.
         run_ids: of the runs.
 
     Raises:
         UserError: runs that cannot be read, and runs that can be read but not compared.
     """
     try:
-        return load(run_ids)
+        return source.load(run_ids)
     except UnreadableRunsError as error:
         readable = [run_id for run_id in run_ids if run_id not in error.reasons]
         if not readable:
             raise
         try:
-            read_runs(load(readable))
+            read_runs(source.load(readable))
         except UserError as other:
             raise UserError(f"{error}\n{other}") from None
         raise

@@ -6,29 +6,33 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from pydantic import ValidationError
 
-from fwlora.experiment.errors import UserError, describe_yaml_error
+from fwlora.experiment.errors import collecting, describe_validation_error, describe_yaml_error
 from fwlora.experiment.settings.schema import FORBIDDEN_IN_RUN_IDS
+from fwlora.experiment.tracking import (
+    DEFAULT_TRACKER,
+    SourceChoice,
+    TrackerSettings,
+    environment_defaults,
+    known_trackers,
+)
 
 COMPARISON_FOLDER = "comparison"
-Source = Literal["auto", "api", "files"]
+SOURCES: tuple[SourceChoice, ...] = get_args(SourceChoice)
 USAGE = """\
 usage: python -m src.evaluate results_dir=<dir> run_ids='["a","b"]'
-                              [source=auto|api|files] [wandb.entity=<name>] [wandb.project=<name>]
+                              [source=auto|api|files] [tracker={trackers}]{tracker_keys}
 
-  results_dir  where runs left W&B's offline files, and where results go (empty: as in config/config.yaml)
+  results_dir  where runs left their tracker's files, and where results go (empty: as in config/config.yaml)
   run_ids      JSON list of the runs to evaluate
-  source       files: W&B's offline files under results_dir; api: the W&B server; auto: files, else the server"""
-
-_ENVIRONMENT = {"wandb.entity": "WANDB_ENTITY", "wandb.project": "WANDB_PROJECT"}
-_KEYS = ("results_dir", "run_ids", "source", *_ENVIRONMENT)
-# An empty `results_dir=`, as a pipeline with an unset variable passes it, means the configured default.
-_CONFIGURED = ("results_dir", *_ENVIRONMENT)
+  source       files: the tracker's files under results_dir; api: its server; auto: files, else the server
+  tracker      what recorded the runs (default: as in config/config.yaml)"""
 
 
 @dataclass(frozen=True)
@@ -38,16 +42,20 @@ class EvaluationRequest:
     Attributes:
         results_dir: where runs left files, and where results are written.
         run_ids: of the runs to evaluate.
-        source: where records are read.
-        entity: W&B user or team.
-        project: W&B project.
+        source: whether records are read from files, a service or both.
+        tracker_settings: of the tracker that recorded the runs.
     """
 
     results_dir: Path
     run_ids: tuple[str, ...]
-    source: Source
-    entity: str
-    project: str
+    source: SourceChoice
+    tracker_settings: TrackerSettings
+
+
+def usage() -> str:
+    """Return the help text."""
+    keys = "".join(f" [{key}=<value>]" for key in _tracker_keys())
+    return USAGE.format(trackers="|".join(known_trackers()), tracker_keys=keys)
 
 
 def parse_request(arguments: Sequence[str], environment: Mapping[str, str], config_path: Path) -> EvaluationRequest:
@@ -61,34 +69,33 @@ def parse_request(arguments: Sequence[str], environment: Mapping[str, str], conf
     Raises:
         UserError: everything that is wrong with the arguments, at once.
     """
-    problems: list[str] = []
+    known_keys = ("results_dir", "run_ids", "source", "tracker", *_tracker_keys())
     given: dict[str, str] = {}
-    for argument in arguments:
-        key, separator, value = argument.partition("=")
-        if not separator:
-            problems.append(f"{argument!r} is not of the form key=value")
-        elif key not in _KEYS:
-            problems.append(f"{key!r} is unknown; known: {', '.join(_KEYS)}")
-        elif key in given:
-            problems.append(f"{key} is given twice: {given[key]!r} and {value!r}")
-        else:
-            given[key] = value
-    if "results_dir" not in given:
-        problems.append("results_dir is missing; give results_dir=<dir>")
-    run_ids = _parse_run_ids(given.get("run_ids"), problems)
-    source = given.get("source", "auto")
-    if source not in get_args(Source):
-        problems.append(f"source is {source!r}; one of {', '.join(get_args(Source))} is expected")
-    configured = _complete(given, environment, config_path, problems)
-    if problems:
-        raise UserError.collect("command line", problems)
-    return EvaluationRequest(
-        results_dir=Path(configured["results_dir"]),
-        run_ids=run_ids,
-        source=cast(Source, source),
-        entity=configured["wandb.entity"],
-        project=configured["wandb.project"],
-    )
+    with collecting("command line") as problems:
+        for argument in arguments:
+            key, separator, value = argument.partition("=")
+            if not separator:
+                problems.append(f"{argument!r} is not of the form key=value")
+            elif key not in known_keys:
+                problems.append(f"{key!r} is unknown; known: {', '.join(known_keys)}")
+            elif key in given:
+                problems.append(f"{key} is given twice: {given[key]!r} and {value!r}")
+            else:
+                given[key] = value
+        if "results_dir" not in given:
+            problems.append("results_dir is missing; give results_dir=<dir>")
+        run_ids = _parse_run_ids(given.get("run_ids"), problems)
+        source = given.get("source", "auto")
+        if source not in SOURCES:
+            problems.append(f"source is {source!r}; one of {', '.join(SOURCES)} is expected")
+        results_dir, tracker_settings = _complete(given, environment, config_path, problems)
+    assert tracker_settings is not None
+    return EvaluationRequest(Path(results_dir), run_ids, cast(SourceChoice, source), tracker_settings)
+
+
+def _tracker_keys() -> list[str]:
+    """Return the settings of trackers that reading needs."""
+    return [f"{name}.{field}" for name, settings in known_trackers().items() for field in settings.source_fields]
 
 
 def _parse_run_ids(text: str | None, problems: list[str]) -> tuple[str, ...]:
@@ -118,17 +125,54 @@ def _parse_run_ids(text: str | None, problems: list[str]) -> tuple[str, ...]:
 
 def _complete(
     given: Mapping[str, str], environment: Mapping[str, str], config_path: Path, problems: list[str]
-) -> dict[str, str]:
-    values = {key: given.get(key) or environment.get(_ENVIRONMENT.get(key, "")) for key in _CONFIGURED}
-    missing = [key for key, value in values.items() if not value]
-    if missing:
-        try:
-            config = OmegaConf.load(config_path)
-            values.update({key: OmegaConf.select(config, key) for key in missing})
-        except (OSError, YAMLError, OmegaConfBaseException) as error:
-            problems.append(f"{config_path}: cannot read {' and '.join(missing)}: {describe_yaml_error(error)}")
-            return {}
-    for key in missing:
-        if not values[key]:
-            problems.append(f"{key} is not set; give {key}=<value>, or set it in {config_path}")
-    return {key: str(value) for key, value in values.items()}
+) -> tuple[str, TrackerSettings | None]:
+    """Return the folder of the results and the tracker's settings; add to ``problems`` what is wrong with them."""
+    variables = environment_defaults()
+    # An empty `results_dir=`, as a pipeline with an unset variable passes it, means the configured default.
+    values = {key: given.get(key) or environment.get(variables.get(key, "")) for key in ("results_dir", "tracker")}
+    configured, reason = _read_configured(("results_dir", "tracker", *_tracker_keys()), config_path)
+    tracker = values["tracker"] or configured.get("tracker") or DEFAULT_TRACKER
+    settings_class = known_trackers().get(tracker)
+    if settings_class is None:
+        problems.append(f"tracker is {tracker!r}; one of {', '.join(known_trackers())} is expected")
+        return "", None
+    fields = {f"{tracker}.{field}": settings_class.model_fields[field] for field in settings_class.source_fields}
+    for key in fields:
+        values[key] = given.get(key) or environment.get(variables.get(key, ""))
+    missing = [key for key, value in values.items() if not value and key != "tracker"]
+    required = [key for key in missing if key not in fields or fields[key].is_required()]
+    if required and reason:
+        problems.append(f"{config_path}: cannot read {' and '.join(required)}: {reason}")
+        return "", None
+    values.update({key: configured[key] for key in missing if configured.get(key)})
+    unset = [key for key in required if not values[key]]
+    problems.extend(f"{key} is not set; give {key}=<value>, or set it in {config_path}" for key in unset)
+    if unset:
+        return "", None
+    node = {
+        key.partition(".")[2]: value if field.annotation is str else _parse_value(value)
+        for key, field in fields.items()
+        if (value := values[key]) is not None
+    }
+    try:
+        return str(values["results_dir"]), settings_class.model_validate(node)
+    except ValidationError as error:
+        problems.extend(f"{tracker}.{line}" for line in describe_validation_error(error, settings_class))
+        return "", None
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text  # which validation refuses
+
+
+def _read_configured(keys: Sequence[str], config_path: Path) -> tuple[dict[str, str], str]:
+    """Return the values that a configuration file sets as text, and why it cannot be read (empty: it can)."""
+    try:
+        config = OmegaConf.load(config_path)
+        selected = {key: OmegaConf.select(config, key) for key in keys}
+    except (OSError, yaml.YAMLError, OmegaConfBaseException) as error:
+        return {}, describe_yaml_error(error)
+    return {key: str(value) for key, value in selected.items() if value is not None}, ""

@@ -28,19 +28,20 @@ from fwlora.experiment.errors import UserError, user_errors_exit
 from fwlora.experiment.plugins import load_plugins
 from fwlora.experiment.settings.resolve import resolve_settings
 from fwlora.experiment.settings.schema import ProgramSettings
-from fwlora.experiment.tracking.registry import environment_defaults, text_keys
+from fwlora.experiment.tracking import environment_defaults, text_keys
 
 MODES = ("trial", "full")
 # Values of these keys are text whatever they look like.
 TEXT_KEYS = (
-    "results_dir", "run.dataset.name", "run.model.pretrained_id", "run.dataset.revision", "run.model.revision",
+    "results_dir", "tracker", "run.dataset.name", "run.model.pretrained_id", "run.dataset.revision",
+    "run.model.revision",
 )  # fmt: skip
 USAGE = """\
 usage: python -u -m {program} run=<run_id> results_dir=<dir> mode=trial|full [run.<key>=<value> ...]
 
   run          a file of config/runs, by its name; <run_id>-s<N> is the same with seed N
-  results_dir  where logs, checkpoints and W&B's files go, under <run_id>/ (default: .research/results)
-  mode         trial: one epoch of two batches, W&B disabled, no search; full: everything
+  results_dir  where logs, checkpoints and the tracker's files go, under <run_id>/ (default: .research/results)
+  mode         trial: one epoch of two batches, no record, no search; full: everything
 
 known run ids:
 {run_ids}"""

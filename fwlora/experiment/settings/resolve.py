@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from fwlora.experiment.errors import UserError, describe_validation_error
 from fwlora.experiment.methods import get_method, method_nodes
 from fwlora.experiment.settings.schema import ProgramSettings, RunSettings, program_settings_class
-from fwlora.experiment.tracking.registry import DEFAULT_TRACKER, known_trackers
+from fwlora.experiment.tracking import DEFAULT_TRACKER, known_trackers
 
 TRIAL_BATCHES = 2
 
@@ -46,8 +46,9 @@ def resolve_settings(
         run["run_id"] = f"{run_id}-s{seed}"
     # Pipelines may pass `results_dir=` with nothing behind it; that means the default.
     composed["results_dir"] = composed.get("results_dir") or defaults["results_dir"]
-    composed = _keep_tracker_node(composed)
-    settings, settings_class = None, program_settings_class(composed["tracker"])
+    tracker = composed["tracker"] = str(composed.get("tracker") or DEFAULT_TRACKER)
+    composed = _keep_tracker_node(composed, tracker)
+    settings, settings_class = None, program_settings_class(tracker)
     try:
         settings = settings_class.model_validate({**composed, "run": run})
     except ValidationError as error:
@@ -116,12 +117,10 @@ def _drop_foreign_nodes(run: Mapping[str, Any], run_defaults: Mapping[str, Any])
     return {key: value for key, value in run.items() if key not in foreign}, problems
 
 
-def _keep_tracker_node(composed: Mapping[str, Any]) -> dict[str, Any]:
-    """Drop the nodes of trackers that are not chosen; the chosen one's may be missing."""
-    chosen = composed.get("tracker") or DEFAULT_TRACKER
-    foreign = {name for name in known_trackers() if name != chosen}
-    kept = {key: value for key, value in composed.items() if key not in foreign}
-    return {**({chosen: {}} if chosen in known_trackers() else {}), **kept, "tracker": chosen}
+def _keep_tracker_node(composed: Mapping[str, Any], tracker: str) -> dict[str, Any]:
+    """Drop the nodes of other trackers; add an empty one where the tracker has none, for its defaults."""
+    kept = {key: value for key, value in composed.items() if key == tracker or key not in known_trackers()}
+    return {tracker: {}, **kept} if tracker in known_trackers() else kept
 
 
 def _normalize_search_space(optuna: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from fwlora.experiment.methods.base import find_method, known_methods, method_nodes
 from fwlora.experiment.settings.base import Fraction, Searchable, Seed, SettingsNode, find_searchable
-from fwlora.experiment.tracking.registry import DEFAULT_TRACKER, TrackerSettings, known_trackers
+from fwlora.experiment.tracking import DEFAULT_TRACKER, TrackerSettings, known_trackers
 
 FORBIDDEN_IN_RUN_IDS = set("\":<>|*?/\\\r\n#%;,'")
 RESERVED_RUN_IDS = {".", "..", "comparison"}
@@ -302,6 +302,12 @@ class ProgramSettings(SettingsNode):
         """The node of the chosen tracker."""
         node: TrackerSettings = getattr(self, self.tracker)
         return node
+
+    def as_record(self) -> dict[str, Any]:
+        """Return plain values for the run's record."""
+        record = self.model_dump()
+        engine = record.pop("engine")
+        return {**record, "engine": engine}  # after the tracker's node, as in the records that there are
 
 
 def program_settings_class(tracker: str = DEFAULT_TRACKER) -> type[ProgramSettings]:

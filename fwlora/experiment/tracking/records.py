@@ -56,7 +56,7 @@ class RunRecord:
 
 
 class UnreadableRunsError(UserError):
-    """Runs that could be read nowhere.
+    """Runs that cannot be read.
 
     Attributes:
         reasons: why each of them could not be read, by run id.
@@ -71,7 +71,7 @@ class UnreadableRunsError(UserError):
         """
         problems = [*(f"`{run_id}`: {reason}" for run_id, reason in reasons.items()), *notes]
         super().__init__(str(UserError.collect("runs that cannot be read", problems)))
-        self.reasons = dict(reasons)
+        self.reasons: dict[str, str] = dict(reasons)
 
 
 def pack_classes(classes: np.ndarray, num_classes: int) -> dict[str, Any]:

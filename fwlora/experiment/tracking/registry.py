@@ -1,39 +1,25 @@
-"""The seam for trackers: the settings class of one says how runs are recorded and read; and the registry."""
+"""The seam for trackers: a settings class that opens a tracker and a source of records, and the registry of these."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from importlib import import_module
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 
+from fwlora.experiment.errors import UserError
 from fwlora.experiment.settings.base import SettingsNode
-from fwlora.experiment.tracking.records import RunRecord
-from fwlora.experiment.tracking.tracker import NullTracker, Tracker, check_entries
+from fwlora.experiment.tracking.tracker import NullTracker, RecordSource, Tracker, check_entries
 
 if TYPE_CHECKING:
-    from fwlora.experiment.evaluation.request import EvaluationRequest
     from fwlora.experiment.settings.schema import ProgramSettings
 
 DEFAULT_TRACKER = "wandb"
 # files: what a tracker left under `results_dir`; api: its service; auto: files, and the service for what they lack.
-Source = Literal["auto", "api", "files"]
+SourceChoice = Literal["auto", "api", "files"]
 
-_BUILT_IN = ("wandb",)
-_RESERVED = ("run", "runs", "results_dir", "mode", "engine", "tracker", "hydra", "run_ids", "source")
+_RESERVED = ("run", "runs", "results_dir", "mode", "engine", "tracker", "hydra", "defaults", "run_ids", "source")
 _TRACKERS: dict[str, type[TrackerSettings]] = {}
-
-
-class RecordSource(Protocol):
-    """A place where recorded runs are read."""
-
-    def load(self, run_ids: Sequence[str]) -> list[RunRecord]:
-        """Read runs, in the order of their ids.
-
-        Raises:
-            UnreadableRunsError: some runs cannot be read; it gives a reason for each of them.
-        """
 
 
 class TrackerSettings(SettingsNode):
@@ -48,11 +34,11 @@ class TrackerSettings(SettingsNode):
     source_fields: ClassVar[tuple[str, ...]] = ()
 
     def limit_to_trial(self) -> Self:
-        """Return the settings that a trial shows; whatever they are, a trial is not recorded."""
+        """Return the settings of a trial, which is not recorded whatever they say."""
         return self
 
     @abstractmethod
-    def start(self, *, run_id: str, config: Mapping[str, Any], directory: Path) -> Tracker:
+    def open_tracker(self, *, run_id: str, config: Mapping[str, Any], directory: Path) -> Tracker:
         """Start to record a run.
 
         Args:
@@ -65,7 +51,7 @@ class TrackerSettings(SettingsNode):
         """
 
     @abstractmethod
-    def find_source(self, *, results_dir: Path, source: Source) -> RecordSource:
+    def open_source(self, *, results_dir: Path, source: SourceChoice) -> RecordSource:
         """Return where runs are read.
 
         Args:
@@ -82,10 +68,12 @@ def register_tracker(name: str, settings_class: type[TrackerSettings]) -> None:
         settings_class: of the node.
 
     Raises:
-        ValueError: another tracker or another setting has the name.
+        ValueError: another tracker or another setting has the name, or it is no identifier.
     """
     if name in _RESERVED or not name.isidentifier():
-        raise ValueError(f"`name` {name!r} cannot name a settings node: an identifier not in {_RESERVED} is needed")
+        raise ValueError(
+            f"`name` {name!r} cannot name a tracker's settings; choose an identifier other than {', '.join(_RESERVED)}"
+        )
     if _TRACKERS.get(name, settings_class) is not settings_class:
         raise ValueError(f"`name` {name!r} is taken by {_TRACKERS[name].__name__}; choose another")
     _TRACKERS[name] = settings_class
@@ -97,9 +85,7 @@ def unregister_tracker(name: str) -> None:
 
 
 def known_trackers() -> dict[str, type[TrackerSettings]]:
-    """Return the settings class of every registered tracker by name, the built-in ones first."""
-    for package in _BUILT_IN:
-        import_module(f"fwlora.experiment.tracking.{package}")
+    """Return the settings class of every registered tracker by name, the built-in one first."""
     return dict(_TRACKERS)
 
 
@@ -107,24 +93,22 @@ def environment_defaults() -> dict[str, str]:
     """Return the settings that environment variables set: key, such as ``wandb.mode`` -> variable."""
     return {
         f"{name}.{field}": variable
-        for name, settings_class in known_trackers().items()
+        for name, settings_class in _TRACKERS.items()
         for field, variable in settings_class.environment.items()
     }
 
 
 def text_keys() -> set[str]:
-    """Return the keys of trackers whose values are text whatever they look like."""
+    """Return the keys of trackers' settings whose values are text whatever they look like."""
     return {
         f"{name}.{field}"
-        for name, settings_class in known_trackers().items()
+        for name, settings_class in _TRACKERS.items()
         for field, info in settings_class.model_fields.items()
         if info.annotation is str
     }
 
 
-def open_tracker(
-    settings: ProgramSettings, *, run_id: str, config: Mapping[str, Any], directory: Path
-) -> Tracker:
+def open_tracker(settings: ProgramSettings, *, run_id: str, config: Mapping[str, Any], directory: Path) -> Tracker:
     """Start to record a run with the tracker that the settings choose; a trial is checked, not recorded.
 
     Args:
@@ -140,9 +124,20 @@ def open_tracker(
     entries = check_entries(config)
     if settings.mode == "trial":
         return NullTracker()
-    return settings.tracker_settings.start(run_id=run_id, config=entries, directory=directory)
+    return settings.tracker_settings.open_tracker(run_id=run_id, config=entries, directory=directory)
 
 
-def open_source(request: EvaluationRequest) -> RecordSource:
-    """Return where the tracker that the command line chooses keeps the recorded runs."""
-    return request.tracker_settings.find_source(results_dir=request.results_dir, source=request.source)
+def open_source(settings: TrackerSettings, *, results_dir: Path, source: SourceChoice = "auto") -> RecordSource:
+    """Return where a tracker's records are read.
+
+    Args:
+        settings: of the tracker.
+        results_dir: holds the directory of each run.
+        source: files, service or both.
+
+    Raises:
+        UserError: an unknown ``source``.
+    """
+    if source not in get_args(SourceChoice):
+        raise UserError(f"`source` is {source!r}; it must be auto, api or files")
+    return settings.open_source(results_dir=results_dir, source=source)

@@ -1,40 +1,53 @@
-"""Where a run's metrics go, as a small protocol; nothing in this module knows Weights & Biases."""
+"""The record of one run: what writes it, what reads it back, and what can be recorded at all."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from fwlora.experiment.tracking import metrics
-from fwlora.experiment.tracking.records import RunRecord, RunState, make_record
+from fwlora.experiment.tracking.records import RunRecord
 
 
-class Tracker(Protocol):
-    """Record of one run while it is running.
+class Tracker(ABC):
+    """Write the record of one run while it is running."""
 
-    Attributes:
-        url: where people can watch the run, ``None`` when there is no such place.
-    """
-
-    url: str | None
-
+    @abstractmethod
     def log(self, values: Mapping[str, float | int]) -> None:
-        """Add one history row; it carries its own ``global_step``."""
+        """Add one history row, which holds its own ``global_step``; see :func:`check_row`."""
 
+    @abstractmethod
     def update_config(self, values: Mapping[str, Any]) -> None:
-        """Set top-level config entries, replacing those of the same name."""
+        """Set top-level config entries, replacing those of the same name; see :func:`check_entries`."""
 
+    @abstractmethod
     def set_summary(self, values: Mapping[str, Any]) -> None:
-        """Set final values, replacing those of the same name."""
+        """Set final values, replacing those of the same name; see :func:`check_entries`."""
 
+    @abstractmethod
     def finish(self, exit_code: int = 0) -> None:
-        """End the record; 0 marks a run that did all it had to do."""
+        """End the record; exit code 0 marks a run that did all it had to do."""
+
+
+class RecordSource(ABC):
+    """Read recorded runs."""
+
+    @abstractmethod
+    def load(self, run_ids: Sequence[str]) -> list[RunRecord]:
+        """Return the records of runs, in the order of their ids.
+
+        Build each with :func:`fwlora.experiment.tracking.records.make_record`.
+
+        Raises:
+            UnreadableRunsError: some runs cannot be read; it gives a reason for each of them.
+        """
 
 
 def check_row(values: Mapping[str, float | int]) -> dict[str, float | int]:
-    """A copy of one history row.
+    """Return a copy of one history row.
 
     Raises:
         ValueError: a name that cannot be recorded, a value that is not a Python number, or no ``global_step``.
@@ -49,7 +62,7 @@ def check_row(values: Mapping[str, float | int]) -> dict[str, float | int]:
 
 
 def check_entries(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A deep copy of config or summary entries in the types of JSON (tuples become lists; NaN is allowed).
+    """Return a deep copy of config or summary entries in the types of JSON (tuples become lists; NaN is allowed).
 
     Raises:
         ValueError: a name that cannot be recorded or a value that JSON has no type for, with its path.
@@ -96,10 +109,8 @@ def restore_non_finite(value: Any) -> Any:
     return [restore_non_finite(item) for item in value] if isinstance(value, list) else value
 
 
-class NullTracker:
-    """Keeps nothing, but refuses what a real tracker could not keep, so that a trial run exercises the record path."""
-
-    url: str | None = None
+class NullTracker(Tracker):
+    """Keep nothing, but refuse what a tracker could not keep, so that a trial takes the path of a recorded run."""
 
     def log(self, values: Mapping[str, float | int]) -> None:
         """Check one history row; see :func:`check_row`."""
@@ -114,44 +125,4 @@ class NullTracker:
         check_entries(values)
 
     def finish(self, exit_code: int = 0) -> None:
-        """Nothing to end."""
-
-
-class MemoryTracker:
-    """Keeps everything in memory, for tests and for library users without a tracking service.
-
-    Attributes:
-        rows: history rows as logged.
-        config: entries by name.
-        summary: entries by name; only what was set, history values are not copied into it.
-        exit_code: what :meth:`finish` was told, ``None`` before.
-    """
-
-    url: str | None = None
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, float | int]] = []
-        self.config: dict[str, Any] = {}
-        self.summary: dict[str, Any] = {}
-        self.exit_code: int | None = None
-
-    def log(self, values: Mapping[str, float | int]) -> None:
-        """Append one history row; see :func:`check_row`."""
-        self.rows.append(check_row(values))
-
-    def update_config(self, values: Mapping[str, Any]) -> None:
-        """Set config entries; see :func:`check_entries`."""
-        self.config.update(check_entries(values))
-
-    def set_summary(self, values: Mapping[str, Any]) -> None:
-        """Set summary entries; see :func:`check_entries`."""
-        self.summary.update(check_entries(values))
-
-    def finish(self, exit_code: int = 0) -> None:
-        """Keep the exit code."""
-        self.exit_code = exit_code
-
-    def record(self, run_id: str) -> RunRecord:
-        """The run in the form that evaluation reads."""
-        state: RunState = "running" if self.exit_code is None else "failed" if self.exit_code else "finished"
-        return make_record(run_id, self.config, self.summary, self.rows, state, source="memory")
+        """Do nothing."""

@@ -17,8 +17,10 @@ import pytest
 from fwlora.experiment.errors import UserError
 from fwlora.experiment.evaluation.evaluate import collect_records, remove_stale_figures, write_files
 from fwlora.experiment.evaluation.request import parse_request
-from fwlora.experiment.tracking import wandb as wandb_store
+from fwlora.experiment.tracking import RecordSource
 from fwlora.experiment.tracking.records import UnreadableRunsError
+from fwlora.experiment.tracking.wandb import WandbSettings
+from fwlora.experiment.tracking.wandb.reading import WandbSource
 from tests.helpers import evaluation_records as records
 from tests.helpers.paths import REPOSITORY as ROOT
 
@@ -92,15 +94,15 @@ def test_entity_and_project_come_from_command_line_then_environment_then_file(co
     arguments = ["results_dir=a=b", 'run_ids=["x", "y"]']
     request = parse_request(arguments, {}, config_path)
     assert (str(request.results_dir), request.run_ids, request.source) == ("a=b", ("x", "y"), "auto")
-    assert (request.entity, request.project) == ("file-entity", "file-project")
+    assert request.tracker_settings == WandbSettings(entity="file-entity", project="file-project")
     environment = {"WANDB_ENTITY": "env-entity", "WANDB_PROJECT": "env-project"}
     request = parse_request([*arguments, "wandb.entity=cli-entity"], environment, config_path)
-    assert (request.entity, request.project) == ("cli-entity", "env-project")
+    assert request.tracker_settings == WandbSettings(entity="cli-entity", project="env-project")
 
 
 def test_the_repository_configuration_names_entity_and_project():
     request = parse_request(["results_dir=r", 'run_ids=["x"]'], {}, ROOT / "config" / "config.yaml")
-    assert request.entity and request.project
+    assert request.tracker_settings == WandbSettings(entity="gengaru617-personal", project="251106-test")
 
 
 def test_an_empty_results_dir_means_the_configured_one(config_path: Path):
@@ -155,13 +157,14 @@ def test_a_missing_configuration_file_matters_only_where_it_is_needed(tmp_path: 
 
 
 def test_unreadable_and_incomparable_runs_are_named_together():
-    def load(run_ids):
-        if "gone" in run_ids:
-            raise UnreadableRunsError({"gone": "no files (there are `unfinished`: 3)"})
-        return [records.change(records.make_record(run_id), state="failed") for run_id in run_ids]
+    class Source(RecordSource):
+        def load(self, run_ids):
+            if "gone" in run_ids:
+                raise UnreadableRunsError({"gone": "no files (there are `unfinished`: 3)"})
+            return [records.change(records.make_record(run_id), state="failed") for run_id in run_ids]
 
     with pytest.raises(UserError) as raised:
-        collect_records(load, ["gone", "unfinished"])
+        collect_records(Source(), ["gone", "unfinished"])
     assert "`gone`: no files" in str(raised.value) and "run 'unfinished' is unfinished" in str(raised.value)
 
 
@@ -212,7 +215,7 @@ def test_nothing_is_written_where_a_metric_is_not_a_number(
     program = load_program()
     broken = records.change(records.make_record("b"), summary__final_eval_accuracy=float("nan"))
     good = records.make_record("p", "proposed_fw_lora")
-    monkeypatch.setattr(wandb_store, "load_records", lambda run_ids, **_: [good, broken])
+    monkeypatch.setattr(WandbSource, "load", lambda source, run_ids: [good, broken])
     with pytest.raises(SystemExit) as ended:
         program.main([f"results_dir={tmp_path}", 'run_ids=["p", "b"]'])
     assert ended.value.code == 2

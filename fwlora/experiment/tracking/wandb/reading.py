@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fwlora.experiment.tracking.records import RunRecord, RunState, UnreadableRunsError
-from fwlora.experiment.tracking.registry import Source
+from fwlora.experiment.tracking.registry import SourceChoice
+from fwlora.experiment.tracking.tracker import RecordSource
 from fwlora.experiment.tracking.wandb.files import read_files
 from fwlora.experiment.tracking.wandb.raw_run import RawRun, Unavailable
 from fwlora.experiment.tracking.wandb.session import end_session, explain, one_line, open_session
@@ -23,7 +24,7 @@ STATES: dict[str, RunState] = {"finished": "finished", "failed": "failed", "runn
 
 
 @dataclass(frozen=True)
-class WandbSource:
+class WandbSource(RecordSource):
     """Runs in W&B's files on this machine, on its server, or both; from either as the same records.
 
     Attributes:
@@ -35,7 +36,7 @@ class WandbSource:
     """
 
     results_dir: Path
-    source: Source
+    source: SourceChoice
     entity: str
     project: str
     timeout_s: int = API_TIMEOUT_S

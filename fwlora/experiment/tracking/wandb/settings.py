@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
-from fwlora.experiment.tracking.registry import RecordSource, Source, TrackerSettings, register_tracker
-from fwlora.experiment.tracking.tracker import Tracker
+from fwlora.experiment.tracking.registry import SourceChoice, TrackerSettings, register_tracker
+from fwlora.experiment.tracking.tracker import RecordSource, Tracker
 
 
 class WandbSettings(TrackerSettings):
@@ -38,13 +38,13 @@ class WandbSettings(TrackerSettings):
         """Disable W&B."""
         return self.model_copy(update={"mode": "disabled", "required": False})
 
-    def start(self, *, run_id: str, config: Mapping[str, Any], directory: Path) -> Tracker:
+    def open_tracker(self, *, run_id: str, config: Mapping[str, Any], directory: Path) -> Tracker:
         """Start a W&B run; see :func:`fwlora.experiment.tracking.wandb.writing.start_tracker`."""
         from fwlora.experiment.tracking.wandb.writing import start_tracker
 
         return start_tracker(self, run_id=run_id, config=config, directory=directory)
 
-    def find_source(self, *, results_dir: Path, source: Source) -> RecordSource:
+    def open_source(self, *, results_dir: Path, source: SourceChoice) -> RecordSource:
         """Return W&B's files under ``results_dir``, its server, or both."""
         from fwlora.experiment.tracking.wandb.reading import WandbSource
 

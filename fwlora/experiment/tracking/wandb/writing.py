@@ -132,8 +132,8 @@ def _init_run(
     return run
 
 
-class _WandbTracker:
-    """A W&B run as a :class:`Tracker`; a failure is logged once and raises nothing."""
+class _WandbTracker(tracking.Tracker):
+    """A W&B run; a failure is logged once and raises nothing."""
 
     def __init__(self, run: wandb.Run) -> None:
         self._run: Any = run  # parts of it are untyped

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,7 +91,7 @@ def test_killed_run_keeps_what_it_logged_and_goes_on_under_its_id(
     assert content(killed)["history"] == expected(rows([1, 2, 3, 4, 5, 6], KILLED_SCALE))
     assert killed.config == KILLED_CONFIG and killed.summary["only_killed"] == 1 and not killed.finished
 
-    write(start(replace(TARGET, mode=mode), tmp_path), [5, 6, 7], scale=2.0)
+    write(start(TARGET.model_copy(update={"mode": mode}), tmp_path), [5, 6, 7], scale=2.0)
     (files,) = load(tmp_path, "files")
     assert files.finished and content(files)["history"] == expected(
         rows([1, 2, 3, 4], KILLED_SCALE), rows([5, 6, 7], 2.0)

@@ -10,7 +10,6 @@ import subprocess
 import threading
 import time
 import zlib
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +67,9 @@ def test_awkward_values_are_the_same_bytes_from_files_and_server(
 ) -> None:
     before = {"list": [2], "shape": {"a": 1}, "leaf": 1, "emptied": {"a": 1}, "only_before": {"b": 1}}
     after = {"list": [1], "shape": 2, "leaf": {"c": 1}, "emptied": {}}
-    tracker = start(replace(TARGET, mode=mode), tmp_path, config={"run": NUMBERS | NESTED, "changed": before})
+    tracker = start(
+        TARGET.model_copy(update={"mode": mode}), tmp_path, config={"run": NUMBERS | NESTED, "changed": before}
+    )
     for step in (1, 2):
         tracker.log({"global_step": step, **NUMBERS})
     tracker.update_config({"changed": after, "resolved": NUMBERS | NESTED})

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
 from fwlora.experiment.errors import UserError
-from fwlora.experiment.tracking.tracker import NullTracker
+from fwlora.experiment.tracking import NullTracker, open_source
 from tests.helpers.wandb_runs import (
     CONFIG,
     OFFLINE,
@@ -124,7 +123,7 @@ def test_unusable_server_costs_one_line_and_the_run_goes_on_offline(
         server.fault = fault
     lines: list[str] = []
     started = time.monotonic()
-    tracker = start(replace(TARGET, entity=entity), tmp_path, lines=lines, patience_s=1.0)
+    tracker = start(TARGET.model_copy(update={"entity": entity}), tmp_path, lines=lines, patience_s=1.0)
     tracker.log({"global_step": 1, "train_loss": 0.5})
     tracker.finish()
     assert time.monotonic() - started < 15
@@ -138,12 +137,12 @@ def test_unusable_server_costs_one_line_and_the_run_goes_on_offline(
 def test_required_server_that_is_unusable_is_an_error(server: WandbServer, tmp_path: Path) -> None:
     server.stop()
     with pytest.raises(UserError, match=r"wandb\.required=true.*within 1 s"):
-        start(replace(TARGET, required=True), tmp_path, patience_s=1.0)
+        start(TARGET.model_copy(update={"required": True}), tmp_path, patience_s=1.0)
     assert run_folders(tmp_path) == []
 
 
 def test_disabled_run_leaves_nothing(tmp_path: Path) -> None:
-    tracker = start(replace(TARGET, mode="disabled"), tmp_path)
+    tracker = start(TARGET.model_copy(update={"mode": "disabled"}), tmp_path)
     write(tracker, [1, 2])
     assert isinstance(tracker, NullTracker) and not (tmp_path / "a").exists()
 
@@ -200,7 +199,7 @@ def test_server_that_cannot_be_asked_is_said_once(
 
 def test_unknown_source_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="`source` is 'web'; it must be auto, api or files"):
-        load(tmp_path, "web")
+        open_source(TARGET, results_dir=tmp_path, source="web")
 
 
 @pytest.mark.slow
