@@ -25,6 +25,7 @@ from fwlora.experiment.engine.device import keep_freed_memory
 from fwlora.experiment.engine.distributed import is_main_process, leave_process_group
 from fwlora.experiment.engine.loop import train
 from fwlora.experiment.engine.meters import DivergedError
+from fwlora.experiment.engine.progress import ProgressPrinter
 from fwlora.experiment.errors import user_errors_exit
 from fwlora.experiment.modeling.build import AdaptedModel, check_max_length, load_tokenizer
 from fwlora.experiment.paths import CONFIG_DIR
@@ -44,7 +45,6 @@ from fwlora.experiment.search import InfeasibleTrial, SearchResult, search, tria
 from fwlora.experiment.settings.hydra_arguments import enter_program, restore_command, settings_of
 from fwlora.experiment.settings.resolve import check_schedules, fit_trial_to_data
 from fwlora.experiment.settings.schema import ProgramSettings, RunSettings
-from fwlora.experiment.study.progress import ProgressPrinter
 from fwlora.experiment.tracking import metrics
 from fwlora.experiment.tracking.tracker import NullTracker, Tracker
 from fwlora.experiment.tracking.wandb import WandbTarget, start_tracker

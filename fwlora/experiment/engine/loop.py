@@ -18,11 +18,11 @@ from fwlora.experiment.engine.device import peak_memory_mib
 from fwlora.experiment.engine.meters import DivergedError, EpochMeter, PhaseClock
 from fwlora.experiment.engine.optimizer import clip_gradients, make_optimizer, make_schedule
 from fwlora.experiment.engine.options import EngineOptions, TrainingOptions
+from fwlora.experiment.engine.progress import Progress
 from fwlora.experiment.engine.state import TrainState
 from fwlora.experiment.engine.task import Task
 from fwlora.experiment.fused.forward import FastClassifier, make_classifier
 from fwlora.experiment.methods import Method
-from fwlora.experiment.study.progress import Progress
 from fwlora.experiment.tracking import metrics
 from fwlora.regularizer import UnmeasuredError
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fwlora.experiment.engine.distributed import Processes
-from fwlora.experiment.study.progress import Progress
+from fwlora.experiment.engine.progress import Progress
 from fwlora.experiment.tracking import metrics
 
 # Step values are read from the device this many steps at a time: a read makes the host wait for the device.
