@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fwlora.experiment.data.batching import Batch, TokenizedSplit, plan_epoch, plan_evaluation, stage
 from fwlora.experiment.engine.cuda_graphs import GraphedPasses
 from fwlora.experiment.engine.device import peak_memory_mib
+from fwlora.experiment.engine.distributed import Processes
 from fwlora.experiment.engine.meters import DivergedError, EpochMeter, PhaseClock
 from fwlora.experiment.engine.optimizer import clip_gradients, make_optimizer, make_schedule
 from fwlora.experiment.engine.options import EngineOptions, TrainingOptions
@@ -111,8 +112,7 @@ def train(
     """
     state = _make_state(model, method, len(train_split), training, engine, log, report)
     step = _TrainingStep(state, training, task, engine)
-    # Every process draws other dropout masks; the first process draws those of a single one.
-    torch.manual_seed(training.seed + SEEDS_BETWEEN_PROCESSES * engine.processes.index)
+    _seed_dropout(training.seed, engine.processes)
     if engine.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(engine.device)
     if resume_from is not None:
@@ -187,6 +187,11 @@ def _make_state(
     schedule = make_schedule(optimizer, training, total_steps)
     meter = EpochMeter(log, report, engine.processes, total_steps, training.steps_per_epoch(examples))
     return TrainState(model, method, optimizer, schedule, meter, PhaseClock(engine.device), engine.device)
+
+
+def _seed_dropout(seed: int, processes: Processes) -> None:
+    """Seed torch so that every process draws other masks; the first process draws those of a single one."""
+    torch.manual_seed(seed + SEEDS_BETWEEN_PROCESSES * processes.index)
 
 
 def _phase(method: Method) -> str:
