@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from fwlora.experiment.data.batching import TokenizedSplit
-from fwlora.experiment.settings.schema import TrainingSettings
+from fwlora.experiment.engine.options import TrainingOptions
 
 
 class Examples(Dataset):
@@ -53,13 +53,14 @@ def make_trainer(
     model: nn.Module,
     split: TokenizedSplit,
     pad_token_id: int,
-    training: TrainingSettings,
+    training: TrainingOptions,
     *,
+    precision: str = "fp32",
     grouped: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
     device: torch.device | None = None,
 ) -> Trainer:
-    """A Trainer with the run's settings; ``grouped`` has it draw batches of like length."""
+    """Make a Trainer with the engine's options; ``grouped`` draws batches of like length."""
     cpu = device is None or device.type == "cpu"
     lengths = {"train_sampling_strategy": "group_by_length"} if grouped else {}
     arguments = TrainingArguments(
@@ -72,7 +73,7 @@ def make_trainer(
         warmup_steps=training.warmup_ratio,
         max_grad_norm=training.max_gradient_norm or 0.0,
         seed=training.seed,
-        bf16=training.mixed_precision == "bf16" and not cpu,
+        bf16=precision == "bf16" and not cpu,
         use_cpu=cpu,
         dataloader_pin_memory=not cpu,
         save_strategy="no",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,14 @@ from fwlora.adalora import AdaLora, attach_adalora, plan_adalora
 from fwlora.architectures import find_target_matrices
 from fwlora.experiment.data.batching import Padding, TokenizedSplit, plan_epoch, stage
 from fwlora.experiment.engine.device import keep_freed_memory
-from fwlora.experiment.engine.loop import Execution, Task, train
+from fwlora.experiment.engine.distributed import Processes
+from fwlora.experiment.engine.loop import train
+from fwlora.experiment.engine.options import EngineOptions, TrainingOptions
+from fwlora.experiment.engine.task import Task
 from fwlora.experiment.fused.forward import PlainClassifier
 from fwlora.experiment.methods import Method
 from fwlora.experiment.methods.adalora import AdaLoraMethod
 from fwlora.experiment.methods.fw_lora import FwLoraMethod
-from fwlora.experiment.settings.schema import TrainingSettings
 
 NEVER = 10**9
 EPOCHS = 10**4
@@ -62,15 +65,14 @@ class GatedCallback(TrainerCallback):
         self._gate.step_done()
 
 
-def load(options: dict[str, Any]) -> tuple[TokenizedSplit, TokenizedSplit, Task, TrainingSettings, torch.device]:
+def load(options: dict[str, Any]) -> tuple[TokenizedSplit, TokenizedSplit, Task, TrainingOptions, torch.device]:
     """The examples and what all loops are told."""
     train_split, eval_split, pad_token_id = task_splits(options["glue"], "sst2", options["examples"])
     if "mean_length" in options:
         train_split = random_split(options["examples"], options["mean_length"])
-    settings = TrainingSettings(
-        epochs=EPOCHS, batch_size=options["batch_size"], learning_rate=1e-4, weight_decay=0.1, optimizer="adamw",
-        lr_scheduler="linear", warmup_ratio=0.06, gradient_accumulation_steps=1,
-        max_gradient_norm=None, mixed_precision=options["precision"], seed=SEED,
+    settings = TrainingOptions(
+        epochs=EPOCHS, batch_size=options["batch_size"], learning_rate=1e-4, weight_decay=0.1, warmup_ratio=0.06,
+        seed=SEED,
     )  # fmt: skip
     return train_split, eval_split, Task(pad_token_id, 2, "accuracy"), settings, torch.device(options["device"])
 
@@ -109,14 +111,17 @@ def engine_loop(gate: Gate, options: dict[str, Any]) -> None:
     keep_freed_memory()
     train_split, eval_split, task, settings, device = load(options)
     model, method = make_method(options, device)
-    execution = Execution(
-        device,
+    fast = not options.get("literal")
+    engine = EngineOptions(
+        Processes(device),
         options["precision"],
-        PRIOR_WIDTH if options.get("literal") else None,
+        None if fast else PRIOR_WIDTH,
+        group_by_length=fast,
+        fused=fast,
         cuda_graphs=options.get("cuda_graphs", False),
     )
     train(
-        model, Gated(method, gate), train_split, eval_split.select(np.arange(64)), settings, task, execution,
+        model, Gated(method, gate), train_split, eval_split.select(np.arange(64)), settings, task, engine,
         log=lambda row: None,
     )  # fmt: skip
 
@@ -128,13 +133,14 @@ def trainer_loop(gate: Gate, options: dict[str, Any]) -> None:
     callbacks: list[TrainerCallback] = [GatedCallback(gate)]
     if options["method"] == "adalora":
         callbacks.insert(0, AdaLoraCallback())
-    settings = settings.model_copy(update={"max_gradient_norm": 1.0})
+    settings = replace(settings, max_gradient_norm=1.0)
     make_trainer(
-        model, train_split, task.pad_token_id, settings, grouped=options["grouped"], callbacks=callbacks, device=device
-    ).train()
+        model, train_split, task.pad_token_id, settings, precision=options["precision"], grouped=options["grouped"],
+        callbacks=callbacks, device=device,
+    ).train()  # fmt: skip
 
 
-def epoch_batches(split: TokenizedSplit, task: Task, settings: TrainingSettings, device: torch.device) -> Iterator[Any]:
+def epoch_batches(split: TokenizedSplit, task: Task, settings: TrainingOptions, device: torch.device) -> Iterator[Any]:
     """The engine's own batches, epoch after epoch."""
     for epoch in range(EPOCHS):
         plan = plan_epoch(split.lengths, settings.batch_size, seed=SEED, epoch=epoch, by_length=True)

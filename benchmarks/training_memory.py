@@ -10,9 +10,12 @@ import sys
 import torch
 
 from benchmarks.common import make_lora_method, task_splits
-from benchmarks.training_quality import training_settings
+from benchmarks.training_quality import training_options
 from fwlora.experiment.engine.device import peak_memory_mib
-from fwlora.experiment.engine.loop import Execution, Task, train
+from fwlora.experiment.engine.distributed import Processes
+from fwlora.experiment.engine.loop import train
+from fwlora.experiment.engine.options import EngineOptions
+from fwlora.experiment.engine.task import Task
 
 STEPS = 30
 
@@ -36,8 +39,8 @@ def main() -> None:
     device = torch.device("cpu")
     try:
         train(
-            model, method, split, eval_split, training_settings(0, 1, 1e-3), Task(pad_token_id, 2, "accuracy"),
-            Execution(device), log=lambda row: None,
+            model, method, split, eval_split, training_options(0, 1, 1e-3), Task(pad_token_id, 2, "accuracy"),
+            EngineOptions(Processes(device)), log=lambda row: None,
         )  # fmt: skip
     except Stop:
         print(peak_memory_mib(device))

@@ -20,9 +20,11 @@ from scipy import stats
 
 from benchmarks.common import Interval, make_lora_method, task_splits
 from benchmarks.trainers import make_trainer
-from fwlora.experiment.engine.loop import Execution, Task, evaluate, train
+from fwlora.experiment.engine.distributed import Processes
+from fwlora.experiment.engine.loop import evaluate, train
+from fwlora.experiment.engine.options import EngineOptions, TrainingOptions
+from fwlora.experiment.engine.task import Task
 from fwlora.experiment.fused.forward import PlainClassifier
-from fwlora.experiment.settings.schema import TrainingSettings
 
 CPU = torch.device("cpu")
 RANK = 8
@@ -32,13 +34,16 @@ TASKS: dict[str, tuple[int | None, int, float, int]] = {"sst2": (6_400, 1, 1e-3,
 METRICS = {"sst2": "eval_accuracy", "cola": "eval_matthews_correlation"}
 
 
-def training_settings(seed: int, epochs: int, learning_rate: float) -> TrainingSettings:
-    """What both loops are told."""
-    return TrainingSettings(
-        epochs=epochs, batch_size=BATCH_SIZE, learning_rate=learning_rate, weight_decay=0.1, optimizer="adamw",
-        lr_scheduler="linear", warmup_ratio=0.06, gradient_accumulation_steps=1, max_gradient_norm=None,
-        mixed_precision="fp32", seed=seed,
-    )  # fmt: skip
+def training_options(seed: int, epochs: int, learning_rate: float) -> TrainingOptions:
+    """Return the options of both loops."""
+    return TrainingOptions(
+        epochs=epochs,
+        batch_size=BATCH_SIZE,
+        learning_rate=learning_rate,
+        weight_decay=0.1,
+        warmup_ratio=0.06,
+        seed=seed,
+    )
 
 
 def train_once(loop: str, glue: str, task_name: str, seed: int) -> float:
@@ -46,13 +51,14 @@ def train_once(loop: str, glue: str, task_name: str, seed: int) -> float:
     examples, epochs, learning_rate, _ = TASKS[task_name]
     train_split, eval_split, pad_token_id = task_splits(glue, task_name, examples)
     model, method = make_lora_method("minilm", RANK, CPU, seed)
-    task, execution = Task(pad_token_id, 2, METRICS[task_name].removeprefix("eval_")), Execution(CPU)
-    training = training_settings(seed, epochs, learning_rate)
+    task = Task(pad_token_id, 2, METRICS[task_name].removeprefix("eval_"))
+    engine = EngineOptions(Processes(CPU))
+    training = training_options(seed, epochs, learning_rate)
     if loop == "engine":
-        result = train(model, method, train_split, eval_split, training, task, execution, log=lambda row: None)
+        result = train(model, method, train_split, eval_split, training, task, engine, log=lambda row: None)
         return 100 * result.last.values[METRICS[task_name]]
     make_trainer(model, train_split, pad_token_id, training).train()
-    found = evaluate(PlainClassifier(model), eval_split, BATCH_SIZE, task, execution)
+    found = evaluate(PlainClassifier(model), eval_split, BATCH_SIZE, task, engine)
     return 100 * found.values[METRICS[task_name]]
 
 

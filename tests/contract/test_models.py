@@ -11,14 +11,15 @@ import torch
 from transformers import AutoConfig, AutoModel, BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 from fwlora.experiment.data.tokenization import tokenize
-from fwlora.experiment.engine.loop import Execution, evaluate
+from fwlora.experiment.engine.loop import evaluate
 from fwlora.experiment.errors import UserError
 from fwlora.experiment.fused.forward import PlainClassifier
 from fwlora.experiment.modeling.build import load_tokenizer
 from fwlora.experiment.settings.hydra_arguments import compose_settings
 from src.model import build_model, plan_adapters
 from src.preprocess import load_task
-from src.train import prepare, run_training
+from src.train import prepare_inputs, run_training
+from tests.helpers.engine_options import CPU, pad_literally
 from tests.helpers.paths import CONFIG_DIR
 
 SMALL = {"vocab_size": 400, "pad_token_id": 1}
@@ -69,7 +70,7 @@ def settings_for(folder: Path, tiny_glue: Path, name: str, *arguments: str, mode
 def test_padding_does_not_change_what_a_model_says(family, tiny_glue):
     name, folder = family
     settings = settings_for(folder, tiny_glue, name)
-    prepared = prepare(settings)
+    prepared = prepare_inputs(settings)
     task = prepared.task
     adapted = build_model(settings.run, prepared.plan, 2, task.pad_token_id, 100, torch.device("cpu"))
     with torch.no_grad():
@@ -79,8 +80,7 @@ def test_padding_does_not_change_what_a_model_says(family, tiny_glue):
         load_task(settings.run.dataset).evaluation, load_tokenizer(settings.run.model), settings.run.dataset
     )
     losses = [
-        evaluate(PlainClassifier(adapted.model), split, 16, task, Execution(torch.device("cpu"), "fp32", width)).loss
-        for width in (None, 50)
+        evaluate(PlainClassifier(adapted.model), split, 16, task, engine).loss for engine in (CPU, pad_literally(50))
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert task.pad_left == (name in LEFT_PADDED)
@@ -142,4 +142,4 @@ def test_a_tokenizer_without_any_end_is_refused(tmp_path, tiny_roberta, tiny_glu
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tiny_roberta / "tokenizer.json"), unk_token="<unk>")
     tokenizer.save_pretrained(folder)
     with pytest.raises(UserError, match="neither a padding nor an end-of-text token"):
-        prepare(settings_for(folder, tiny_glue, "roberta"))
+        prepare_inputs(settings_for(folder, tiny_glue, "roberta"))

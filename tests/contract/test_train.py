@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification
 import src.train
 from fwlora.adapters import find_adapter_pairs
 from fwlora.experiment.data.tokenization import tokenize
-from fwlora.experiment.engine.loop import Evaluation, TrainingResult, evaluate
+from fwlora.experiment.engine.loop import EvaluationResult, TrainingResult, evaluate
 from fwlora.experiment.errors import UserError
 from fwlora.experiment.fused.forward import PlainClassifier
 from fwlora.experiment.settings.hydra_arguments import compose_settings, known_run_ids
@@ -74,7 +74,9 @@ def full_run(method: str, tiny_roberta, tiny_glue, recorded, *arguments: str, se
 def test_trial_of_every_run_file_takes_every_path(run_id, tiny_roberta, tiny_glue, monkeypatch, tmp_path):
     summaries = []
     monkeypatch.setattr(
-        src.train, "summarise", lambda *args, _real=src.train.summarise: summaries.append(_real(*args)) or summaries[-1]
+        src.train,
+        "summarize_run",
+        lambda *args, _real=src.train.summarize_run: summaries.append(_real(*args)) or summaries[-1],
     )
     settings = compose(run_id, tiny_roberta, tiny_glue, mode="trial")
     run_training(settings)
@@ -157,13 +159,13 @@ def test_full_run_records_what_evaluation_needs(method, tiny_roberta, tiny_glue,
 
 def test_reported_values_are_the_last_epochs_even_where_another_was_better(tiny_roberta, tiny_glue, monkeypatch):
     rows = [{"epoch": e, "eval_loss": loss, "eval_accuracy": acc} for e, loss, acc in ((1, 0.3, 0.9), (2, 0.5, 0.8))]
-    last = Evaluation(0.5, {"eval_loss": 0.5, "eval_accuracy": 0.8}, np.array([0, 1]))
+    last = EvaluationResult(0.5, {"eval_loss": 0.5, "eval_accuracy": 0.8}, np.array([0, 1]))
     result = TrainingResult(last, rows, {"warmup": 2.0, "train": 3.0, "eval": 1.0}, [0.1, 0.3], 2, 10.0)
     run = compose("comparative-1-roberta-base-110M--CoLA-GLUE", tiny_roberta, tiny_glue)
-    prepared = src.train.prepare(run)
+    prepared = src.train.prepare_inputs(run)
     adapted = build_model(run.run, prepared.plan, 2, 1, 900, torch.device("cpu"))
     split = tokenize(prepared.data.evaluation, prepared.tokenizer, run.run.dataset).select(np.array([0, 1]))
-    summary = src.train.summarise(result, adapted, prepared, split, 0.0)
+    summary = src.train.summarize_run(result, adapted, prepared, split, 0.0)
     assert (summary["final_eval_accuracy"], summary["best_eval_accuracy"]) == (0.8, 0.9)
     assert (summary["final_eval_loss"], summary["best_eval_loss"]) == (0.5, 0.3)
     assert summary["best_eval_accuracy_epoch"] == summary["best_eval_loss_epoch"] == 1
@@ -184,11 +186,11 @@ def test_settings_of_the_method_reach_it(tiny_roberta, tiny_glue, recorded):
 @pytest.mark.parametrize("method", METHODS)
 def test_saved_checkpoint_predicts_what_was_recorded(method, tiny_roberta, tiny_glue, recorded, tmp_path):
     settings, tracker = full_run(method, tiny_roberta, tiny_glue, recorded, "run.training.mixed_precision=fp32")
-    prepared = src.train.prepare(settings)
+    prepared = src.train.prepare_inputs(settings)
     split = tokenize(prepared.data.evaluation, prepared.tokenizer, settings.run.dataset)
     base = AutoModelForSequenceClassification.from_pretrained(tiny_roberta)
     model = PeftModel.from_pretrained(base, tmp_path / "results" / settings.run.run_id / "checkpoint")
-    again = evaluate(PlainClassifier(model), split, 32, prepared.task, prepared.execution)
+    again = evaluate(PlainClassifier(model), split, 32, prepared.task, prepared.engine)
     assert again.loss == pytest.approx(tracker.summary["final_eval_loss"], rel=1e-5)
     assert again.predictions.tolist() == unpack_classes(tracker.summary[metrics.EVAL_PREDICTIONS]).tolist()
 
@@ -321,6 +323,21 @@ def test_a_diverging_run_is_recorded_as_failed(method, tiny_roberta, tiny_glue, 
     with pytest.raises(UserError, match=r"(loss is|step \d+: `fisher` holds) .*; lower run\.training\.learning_rate"):
         full_run(method, tiny_roberta, tiny_glue, recorded, "run.training.learning_rate=1.0e+30")
     assert recorded[-1].exit_code == 1 and metrics.COMPLETED not in recorded[-1].summary
+
+
+def test_a_schedule_that_cannot_be_made_names_its_settings(tiny_roberta, tiny_glue, recorded):
+    options = ["run.training.lr_scheduler=cosine", "run.training.lr_scheduler_options={colour: 1}"]
+    expected = (
+        r"run\.training\.lr_scheduler = cosine, run\.training\.lr_scheduler_options = \{'colour': 1\} with .*colour"
+    )
+    with pytest.raises(UserError, match=expected):
+        full_run("baseline_lora", tiny_roberta, tiny_glue, recorded, *options)
+
+
+def test_a_gpu_that_is_not_there_is_a_users_mistake(tiny_roberta, tiny_glue, recorded, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"engine\.device = cuda: torch finds no GPU; use engine\.device=cpu or auto"):
+        full_run("baseline_lora", tiny_roberta, tiny_glue, recorded, "engine.device=cuda")
 
 
 def test_a_search_survives_a_trial_that_diverges(tiny_roberta, tiny_glue, recorded, caplog):

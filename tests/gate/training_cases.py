@@ -14,12 +14,14 @@ from fwlora.adalora import AdaLora, attach_adalora, plan_adalora
 from fwlora.adapters import find_adapter_pairs
 from fwlora.config import attach_lora
 from fwlora.experiment.data.batching import TokenizedSplit
-from fwlora.experiment.engine.loop import Execution, Task, train
+from fwlora.experiment.engine.distributed import Processes
+from fwlora.experiment.engine.loop import train
+from fwlora.experiment.engine.options import EngineOptions, TrainingOptions
+from fwlora.experiment.engine.task import Task
 from fwlora.experiment.methods import Method
 from fwlora.experiment.methods.adalora import AdaLoraMethod
 from fwlora.experiment.methods.fw_lora import FwLoraMethod
 from fwlora.experiment.methods.lora import LoraMethod
-from fwlora.experiment.settings.schema import TrainingSettings
 
 STEPS = 30
 BATCH_SIZE = 4
@@ -61,12 +63,12 @@ def list_cases() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _run_case(method: str, options: dict[str, Any] | None = None, fast: bool = True) -> dict[str, Any]:
-    model, attached = _attach(method, options or {})
+    model, attached = attach_method(method, options or {})
     rows: list[dict[str, Any]] = []
     task = Task(pad_token_id=1, num_classes=2, task_metric="accuracy")
-    execution = Execution(torch.device("cpu"), fixed_width=None if fast else 16)
+    engine = EngineOptions(Processes(torch.device("cpu")), "fp32", None if fast else 16, fast, fast)
     result = train(
-        model, attached, _make_split(STEPS * BATCH_SIZE // 2, 0), _make_split(24, 1), _make_settings(), task, execution,
+        model, attached, make_split(STEPS * BATCH_SIZE // 2, 0), make_split(24, 1), make_options(), task, engine,
         log=lambda row: rows.append(dict(row)),
     )  # fmt: skip
     steps = [row for row in rows if "train_loss" in row]
@@ -74,11 +76,10 @@ def _run_case(method: str, options: dict[str, Any] | None = None, fast: bool = T
     return {**sequences, "evaluation": {name: float(value) for name, value in sorted(result.last.values.items())}}
 
 
-def _make_settings() -> TrainingSettings:
-    return TrainingSettings(
-        epochs=2, batch_size=BATCH_SIZE, learning_rate=0.01, weight_decay=0.01, optimizer="adamw",
-        lr_scheduler="linear", warmup_ratio=0.1, gradient_accumulation_steps=1, max_gradient_norm=1.0,
-        mixed_precision="fp32", seed=7,
+def make_options() -> TrainingOptions:
+    return TrainingOptions(
+        epochs=2, batch_size=BATCH_SIZE, learning_rate=0.01, weight_decay=0.01, warmup_ratio=0.1, max_gradient_norm=1.0,
+        seed=7,
     )  # fmt: skip
 
 
@@ -92,7 +93,7 @@ def _make_model() -> RobertaForSequenceClassification:
     return RobertaForSequenceClassification(config)
 
 
-def _attach(method: str, options: dict[str, Any]) -> tuple[Any, Method]:
+def attach_method(method: str, options: dict[str, Any]) -> tuple[Any, Method]:
     # Attached in float32 and converted as a whole: PEFT makes AdaLoRA's rank buffers trainable in a float64 model.
     model = _make_model()
     if method == "head":
@@ -116,7 +117,7 @@ def _attach(method: str, options: dict[str, Any]) -> tuple[Any, Method]:
     return adapted, FwLoraMethod(FisherWeightedLora(adapted, weighting))
 
 
-def _make_split(count: int, seed: int) -> TokenizedSplit:
+def make_split(count: int, seed: int) -> TokenizedSplit:
     generator = np.random.default_rng(seed)
     lengths = generator.integers(3, 13, size=count)
     tokens = generator.integers(5, VOCABULARY, size=lengths.sum()).astype(np.int32)

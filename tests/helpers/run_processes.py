@@ -1,6 +1,6 @@
 """One of the processes of tests/experiment/engine/test_distributed.py: trains through the engine, saves its result.
 
-Started as ``torchrun --nproc-per-node 2 run_processes.py FOLDER METHOD``.
+Started as ``torchrun --nproc-per-node 2 -m tests.helpers.run_processes FOLDER METHOD``.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from torch import nn
 from fwlora import FisherWeightedLora, FisherWeighting
 from fwlora.adapters import find_adapter_pairs
 from fwlora.experiment.data.batching import TokenizedSplit
-from fwlora.experiment.engine.distributed import Processes, is_main_process
-from fwlora.experiment.engine.loop import Execution, Task, train
+from fwlora.experiment.engine.distributed import Processes, is_main_process, leave_process_group
+from fwlora.experiment.engine.loop import train
+from fwlora.experiment.engine.options import EngineOptions, TrainingOptions
+from fwlora.experiment.engine.task import Task
 from fwlora.experiment.methods import Method
 from fwlora.experiment.methods.fw_lora import FwLoraMethod
 from fwlora.experiment.methods.lora import LoraMethod
-from fwlora.experiment.settings.schema import TrainingSettings
 from tests.helpers.fused_models import adapt, make_base
 
 
@@ -46,14 +47,14 @@ def run(name: str) -> dict:
     warnings.simplefilter("ignore")
     model = adapt(make_base())
     method = make_method(model, name)
-    training = TrainingSettings(
-        epochs=2, batch_size=8, learning_rate=1e-3, weight_decay=0.1, optimizer="adamw", lr_scheduler="linear",
-        warmup_ratio=0.0, gradient_accumulation_steps=2, max_gradient_norm=1.0, mixed_precision="fp32", seed=3,
+    training = TrainingOptions(
+        epochs=2, batch_size=8, learning_rate=1e-3, weight_decay=0.1, gradient_accumulation_steps=2,
+        max_gradient_norm=1.0, seed=3,
     )  # fmt: skip
     rows: list[dict] = []
     result = train(
         model, method, make_split(41, 0), make_split(21, 1), training, Task(0, 2, "accuracy"),
-        Execution(torch.device("cpu")), log=lambda row: rows.append(dict(row)),
+        EngineOptions(Processes(torch.device("cpu"))), log=lambda row: rows.append(dict(row)),
     )  # fmt: skip
     found = {
         "rows": rows,
@@ -72,7 +73,7 @@ def main() -> None:
     processes = Processes(torch.device("cpu"))
     assert processes.count == 2 and is_main_process() == (processes.index == 0)
     torch.save(found, folder / f"{processes.index}.pt")
-    torch.distributed.destroy_process_group()
+    leave_process_group()
 
 
 if __name__ == "__main__":

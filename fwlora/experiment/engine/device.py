@@ -7,7 +7,7 @@ import ctypes
 import psutil
 import torch
 
-from fwlora.experiment.errors import UserError
+from fwlora.experiment.engine.options import Precision
 from fwlora.experiment.tracking.environment import name_cpu
 
 # Of glibc's malloc.h.
@@ -15,11 +15,26 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGEST_INT = 2**31 - 1
 
 
-def keep_freed_memory() -> bool:
-    """Has the C library keep freed blocks for reuse instead of handing them back; whether it could be told.
+class UnavailableDeviceError(RuntimeError):
+    """A device that this machine does not have.
 
-    A training step frees and takes the same megabytes again and again; handed back, each page has to be mapped and
-    cleared anew.
+    Attributes:
+        name: of the device.
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(reason)
+        self.name = name
+
+
+def keep_freed_memory() -> bool:
+    """Make the C library keep freed blocks for reuse instead of returning them to the system.
+
+    A training step frees and takes the same megabytes again and again; returned, each page has to be mapped and cleared
+    anew.
+
+    Returns:
+        Whether the C library has such a setting.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -29,7 +44,7 @@ def keep_freed_memory() -> bool:
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """Most memory in use so far, in MiB: allocated on the GPU, or the process's resident set."""
+    """Return the most memory in use so far, in MiB: allocated on the GPU, or the process's resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     usage = psutil.Process().memory_info()
@@ -42,29 +57,31 @@ def peak_memory_mib(device: torch.device) -> float:
 
 
 def name_device(device: torch.device) -> str:
-    """The name of the GPU, or of the processor."""
+    """Return the name of the GPU, or of the processor."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else name_cpu()
 
 
-def choose_device(wanted: str) -> torch.device:
-    """The device that ``engine.device`` names.
+def choose_device(name: str) -> torch.device:
+    """Return the device of a name: ``cpu``, ``cuda``, or ``auto`` for a GPU where there is one.
 
     Raises:
-        UserError: a GPU was asked for and there is none.
+        UnavailableDeviceError: ``cuda`` without a GPU.
     """
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError("engine.device is cuda, but torch sees no GPU; use engine.device=cpu or auto")
-    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UnavailableDeviceError(name, "torch finds no GPU")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def choose_precision(wanted: str, device: torch.device) -> tuple[str, str | None]:
-    """The precision to compute in, and a line to say where it is not the one wanted.
+def choose_precision(preferred: Precision, device: torch.device) -> tuple[Precision, str | None]:
+    """Choose the precision to compute in: bf16 only where the hardware multiplies it faster than float32.
 
-    bf16 is used where the hardware multiplies it faster than float32. A CPU does with matrix tiles (AMX) alone: with
-    AVX-512's bf16 instructions torch's products take 1.7 to 1.9 times float32's time (benchmarks/README.md), and
-    without them longer still.
+    Among CPUs those with matrix tiles (AMX) do: with AVX-512's bf16 instructions torch's products take 1.7 to 1.9 times
+    float32's time (benchmarks/README.md), and without them longer still.
+
+    Returns:
+        The precision, and a remark for the log where it is not the preferred one.
     """
-    if wanted != "bf16":
+    if preferred != "bf16":
         return "fp32", None
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)

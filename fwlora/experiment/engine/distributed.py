@@ -1,7 +1,7 @@
-"""Data-parallel processes, one or several by the same code: what ``torchrun`` or ``accelerate launch`` started.
+"""Data-parallel processes by torch.distributed, one or several by the same code: those that ``torchrun`` started.
 
-Accelerate wraps the model and reduces; a batch is always the whole batch, of which every process computes its share, so
-that a run means the same however many processes take part.
+A batch is always the whole batch, of which every process computes its share, so that a run means the same however many
+processes take part.
 """
 
 from __future__ import annotations
@@ -12,38 +12,54 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 def is_main_process() -> bool:
-    """Whether this process is the first of those that were started together, or alone."""
+    """Return whether this process is the first of those that were started together, or alone."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def leave_process_group() -> None:
+    """Leave the group that :class:`Processes` joined, if it did; a process that ends without it makes torch warn."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 class Processes:
-    """The processes of this training, seen from one of them.
+    """The processes of this training, as one of them takes part in it.
 
     Args:
-        device: what was chosen for one process; with several GPUs each process gets its own.
+        device: of a single process; with several GPUs each process gets its own.
+
+    Attributes:
+        count: processes.
+        index: of this process, from 0.
+        device: of this process.
     """
 
     def __init__(self, device: torch.device) -> None:
-        # The precision is the run's, whatever the launcher was told.
-        self._accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
-        self.count = self._accelerator.num_processes
-        self.index = self._accelerator.process_index
-        self.device = self._accelerator.device if self.count > 1 else device
+        self.count = int(os.environ.get("WORLD_SIZE", "1"))
+        self.index = int(os.environ.get("RANK", "0")) if self.count > 1 else 0
+        self.device = device
+        if self.count == 1:
+            return
+        if device.type == "cuda":
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(self.device)
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """The model with its gradients averaged over processes in every backward pass."""
-        if self._accelerator.distributed_type == DistributedType.NO:
+        """Return the model with its gradients averaged over processes in every backward pass."""
+        if self.count == 1:
             return model
-        return self._accelerator.prepare_model(model, device_placement=False)
+        return DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
 
     def share(self, batches: Sequence[np.ndarray]) -> tuple[list[np.ndarray], list[bool]]:
-        """This process's examples of every batch, and whether they count.
+        """Return this process's examples of every batch, and whether they count.
 
         A process always has something to compute, since the others wait for it: where a batch has too few examples, its
         first one, which does not count.
@@ -54,25 +70,32 @@ class Processes:
 
     @contextmanager
     def accumulating(self, model: nn.Module, *, last: bool) -> Iterator[None]:
-        """Gradients are averaged in the last backward pass of a step only."""
-        if last or self.count == 1:
+        """Average gradients in the last backward pass of a step only."""
+        if last or not isinstance(model, DistributedDataParallel):
             yield
             return
-        with self._accelerator.no_sync(model):
+        with model.no_sync():
             yield
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over processes, the same on each."""
-        return values if self.count == 1 else self._accelerator.reduce(values, "sum")
+        """Return the sum over processes, the same on each."""
+        if self.count == 1:
+            return values
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
 
     def sum_array(self, values: np.ndarray) -> np.ndarray:
-        """The sum over processes of integers."""
+        """Return the sum over processes of integers."""
         if self.count == 1:
             return values
         return self.sum(torch.from_numpy(values).to(self.device)).cpu().numpy()
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """The main process runs the block first, so that the others find its caches."""
-        with self._accelerator.main_process_first():
-            yield
+        """Run the block in the main process first, so that the others find its caches."""
+        if self.count > 1 and self.index > 0:
+            dist.barrier()
+        yield
+        if self.count > 1 and self.index == 0:
+            dist.barrier()

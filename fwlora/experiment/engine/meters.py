@@ -1,4 +1,4 @@
-"""What a training loop keeps of its steps: seconds by phase, and a row per step without waiting for the device."""
+"""Seconds by phase, and a history row per step without waiting for the device."""
 
 from __future__ import annotations
 
@@ -12,17 +12,24 @@ import torch
 from torch import Tensor
 
 from fwlora.experiment.engine.distributed import Processes
-from fwlora.experiment.errors import UserError
-from fwlora.experiment.study.progress import Progress
+from fwlora.experiment.engine.progress import Progress
 from fwlora.experiment.tracking import metrics
 
-DIVERGENCE_REMEDY = "lower run.training.learning_rate, or set run.training.max_gradient_norm=1.0"
 # Step values are read from the device this many steps at a time: a read makes the host wait for the device.
 STEPS_PER_FLUSH = 20
 
 
-class DivergedError(UserError):
-    """The loss is no longer finite."""
+class DivergedError(ArithmeticError):
+    """A training whose values are no longer finite.
+
+    Attributes:
+        loss: the value; None where a measurement is not finite instead.
+        step: optimizer step, from 1; None in an evaluation.
+    """
+
+    def __init__(self, reason: str, *, loss: float | None = None, step: int | None = None) -> None:
+        super().__init__(reason)
+        self.loss, self.step = loss, step
 
 
 class PhaseClock:
@@ -35,6 +42,7 @@ class PhaseClock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        """Count the block's seconds under ``warmup``, ``train`` or ``eval``."""
         if name != self._current:
             self._settle()
         self._current = name
@@ -45,7 +53,7 @@ class PhaseClock:
             self._settle()
 
     def _settle(self) -> None:
-        """Waits for the device, on the account of the phase that gave it the work."""
+        """Wait for the device, and count that under the phase whose work it does."""
         if self._device.type == "cuda" and self._current is not None:
             started = time.perf_counter()
             torch.cuda.synchronize(self._device)
@@ -53,12 +61,17 @@ class PhaseClock:
 
 
 class EpochMeter:
-    """Collects step values on the device and logs them a flush at a time.
+    """Collects step values on the device and logs them :data:`STEPS_PER_FLUSH` at a time.
 
     Args:
         log: takes one history row.
         report: takes progress after every flush.
         processes: whose shares of loss and correct predictions are summed.
+        total_steps: optimizer steps of the training.
+        steps_per_epoch: optimizer steps of an epoch.
+
+    Attributes:
+        step_times_s: wall-clock seconds of each step, as means over the steps of a flush.
     """
 
     def __init__(
@@ -72,13 +85,17 @@ class EpochMeter:
         self._log, self._report, self._processes = log, report, processes
         self._total_steps, self._steps_per_epoch = total_steps, steps_per_epoch
         self._pending: list[tuple[dict[str, Any], Tensor, int]] = []
+        self.step_times_s: list[float] = []
+        self.start_epoch()
+
+    def start_epoch(self) -> None:
+        """Set the epoch's sums to zero."""
         self._loss_sum = self._correct = 0.0
         self._examples = 0
         self._last_flush = time.perf_counter()
-        self.step_times_s: list[float] = []
 
     def add(self, values: dict[str, Any], shares: Tensor, examples: int) -> None:
-        """Takes a step.
+        """Take a step.
 
         Args:
             values: the step's row, numbers or scalar tensors, the same in every process.
@@ -90,7 +107,7 @@ class EpochMeter:
             self.flush()
 
     def flush(self) -> None:
-        """Reads all pending tensors in one transfer and logs a row per step.
+        """Read all pending tensors in one transfer and log a row per step.
 
         Raises:
             DivergedError: a loss that is not finite.
@@ -114,8 +131,8 @@ class EpochMeter:
             self._examples += examples
             self._log(row)
             if not np.isfinite(loss):
-                where = f"at step {row[metrics.GLOBAL_STEP]:.0f}"
-                raise DivergedError(f"the training loss is {loss} {where}; {DIVERGENCE_REMEDY}")
+                step = int(row[metrics.GLOBAL_STEP])
+                raise DivergedError(f"the training loss is {loss} at step {step}", loss=loss, step=step)
         step = int(row[metrics.GLOBAL_STEP])
         epoch = (step - 1) // self._steps_per_epoch + 1
         warming_up = bool(row[metrics.FISHER_WARMUP])
@@ -123,8 +140,18 @@ class EpochMeter:
         self._pending.clear()
 
     def epoch_values(self) -> dict[str, float]:
-        """Mean loss and accuracy over the epoch's training examples."""
+        """Return mean loss and accuracy over the epoch's training examples."""
         return {
             metrics.TRAIN_EPOCH_LOSS: self._loss_sum / self._examples,
             metrics.TRAIN_EPOCH_ACCURACY: self._correct / self._examples,
         }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the epoch's sums and the times of all steps; steps that wait for a flush are not among them."""
+        sums = {"loss_sum": self._loss_sum, "correct": self._correct, "examples": self._examples}
+        return {**sums, "step_times_s": list(self.step_times_s)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue the sums of :meth:`state_dict`."""
+        self._loss_sum, self._correct, self._examples = state["loss_sum"], state["correct"], state["examples"]
+        self.step_times_s = list(state["step_times_s"])

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
+from dataclasses import fields
 from functools import cache
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, create_model, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from fwlora.experiment.engine.options import TrainingOptions
 from fwlora.experiment.methods.base import find_method, known_methods, method_nodes
 from fwlora.experiment.settings.base import Fraction, Searchable, Seed, SettingsNode, find_searchable
 from fwlora.experiment.tracking import DEFAULT_TRACKER, TrackerSettings, known_trackers
@@ -70,7 +71,7 @@ class TrainingSettings(SettingsNode):
     batch_size: Annotated[int, Field(ge=1), Searchable()]
     learning_rate: Annotated[float, Field(gt=0), Searchable()]
     weight_decay: Annotated[float, Field(ge=0), Searchable()]
-    optimizer: Literal["adamw"]
+    optimizer: str
     lr_scheduler: Literal[
         "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "polynomial",
         "constant", "constant_with_warmup", "inverse_sqrt", "warmup_stable_decay",
@@ -82,13 +83,30 @@ class TrainingSettings(SettingsNode):
     mixed_precision: Literal["bf16", "fp32"]
     seed: Seed
 
+    @field_validator("optimizer")
+    @classmethod
+    def _is_registered(cls, name: str) -> str:
+        if name != TrainingOptions.optimizer:
+            # Imports torch, which the default does without.
+            from fwlora.experiment.engine.optimizer import known_optimizers
+
+            if name not in known_optimizers():
+                known = ", ".join(known_optimizers())
+                raise PydanticCustomError("unknown_optimizer", "Input should be one of {known}", {"known": known})
+        return name
+
+    @property
+    def options(self) -> TrainingOptions:
+        """The same for the training engine."""
+        return TrainingOptions(**{option.name: getattr(self, option.name) for option in fields(TrainingOptions)})
+
     def steps_per_epoch(self, examples: int) -> int:
-        """Optimiser steps that one pass over ``examples`` takes."""
-        return math.ceil(math.ceil(examples / self.batch_size) / self.gradient_accumulation_steps)
+        """Return the optimizer steps of one pass over ``examples``."""
+        return self.options.steps_per_epoch(examples)
 
     def total_steps(self, examples: int) -> int:
-        """Optimiser steps of the whole training."""
-        return self.epochs * self.steps_per_epoch(examples)
+        """Return the optimizer steps of the whole training."""
+        return self.options.total_steps(examples)
 
 
 class _Range(SettingsNode):

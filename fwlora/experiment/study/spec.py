@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from yaml import YAMLError
 
+from fwlora.experiment.engine.progress import parse_progress
 from fwlora.experiment.errors import UserError
 from fwlora.experiment.settings.hydra_arguments import compose_settings
-from fwlora.experiment.study.progress import parse_progress
 
 TAIL_LINES = 15
 

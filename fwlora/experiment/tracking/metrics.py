@@ -77,6 +77,11 @@ def best_name(metric: str) -> str:
     return f"best_{metric}"
 
 
+def best_epoch_name(metric: str) -> str:
+    """Return the summary name of the epoch that had the best value."""
+    return f"{best_name(metric)}_epoch"
+
+
 def compute_task_metrics(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> Mapping[str, float]:
     """Task metrics of one split, as fractions.
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.paths import HELPERS, REPOSITORY
+from tests.helpers.paths import REPOSITORY
 from tests.helpers.run_processes import run
 
-WORKER = HELPERS / "run_processes.py"
+WORKER = "tests.helpers.run_processes"
 
 
 def torchrun(*arguments: str, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
@@ -25,7 +25,7 @@ def torchrun(*arguments: str, cwd: Path = REPOSITORY) -> subprocess.CompletedPro
 @pytest.mark.parametrize("method", ["lora", "fw_lora"])
 def test_two_processes_train_what_one_does(method, tmp_path):
     alone = run(method)
-    done = torchrun(str(WORKER), str(tmp_path), method)
+    done = torchrun("-m", WORKER, str(tmp_path), method)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1))
     torch.testing.assert_close(first["parameters"], second["parameters"], rtol=0, atol=0)

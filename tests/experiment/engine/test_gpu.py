@@ -7,8 +7,10 @@ import torch
 
 import src.train
 from fwlora import FisherWeightedLora, FisherWeighting
-from fwlora.experiment.engine.loop import Execution, Task, train
-from fwlora.experiment.settings.schema import TrainingSettings
+from fwlora.experiment.engine.distributed import Processes
+from fwlora.experiment.engine.loop import train
+from fwlora.experiment.engine.options import EngineOptions, TrainingOptions
+from fwlora.experiment.engine.task import Task
 from fwlora.experiment.tracking import metrics
 from tests.contract.test_train import METHODS, full_run, recorded  # noqa: F401
 from tests.helpers.fused_models import adapt, make_base
@@ -37,7 +39,7 @@ def test_bf16_is_used_where_the_gpu_has_it(tiny_roberta, tiny_glue, recorded):  
     settings, tracker = full_run("proposed_fw_lora", tiny_roberta, tiny_glue, recorded, "engine.device=cuda")
     native = torch.cuda.is_bf16_supported(including_emulation=False)
     assert tracker.config["resolved"]["precision"] == ("bf16" if native else "fp32")
-    assert src.train.prepare(settings).execution.device.type == "cuda"
+    assert src.train.prepare_inputs(settings).engine.device.type == "cuda"
 
 
 @pytest.mark.parametrize("name", ["lora", "fw_lora"])
@@ -47,14 +49,14 @@ def test_graphs_train_what_eager_passes_train(name, caplog):
     for cuda_graphs in (False, True):
         model = adapt(make_base()).float().cuda()
         rows: list[dict] = []
-        training = TrainingSettings(
-            epochs=3, batch_size=8, learning_rate=1e-3, weight_decay=0.1, optimizer="adamw", lr_scheduler="linear",
-            warmup_ratio=0.0, gradient_accumulation_steps=2, max_gradient_norm=1.0, mixed_precision="fp32", seed=3,
+        training = TrainingOptions(
+            epochs=3, batch_size=8, learning_rate=1e-3, weight_decay=0.1, gradient_accumulation_steps=2,
+            max_gradient_norm=1.0, seed=3,
         )  # fmt: skip
-        execution = Execution(torch.device("cuda"), cuda_graphs=cuda_graphs)
+        engine = EngineOptions(Processes(torch.device("cuda")), cuda_graphs=cuda_graphs)
         train(
             model, make_method(model, name), make_split(200, 0), make_split(21, 1), training, Task(0, 2, "accuracy"),
-            execution, log=lambda row, rows=rows: rows.append(dict(row)),
+            engine, log=lambda row, rows=rows: rows.append(dict(row)),
         )  # fmt: skip
         assert caplog.messages == []
         found.append((rows, [p.detach() for p in model.parameters() if p.requires_grad]))

@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 
 from fwlora.experiment.cli import main
+from fwlora.experiment.engine.progress import Progress, ProgressPrinter, format_progress, parse_progress
 from fwlora.experiment.errors import UserError
-from fwlora.experiment.study.progress import Progress, ProgressPrinter, format_progress, parse_progress
 from fwlora.experiment.study.spec import (
     find_repository,
     format_duration,

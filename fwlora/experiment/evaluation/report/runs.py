@@ -275,7 +275,7 @@ def _read_scores(summary: Mapping[str, Any]) -> list[Score]:
             is_loss=name == metrics.EVAL_LOSS,
             final=as_finite(summary[metrics.final_name(name)]),
             best=as_finite(summary.get(metrics.best_name(name))),
-            epoch=as_finite(summary.get(metrics.best_name(name) + "_epoch")),
+            epoch=as_finite(summary.get(metrics.best_epoch_name(name))),
         )
         for name in names
     ]

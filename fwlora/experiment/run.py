@@ -1,0 +1,226 @@
+"""One run's input, record and output: what ``src.train`` does that is not the story of a training."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fwlora.adapters import save_adapter
+from fwlora.config import RankPlan
+from fwlora.experiment.data.batching import TokenizedSplit
+from fwlora.experiment.data.text import TaskData
+from fwlora.experiment.engine.device import UnavailableDeviceError, choose_device, choose_precision, name_device
+from fwlora.experiment.engine.distributed import Processes, is_main_process
+from fwlora.experiment.engine.loop import TrainingResult
+from fwlora.experiment.engine.meters import DivergedError
+from fwlora.experiment.engine.optimizer import ScheduleError
+from fwlora.experiment.engine.options import EngineOptions
+from fwlora.experiment.engine.task import Task
+from fwlora.experiment.errors import UserError
+from fwlora.experiment.files import replace_folder
+from fwlora.experiment.modeling.build import AdaptedModel, final_adapter_parameters
+from fwlora.experiment.paths import REPOSITORY
+from fwlora.experiment.settings.schema import ProgramSettings
+from fwlora.experiment.tracking import metrics
+from fwlora.experiment.tracking.environment import describe_environment
+from fwlora.experiment.tracking.facts import RunFacts
+from fwlora.experiment.tracking.records import pack_classes
+
+logger = logging.getLogger(__name__)
+
+DIVERGENCE_REMEDY = "lower run.training.learning_rate, or set run.training.max_gradient_norm=1.0"
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """Everything that a run needs and that its search trials and its final training share.
+
+    Attributes:
+        data: texts and labels of both splits.
+        tokenizer: of the model.
+        plan: a rank for every targeted matrix.
+        task: padding, classes and metric.
+        engine: where and how to compute.
+    """
+
+    data: TaskData
+    tokenizer: Any
+    plan: RankPlan
+    task: Task
+    engine: EngineOptions
+
+
+def print_log_lines() -> None:
+    """Print what this package logs to stdout, line by line; of several processes only the first one prints."""
+    package = logging.getLogger("fwlora")
+    package.setLevel(logging.INFO)
+    package.propagate = False
+    handler = logging.StreamHandler(sys.stdout) if is_main_process() else logging.NullHandler()
+    package.handlers = [handler]
+    # Hydra disables every logger that exists when it starts, which keeps other packages quiet.
+    for name, other in logging.root.manager.loggerDict.items():
+        if name.startswith("fwlora") and isinstance(other, logging.Logger):
+            other.disabled = False
+
+
+def choose_engine(settings: ProgramSettings) -> EngineOptions:
+    """Choose device, precision and forward path; ``engine.fast=false`` pads literally and computes by the model itself.
+
+    Raises:
+        UserError: a GPU is set and there is none.
+    """
+    try:
+        processes = Processes(choose_device(settings.engine.device))
+    except UnavailableDeviceError as error:
+        raise UserError(f"engine.device = {error.name}: {error}; use engine.device=cpu or auto") from None
+    precision, remark = choose_precision(settings.run.training.mixed_precision, processes.device)
+    if remark:
+        logger.info(remark)
+    fast = settings.engine.fast
+    pad_to = None if fast else settings.run.dataset.max_length
+    return EngineOptions(
+        processes, precision, pad_to, group_by_length=fast, fused=fast, cuda_graphs=settings.engine.cuda_graphs
+    )
+
+
+def describe_task(settings: ProgramSettings, data: TaskData, tokenizer: Any) -> Task:
+    """Return the task as the engine takes it.
+
+    Raises:
+        UserError: the tokenizer has no token to pad with.
+    """
+    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if pad_token_id is None:
+        raise UserError(
+            f"run.model.pretrained_id = {settings.run.model.pretrained_id!r}: its tokenizer has neither a padding nor "
+            "an end-of-text token; set one of them in tokenizer_config.json"
+        )
+    pad_left = tokenizer.padding_side == "left"
+    return Task(pad_token_id, len(data.label_names), data.task_metric, pad_left, settings.run.dataset.max_length)
+
+
+def log_run(settings: ProgramSettings, inputs: RunInputs) -> None:
+    """Log what is about to run: run, data and ranks."""
+    run, data, plan = settings.run, inputs.data, inputs.plan
+    logger.info(f"run {run.run_id}: {run.method}, seed {run.training.seed}, mode {settings.mode}")
+    logger.info(
+        f"data {' '.join(filter(None, (run.dataset.name, run.dataset.subset)))}: {len(data.train.labels)} training and "
+        f"{len(data.evaluation.labels)} evaluation examples, classes {', '.join(data.label_names)}"
+    )
+    if not run.model.lora.enabled:
+        logger.info("model.lora.enabled is false: only the classification head is trained")
+        return
+    used = [rank for rank in plan.ranks.values() if rank]
+    logger.info(
+        f"budget {plan.budget:,} of {plan.encoder_parameters:,} encoder parameters "
+        f"({100 * plan.budget / plan.encoder_parameters:.3f} %): ranks {min(used)} to {max(used)} on {len(used)} of "
+        f"{len(plan.ranks)} matrices, scaling {run.model.lora.scaling:g}"
+    )
+
+
+def collect_facts(inputs: RunInputs, command: str | None) -> RunFacts:
+    """Collect what the program found out and evaluation needs, beside the settings."""
+    data, device = inputs.data, name_device(inputs.engine.device)
+    return RunFacts(
+        task=data.task,
+        label_names=tuple(data.label_names),
+        primary_metric=metrics.eval_name(data.task_metric),
+        precision=inputs.engine.precision,
+        train_examples=len(data.train.labels),
+        eval_examples=len(data.evaluation.labels),
+        train_fingerprint=data.train.fingerprint,
+        eval_fingerprint=data.evaluation.fingerprint,
+        command=command,
+        environment=describe_environment(REPOSITORY, device, torch.get_num_threads()),
+    )
+
+
+@contextmanager
+def engine_errors_name_settings() -> Iterator[None]:
+    """Turn the engine's errors of the block into messages that name settings.
+
+    Raises:
+        UserError: the training diverged, or its schedule cannot be made.
+    """
+    try:
+        yield
+    except DivergedError as error:
+        raise UserError(f"{error}; {DIVERGENCE_REMEDY}") from None
+    except ScheduleError as error:
+        raise UserError(
+            f"run.training.lr_scheduler = {error.name}, run.training.lr_scheduler_options = {error.options} with "
+            f"learning_rate = {error.learning_rate}: {error.reason}; see transformers.optimization.get_scheduler"
+        ) from None
+
+
+def summarize_run(
+    result: TrainingResult, adapted: AdaptedModel, inputs: RunInputs, eval_split: TokenizedSplit, search_time_s: float
+) -> dict[str, Any]:
+    """Return the run's final values, by the names of :mod:`fwlora.experiment.tracking.metrics`.
+
+    Args:
+        result: of the final training.
+        adapted: the trained model.
+        inputs: of the run.
+        eval_split: that the predictions belong to.
+        search_time_s: seconds that the search took; 0 without one.
+    """
+    table = adapted.method.adapter_table()
+    final_parameters = final_adapter_parameters(adapted.method)
+    classes, times = inputs.task.num_classes, result.times_s
+    summary: dict[str, Any] = {
+        metrics.PRIMARY_METRIC: metrics.eval_name(inputs.task.task_metric),
+        metrics.TRAINING_TIME_S: times["warmup"] + times["train"],
+        metrics.TIME_WARMUP_S: times["warmup"],
+        metrics.TIME_TRAIN_S: times["train"],
+        metrics.TIME_EVAL_S: times["eval"],
+        metrics.TIME_SEARCH_S: search_time_s,
+        metrics.STEP_TIME_MEDIAN_S: float(np.median(result.step_times_s)),
+        metrics.PEAK_MEMORY_MIB: result.peak_memory_mib,
+        metrics.TOTAL_STEPS: result.total_steps,
+        **adapted.counts,
+        metrics.PARAMS_ADAPTER_FINAL: final_parameters,
+        metrics.ADAPTER_PERCENT_OF_ENCODER: 100 * final_parameters / inputs.plan.encoder_parameters,
+        metrics.MODULE_NAMES: table.names,
+        metrics.MODULE_RANKS: table.ranks,
+        metrics.MODULE_IMPORTANCES: table.importances,
+        metrics.MODULE_DELTA_NORMS: table.delta_norms,
+        metrics.EVAL_PREDICTIONS: pack_classes(result.last.predictions, classes),
+        metrics.EVAL_LABELS: pack_classes(eval_split.labels, classes),
+        metrics.ENCODER_FINGERPRINT: adapted.encoder_fingerprint,
+        metrics.EVAL_FINGERPRINT: inputs.data.evaluation.fingerprint,
+    }
+    for name, value in result.last.values.items():
+        best = (min if name == metrics.EVAL_LOSS else max)(result.epochs, key=lambda row: row[name])
+        summary[metrics.final_name(name)] = value
+        summary[metrics.best_name(name)] = best[name]
+        summary[metrics.best_epoch_name(name)] = best[metrics.EPOCH]
+    return summary
+
+
+def log_outcome(summary: dict[str, Any]) -> None:
+    """Log the value that is compared, the training's time and its size."""
+    primary = summary[metrics.PRIMARY_METRIC]
+    logger.info(
+        f"{primary} {summary[metrics.final_name(primary)]:.4f} after the last epoch; "
+        f"training {summary[metrics.TRAINING_TIME_S]:.1f} s, "
+        f"adapter parameters in use {summary[metrics.PARAMS_ADAPTER_FINAL]:,}"
+    )
+
+
+def save_checkpoint(adapted: AdaptedModel, tokenizer: Any, folder: Path) -> None:
+    """Save adapter (or the whole model, where only the head was trained) and tokenizer, all or nothing."""
+
+    def fill(partial: Path) -> None:
+        save_adapter(adapted.model, partial)
+        tokenizer.save_pretrained(partial)
+
+    replace_folder(folder, fill)
