@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from fwlora.experiment.data.glue import find_task_metric
 from fwlora.experiment.tracking import metrics
 from fwlora.experiment.tracking.metrics import compute_task_metrics, eval_name, final_name
 from fwlora.experiment.tracking.records import RunRecord, pack_classes
@@ -57,7 +58,7 @@ def make_record(
     wrong = rng.random(count) < error_rate
     predictions = np.where(wrong, (labels + 1) % classes, labels)
     task = compute_task_metrics(labels, predictions, classes)
-    primary = eval_name(metrics.primary_task_metric(subset))
+    primary = eval_name(find_task_metric(subset))
     summary: dict[str, Any] = {
         metrics.COMPLETED: True,
         metrics.PRIMARY_METRIC: primary,

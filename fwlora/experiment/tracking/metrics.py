@@ -6,9 +6,18 @@ Training and evaluation share no other agreement about names: both import them f
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
+
+# Names of task metrics.
+ACCURACY = "accuracy"
+MATTHEWS_CORRELATION = "matthews_correlation"
+F1 = "f1"
+# Compared in every cell, beside the task's own.
+ALWAYS_COMPARED = (ACCURACY, MATTHEWS_CORRELATION)
 
 # History rows, one per optimiser step.
 GLOBAL_STEP = "global_step"  # optimiser steps since the start of the run, from 1
@@ -53,14 +62,6 @@ EVAL_LABELS = "eval_labels"
 ENCODER_FINGERPRINT = "encoder_fingerprint"  # hash of the pretrained weights
 EVAL_FINGERPRINT = "eval_fingerprint"  # hash of the eval split's texts and labels
 
-TASK_METRICS = ("accuracy", "matthews_correlation", "f1")
-PRIMARY_TASK_METRIC = {"cola": "matthews_correlation", "mrpc": "f1", "qqp": "f1"}
-
-
-def primary_task_metric(subset: str | None) -> str:
-    """GLUE's own metric for a task; accuracy where GLUE names none."""
-    return PRIMARY_TASK_METRIC.get(subset or "", "accuracy")
-
 
 def eval_name(task_metric: str) -> str:
     """``accuracy`` -> ``eval_accuracy``, the name in the per-epoch history."""
@@ -82,29 +83,136 @@ def best_epoch_name(metric: str) -> str:
     return f"{best_name(metric)}_epoch"
 
 
-def compute_task_metrics(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> Mapping[str, float]:
-    """Task metrics of one split, as fractions.
+def accuracy_from_confusion(confusion: np.ndarray) -> np.ndarray:
+    """Compute the accuracy of each confusion matrix: shape ``(..., K, K)``, gold rows, to ``(...)``."""
+    counts = np.asarray(confusion, dtype=np.float64)
+    return np.trace(counts, axis1=-2, axis2=-1) / counts.sum(axis=(-2, -1))
+
+
+def matthews_from_confusion(confusion: np.ndarray) -> np.ndarray:
+    """Compute the Matthews correlation of each confusion matrix: shape ``(..., K, K)`` to ``(...)``.
+
+    ``R_K = (c s - Σ_k p_k t_k) / sqrt((s² - Σ p_k²)(s² - Σ t_k²))`` with s examples, c of them right, t_k of gold and
+    p_k of predicted class k (Gorodkin, Comput. Biol. Chem. 28, 2004). 0 where a constant column or row leaves it
+    undefined, as in scikit-learn.
+    """
+    counts = np.asarray(confusion, dtype=np.float64)
+    total = counts.sum(axis=(-2, -1))
+    gold, predicted = counts.sum(axis=-1), counts.sum(axis=-2)
+    numerator = np.trace(counts, axis1=-2, axis2=-1) * total - (gold * predicted).sum(axis=-1)
+    spread = (total**2 - (predicted**2).sum(axis=-1)) * (total**2 - (gold**2).sum(axis=-1))
+    return np.divide(numerator, np.sqrt(spread), out=np.zeros_like(numerator), where=spread > 0)
+
+
+def f1_from_confusion(confusion: np.ndarray) -> np.ndarray:
+    """Compute F1 of each confusion matrix: of class 1 for two classes, else the macro average.
 
     Args:
-        labels: gold classes, shape ``(n,)``.
-        predictions: predicted classes, shape ``(n,)``.
-        num_classes: decides between binary F1 (class 1 positive) and macro F1.
+        confusion: counts, shape ``(..., K, K)``, gold classes as rows.
 
     Returns:
-        ``accuracy``, ``matthews_correlation`` (0 where a constant prediction leaves it undefined) and ``f1``.
+        Shape ``(...)``.
     """
-    from sklearn.metrics import (  # slow and large to import, and most import this for names
-        accuracy_score,
-        f1_score,
-        matthews_corrcoef,
-    )
+    counts = np.asarray(confusion, dtype=np.float64)
+    support = counts.sum(axis=-1) + counts.sum(axis=-2)
+    hits = 2.0 * np.diagonal(counts, axis1=-2, axis2=-1)
+    per_class = np.divide(hits, support, out=np.zeros_like(hits), where=support > 0)
+    return per_class[..., 1] if counts.shape[-1] == 2 else per_class.mean(axis=-1)
 
+
+def compute_accuracy(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> float:
+    """Return the fraction of right predictions."""
+    from sklearn.metrics import accuracy_score
+
+    return float(accuracy_score(labels, predictions))
+
+
+def compute_matthews(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> float:
+    """Return the Matthews correlation; 0 where a constant prediction leaves it undefined."""
+    from sklearn.metrics import matthews_corrcoef
+
+    return float(matthews_corrcoef(labels, predictions))
+
+
+def compute_f1(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> float:
+    """Return F1 of class 1 for two classes, else the macro average."""
+    from sklearn.metrics import f1_score
+
+    average = {"average": "binary"} if num_classes == 2 else {"average": "macro", "labels": range(num_classes)}
+    return float(f1_score(labels, predictions, zero_division=0.0, **average))
+
+
+@dataclass(frozen=True)
+class TaskMetric:
+    """A measure of predictions; a higher value is better.
+
+    Attributes:
+        name: in records, such as ``matthews_correlation``.
+        label: in tables and figures.
+        predicts: ``classes`` or ``numbers``, what the metric is defined for.
+        from_predictions: value from labels and predictions, shape ``(n,)`` each, and the number of classes.
+        from_confusion: values, shape ``(...)``, from confusion matrices, shape ``(..., K, K)`` with gold rows, for the
+            bootstrap; a metric of numbers has none.
+    """
+
+    name: str
+    label: str
+    predicts: Literal["classes", "numbers"]
+    from_predictions: Callable[[np.ndarray, np.ndarray, int], float]
+    from_confusion: Callable[[np.ndarray], np.ndarray] | None = None
+
+
+# In the order in which documents list them.
+TASK_METRICS: dict[str, TaskMetric] = {}
+
+
+def register_task_metric(metric: TaskMetric) -> None:
+    """Add a task metric.
+
+    Raises:
+        ValueError: another metric has the name, or ``from_confusion`` is missing or surplus.
+    """
+    if TASK_METRICS.get(metric.name, metric) != metric:
+        raise ValueError(f"`name` {metric.name!r} is taken by {TASK_METRICS[metric.name]}; choose another")
+    if (metric.predicts == "classes") != (metric.from_confusion is not None):
+        raise ValueError(f"{metric.name}: give `from_confusion` for a metric of classes, and for no other")
+    TASK_METRICS[metric.name] = metric
+
+
+def unregister_task_metric(name: str) -> None:
+    """Remove a task metric, if it is registered."""
+    TASK_METRICS.pop(name, None)
+
+
+register_task_metric(TaskMetric(ACCURACY, "accuracy", "classes", compute_accuracy, accuracy_from_confusion))
+register_task_metric(
+    TaskMetric(MATTHEWS_CORRELATION, "Matthews correlation", "classes", compute_matthews, matthews_from_confusion)
+)
+register_task_metric(TaskMetric(F1, "F1", "classes", compute_f1, f1_from_confusion))
+
+
+def compute_task_metrics(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> dict[str, float]:
+    """Return every task metric of one split by name, as fractions.
+
+    Args:
+        labels: gold classes or numbers, shape ``(n,)``.
+        predictions: predicted ones, shape ``(n,)``.
+        num_classes: 1 where labels are numbers.
+    """
+    predicts = "numbers" if num_classes == 1 else "classes"
+    chosen = [metric for metric in TASK_METRICS.values() if metric.predicts == predicts]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        average = {"average": "binary"} if num_classes == 2 else {"average": "macro", "labels": range(num_classes)}
-        f1 = f1_score(labels, predictions, zero_division=0.0, **average)
-        return {
-            "accuracy": float(accuracy_score(labels, predictions)),
-            "matthews_correlation": float(matthews_corrcoef(labels, predictions)),
-            "f1": float(f1),
-        }
+        return {metric.name: metric.from_predictions(labels, predictions, num_classes) for metric in chosen}
+
+
+def score_confusion(name: str, confusion: np.ndarray) -> np.ndarray:
+    """Return a metric of classes for each confusion matrix: shape ``(..., K, K)``, gold rows, to ``(...)``.
+
+    Raises:
+        ValueError: a metric that is not registered, or one of numbers.
+    """
+    metric = TASK_METRICS.get(name)
+    if metric is None or metric.from_confusion is None:
+        raise ValueError(f"{name!r} is no metric of classes; register it with register_task_metric")
+    return metric.from_confusion(confusion)

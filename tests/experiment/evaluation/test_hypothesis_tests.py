@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from fwlora.experiment.evaluation.compare import hypothesis_tests
-from fwlora.experiment.evaluation.compare.bootstrap import CONFUSION_METRICS
+from fwlora.experiment.tracking.metrics import score_confusion
 
 
 def test_mcnemar_of_a_hand_computed_case():
@@ -250,7 +250,7 @@ def simulate_null_study(rng: np.random.Generator, shared: float) -> list[np.ndar
             predictions = np.where(rng.random((5, 2, count)) < quality, labels, 1 - labels)
             cells = 2 * labels + predictions
             confusions = np.stack([(cells == cell).sum(axis=2) for cell in range(4)], axis=-1).reshape(5, 2, 2, 2)
-            scores = CONFUSION_METRICS[metric](confusions)
+            scores = score_confusion(metric, confusions)
             strata.append(scores[:, 0] - scores[:, 1])
     return strata
 

@@ -4,67 +4,24 @@ Two sources of variance are kept apart. *Examples*: another test split of the sa
 the same run. *Seeds*: another initialisation and data order would give another run. Resamples of the examples are
 shared by all runs of a split, which keeps every difference between two runs paired, whatever cells they are in.
 
-Sources: Efron and Tibshirani, An Introduction to the Bootstrap (1993), ch. 13; Gorodkin, Comput. Biol. Chem. 28 (2004)
-for the K-class correlation.
+Sources: Efron and Tibshirani, An Introduction to the Bootstrap (1993), ch. 13.
 """
 
 from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from fwlora.experiment.evaluation.compare.runs import EvaluatedRun
+from fwlora.experiment.tracking import metrics
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
 _CHUNK = 1_000  # resamples held in memory at once
-
-
-def accuracy_from_confusion(confusion: np.ndarray) -> np.ndarray:
-    """Compute the accuracy of each confusion matrix: shape ``(..., K, K)``, gold rows, to ``(...)``."""
-    counts = np.asarray(confusion, dtype=np.float64)
-    return np.trace(counts, axis1=-2, axis2=-1) / counts.sum(axis=(-2, -1))
-
-
-def matthews_from_confusion(confusion: np.ndarray) -> np.ndarray:
-    """Compute the Matthews correlation of each confusion matrix: shape ``(..., K, K)`` to ``(...)``.
-
-    ``R_K = (c s - Σ_k p_k t_k) / sqrt((s² - Σ p_k²)(s² - Σ t_k²))`` with s examples, c of them right, t_k of gold and
-    p_k of predicted class k. 0 where a constant column or row leaves it undefined, as in scikit-learn.
-    """
-    counts = np.asarray(confusion, dtype=np.float64)
-    total = counts.sum(axis=(-2, -1))
-    gold, predicted = counts.sum(axis=-1), counts.sum(axis=-2)
-    numerator = np.trace(counts, axis1=-2, axis2=-1) * total - (gold * predicted).sum(axis=-1)
-    spread = (total**2 - (predicted**2).sum(axis=-1)) * (total**2 - (gold**2).sum(axis=-1))
-    return np.divide(numerator, np.sqrt(spread), out=np.zeros_like(numerator), where=spread > 0)
-
-
-def f1_from_confusion(confusion: np.ndarray) -> np.ndarray:
-    """Compute F1 of each confusion matrix: of class 1 for two classes, else the macro average.
-
-    Args:
-        confusion: counts, shape ``(..., K, K)``, gold classes as rows.
-
-    Returns:
-        Shape ``(...)``.
-    """
-    counts = np.asarray(confusion, dtype=np.float64)
-    support = counts.sum(axis=-1) + counts.sum(axis=-2)
-    hits = 2.0 * np.diagonal(counts, axis1=-2, axis2=-1)
-    per_class = np.divide(hits, support, out=np.zeros_like(hits), where=support > 0)
-    return per_class[..., 1] if counts.shape[-1] == 2 else per_class.mean(axis=-1)
-
-
-CONFUSION_METRICS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
-    "accuracy": accuracy_from_confusion,
-    "matthews_correlation": matthews_from_confusion,
-    "f1": f1_from_confusion,
-}
 
 
 def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
@@ -104,7 +61,7 @@ def resample_scores(
     Args:
         labels: gold classes, shape ``(n,)``.
         predictions: shape ``(M, n)``, one row per classifier.
-        metric_names: keys of :data:`CONFUSION_METRICS`.
+        metric_names: keys of :data:`fwlora.experiment.tracking.metrics.TASK_METRICS`.
         num_classes: K.
         rng: source of the resamples.
         resamples: R.
@@ -126,7 +83,7 @@ def resample_scores(
         counts = rng.multinomial(labels.size, np.full(labels.size, 1 / labels.size), size=size).astype(np.float64)
         confusions = (counts @ indicators).reshape(size, len(table), num_classes, num_classes)
         for name in metric_names:
-            scores[name][:, start : start + size] = CONFUSION_METRICS[name](confusions).T
+            scores[name][:, start : start + size] = metrics.score_confusion(name, confusions).T
     return scores
 
 
@@ -157,7 +114,7 @@ def resample_runs(runs: Sequence[EvaluatedRun], rng_seed: int, resamples: int = 
     for run in runs:
         splits.setdefault((run.labels.tobytes(), len(run.label_names)), []).append(run)
     for (gold, num_classes), members in splits.items():
-        names = list(dict.fromkeys(["accuracy", "matthews_correlation", *(run.primary for run in members)]))
+        names = list(dict.fromkeys([*metrics.ALWAYS_COMPARED, *(run.primary for run in members)]))
         rng = np.random.default_rng([rng_seed, zlib.crc32(gold)])
         table = np.stack([run.predictions for run in members])
         resampled = resample_scores(members[0].labels, table, names, num_classes, rng, resamples)

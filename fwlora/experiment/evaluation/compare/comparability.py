@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fwlora.experiment.evaluation.compare.bootstrap import CONFUSION_METRICS, confusion_matrix
+from fwlora.experiment.evaluation.compare.bootstrap import confusion_matrix
 from fwlora.experiment.evaluation.compare.cells import Cell, Group
 from fwlora.experiment.evaluation.compare.results import ComparisonWarning
 from fwlora.experiment.evaluation.compare.runs import EvaluatedRun, as_finite
@@ -128,8 +128,8 @@ def _find_unequal_seeds(cell: Cell) -> list[str]:
 def find_disagreement(run: EvaluatedRun) -> str | None:
     """Describe how a recorded metric differs from the one of the run's own predictions; None where it does not."""
     confusion = confusion_matrix(run.labels, run.predictions, len(run.label_names))
-    for name in dict.fromkeys(("accuracy", run.primary)):
-        recorded, recomputed = run.values[metrics.eval_name(name)], float(CONFUSION_METRICS[name](confusion))
+    for name in dict.fromkeys((metrics.ACCURACY, run.primary)):
+        recorded, recomputed = run.values[metrics.eval_name(name)], float(metrics.score_confusion(name, confusion))
         if abs(recomputed - recorded) > _MAX_DISAGREEMENT:
             return f"run {run.run_id} records {name} {recorded:.4f}, its predictions give {recomputed:.4f}"
     return None

@@ -35,6 +35,7 @@ from fwlora.experiment.evaluation.compare.results import (
     SeedComparison,
     TimeRatio,
 )
+from fwlora.experiment.tracking import metrics
 
 SEED_TESTS = "paired t and exact sign-flip permutation"
 NO_SEED_TEST = "no seed-level test possible: one paired seed"
@@ -81,7 +82,7 @@ def _compare_pair(cell: Cell, first: Group, second: Group, resampled: ResampledR
         seeds=(),
         seed_level_test=NO_PAIR,
     )
-    names = list(dict.fromkeys((cell.primary, "accuracy", "matthews_correlation")))
+    names = list(dict.fromkeys((cell.primary, *metrics.ALWAYS_COMPARED)))
     try:
         samples = {name: sample_quality(cell, contrast, resampled, name) for name in names}
     except MissingMeasurementError:

@@ -188,7 +188,7 @@ def _find_problems(record: RunRecord) -> list[str]:
     known = [metrics.eval_name(name) for name in metrics.TASK_METRICS]
     if primary not in known:
         return [*found, f"has the primary metric {primary!r}; one of {known} is expected"]
-    compared = (primary, "eval_accuracy", "eval_matthews_correlation")
+    compared = (primary, *map(metrics.eval_name, metrics.ALWAYS_COMPARED))
     needed = [metrics.final_name(name) for name in dict.fromkeys(compared)]
     for name in (*needed, metrics.TRAINING_TIME_S):
         value, number = summary.get(name), as_finite(summary.get(name))

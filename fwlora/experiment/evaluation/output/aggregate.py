@@ -12,11 +12,6 @@ from fwlora.experiment.evaluation.compare.runs import COST_NAMES
 from fwlora.experiment.tracking import metrics
 
 _BEST_KEYS = ("best_proposed", "best_baseline", "gap", "improvement_rate")
-_METRIC_ORDER = (
-    *(metrics.eval_name(name) for name in metrics.TASK_METRICS),
-    metrics.EVAL_LOSS,
-    *COST_NAMES,
-)
 
 
 def aggregate(cells: Sequence[Cell], warnings: Sequence[ComparisonWarning]) -> dict[str, Any]:
@@ -28,7 +23,8 @@ def aggregate(cells: Sequence[Cell], warnings: Sequence[ComparisonWarning]) -> d
     one.
     """
     runs = sorted((run for cell in cells for run in cell.runs), key=lambda run: run.run_id)
-    names = [name for name in _METRIC_ORDER if any(name in run.values for run in runs)]
+    order = (*map(metrics.eval_name, metrics.TASK_METRICS), metrics.EVAL_LOSS, *COST_NAMES)
+    names = [name for name in order if any(name in run.values for run in runs)]
     primaries = list(dict.fromkeys(cell.primary_eval_name for cell in cells))
     top = _describe_best(cells[0]) if len(cells) == 1 else dict.fromkeys(_BEST_KEYS)
     if len(cells) > 1:

@@ -116,7 +116,7 @@ def _describe_group(cell: Cell, group: Group) -> dict[str, Any]:
         "n": len(group.runs),
         "mean": group.mean(metric),
         "sd": group.standard_deviation(metric),
-        "accuracy_mean": group.mean("eval_accuracy"),
+        "accuracy_mean": group.mean(metrics.eval_name(metrics.ACCURACY)),
         "training_time_s_mean": group.mean(metrics.TRAINING_TIME_S),
         "training_time_s_sd": group.standard_deviation(metrics.TRAINING_TIME_S),
         "params_adapter": group.mean(metrics.PARAMS_ADAPTER),

@@ -179,7 +179,7 @@ def _method_values(cell: Cell, group: Group) -> list[str]:
         cell.primary,
         _number(group.mean(metric), 4),
         _number(group.standard_deviation(metric), 4),
-        _number(group.mean("eval_accuracy"), 4),
+        _number(group.mean(metrics.eval_name(metrics.ACCURACY)), 4),
         _number(group.mean(metrics.TRAINING_TIME_S), 1),
         " -> ".join(counts) or _NOTHING,
     ]
