@@ -33,6 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     study.add_argument("name", help="a file of config/study, by its name, e.g. quickstart")
     study.add_argument("overrides", nargs="*", metavar="key=value", help="further arguments of every run")
+    study.add_argument("--on", default="local", metavar="LAUNCHER", help="what starts the runs; default: local")
     return parser
 
 
@@ -73,7 +74,9 @@ def _study(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from fwlora.experiment.errors import user_errors_exit
-    from fwlora.experiment.study.spec import find_repository, format_duration, load_study, plan_study, run_study
+    from fwlora.experiment.study.display import format_duration
+    from fwlora.experiment.study.execution import find_repository, run_study
+    from fwlora.experiment.study.spec import load_study, plan_study
 
     started = time.monotonic()
     console = Console()
@@ -81,11 +84,10 @@ def _study(arguments: argparse.Namespace) -> int:
         repository = find_repository(Path.cwd())
         study = load_study(arguments.name, repository / "config")
         planned = plan_study(study, repository / "config", os.environ, arguments.overrides)
-        console.print(
-            f"study {arguments.name}: {len(planned)} runs, results in {planned[0].results_dir}", highlight=False
-        )
+        folders = " and ".join(dict.fromkeys(run.results_dir for run in planned))
+        console.print(f"study {arguments.name}: {len(planned)} runs, results in {folders}", highlight=False)
         try:
-            exit_code = run_study(planned, repository, console)
+            exit_code = run_study(planned, repository, console, arguments.on)
         except KeyboardInterrupt:
             console.print("interrupted")
             return 130

@@ -101,7 +101,7 @@ def test_only_listed_modules_depend_on_the_internals_of_peft():
         ("fwlora.budget", ["torch", "peft", "transformers", "numpy"]),
         ("fwlora.adalora", ["hydra", "wandb", "optuna", "transformers.trainer", "datasets", "sklearn"]),
         ("fwlora.experiment.settings.hydra_arguments", ["torch", "wandb", "transformers", "optuna"]),
-        ("fwlora.experiment.study.spec", ["torch", "wandb", "transformers", "optuna"]),
+        ("fwlora.experiment.study.execution", ["torch", "wandb", "transformers", "optuna"]),
         ("fwlora.experiment.evaluation.evaluate", ["torch", "wandb", "transformers", "optuna", "hydra"]),
         ("fwlora.experiment.evaluation.figures.run", ["scipy", "pandas", "sklearn", "statsmodels"]),
         ("src.evaluate", ["numpy", "matplotlib", "pydantic"]),
