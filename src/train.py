@@ -28,7 +28,7 @@ from fwlora.experiment.engine.meters import DivergedError
 from fwlora.experiment.engine.progress import ProgressPrinter
 from fwlora.experiment.errors import user_errors_exit
 from fwlora.experiment.modeling.build import AdaptedModel, check_max_length, load_tokenizer
-from fwlora.experiment.paths import CONFIG_DIR
+from fwlora.experiment.paths import CONFIG_DIR, REPOSITORY
 from fwlora.experiment.run import (
     RunInputs,
     choose_engine,
@@ -71,7 +71,7 @@ def run_training(settings: ProgramSettings, command: str | None = None) -> None:
     if run.model.lora.enabled and run.optuna.n_trials == 0:
         check_schedules(run, run.training.total_steps(len(inputs.data.train.labels)))
     directory = Path(settings.results_dir) / run.run_id
-    config = {**settings.as_record(), "resolved": collect_facts(inputs, command).as_record()}
+    config = {**settings.as_record(), "resolved": collect_facts(inputs, REPOSITORY, command).as_record()}
     tracker: Tracker = NullTracker()
     if is_main_process():
         tracker = open_tracker(settings, run_id=run.run_id, config=config, directory=directory)

@@ -27,7 +27,6 @@ from fwlora.experiment.engine.task import Task
 from fwlora.experiment.errors import UserError
 from fwlora.experiment.files import replace_folder
 from fwlora.experiment.modeling.build import AdaptedModel, final_adapter_parameters
-from fwlora.experiment.paths import REPOSITORY
 from fwlora.experiment.settings.schema import ProgramSettings
 from fwlora.experiment.tracking import metrics
 from fwlora.experiment.tracking.environment import describe_environment
@@ -126,8 +125,14 @@ def log_run(settings: ProgramSettings, inputs: RunInputs) -> None:
     )
 
 
-def collect_facts(inputs: RunInputs, command: str | None) -> RunFacts:
-    """Collect what the program found out and evaluation needs, beside the settings."""
+def collect_facts(inputs: RunInputs, repository: Path, command: str | None) -> RunFacts:
+    """Collect what the program found out and evaluation needs, beside the settings.
+
+    Args:
+        inputs: of the run.
+        repository: the checkout whose commit is recorded.
+        command: that made the run, where it is known.
+    """
     data, device = inputs.data, name_device(inputs.engine.device)
     return RunFacts(
         task=data.task,
@@ -139,7 +144,7 @@ def collect_facts(inputs: RunInputs, command: str | None) -> RunFacts:
         train_fingerprint=data.train.fingerprint,
         eval_fingerprint=data.evaluation.fingerprint,
         command=command,
-        environment=describe_environment(REPOSITORY, device, torch.get_num_threads()),
+        environment=describe_environment(repository, device, torch.get_num_threads()),
     )
 
 

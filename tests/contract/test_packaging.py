@@ -160,7 +160,8 @@ def test_metadata(metadata):
     assert fields["Requires-Python"] == ">=3.11"
     assert fields.get_all("Provides-Extra") == ["experiment"]
     assert fields["Description-Content-Type"] == "text/markdown"
-    assert {canonicalize_name(r.name) for r in list_requirements(metadata)} == {"numpy", "peft", "torch", "transformers"}
+    required = {canonicalize_name(requirement.name) for requirement in list_requirements(metadata)}
+    assert required == {"numpy", "peft", "torch", "transformers"}
     assert {"wandb", "hydra-core", "optuna"} <= {r.name for r in list_requirements(metadata, "experiment")}
     (command,) = metadata.entry_points
     assert (command.group, command.name, command.value) == ("console_scripts", "fwlora", "fwlora.experiment.cli:main")
