@@ -29,9 +29,10 @@ import torch
 from benchmarks.common import REPOSITORY, print_table, write_json
 from fwlora.experiment.paths import CONFIG_DIR
 from fwlora.experiment.settings.hydra_arguments import compose_settings
-from fwlora.experiment.tracking import metrics
-from fwlora.experiment.tracking.metrics import best_name, compute_task_metrics, eval_name, final_name
+from fwlora.experiment.tracking import metrics, task_metrics
+from fwlora.experiment.tracking.metrics import best_name, eval_name, final_name
 from fwlora.experiment.tracking.records import pack_classes
+from fwlora.experiment.tracking.task_metrics import compute_task_metrics
 from fwlora.experiment.tracking.wandb import WandbSettings
 from fwlora.experiment.tracking.wandb.session import end_session
 
@@ -107,7 +108,7 @@ def make_rows(generator: np.random.Generator, method: str, steps: int) -> Iterat
                 metrics.TRAIN_EPOCH_LOSS: 0.3,
                 metrics.TRAIN_EPOCH_ACCURACY: accuracy,
                 metrics.EVAL_LOSS: 0.25,
-                **{eval_name(name): accuracy for name in metrics.TASK_METRICS},
+                **{eval_name(name): accuracy for name in task_metrics.TASK_METRICS},
             }
 
 

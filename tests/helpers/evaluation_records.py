@@ -9,8 +9,9 @@ import numpy as np
 
 from fwlora.experiment.data.glue import find_task_metric
 from fwlora.experiment.tracking import metrics
-from fwlora.experiment.tracking.metrics import compute_task_metrics, eval_name, final_name
+from fwlora.experiment.tracking.metrics import eval_name, final_name
 from fwlora.experiment.tracking.records import RunRecord, pack_classes
+from fwlora.experiment.tracking.task_metrics import compute_task_metrics
 
 STEPS_PER_EPOCH = 20
 EPOCHS = 3

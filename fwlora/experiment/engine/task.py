@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fwlora.experiment.data.batching import Padding
 from fwlora.experiment.engine.options import EngineOptions
-from fwlora.experiment.tracking import metrics
+from fwlora.experiment.tracking import task_metrics
 
 # Few widths on a GPU, each a multiple of what its matrix units take at once.
 GPU_WIDTH_MULTIPLE = 8
@@ -25,7 +25,7 @@ class Task:
     Attributes:
         pad_token_id: of the tokenizer.
         num_classes: classes, at least 2.
-        task_metric: the metric that is compared, one of :data:`fwlora.experiment.tracking.metrics.TASK_METRICS`.
+        task_metric: the metric that is compared, one of :data:`fwlora.experiment.tracking.task_metrics.TASK_METRICS`.
         pad_left: whether padding comes before the tokens.
         max_length: tokens of an example at most; None where there is no limit.
     """
@@ -64,7 +64,7 @@ class Task:
 
     def score(self, labels: np.ndarray, predictions: np.ndarray) -> Mapping[str, float]:
         """Return every task metric by name; labels and predictions of shape (examples,)."""
-        return metrics.compute_task_metrics(labels, predictions, self.num_classes)
+        return task_metrics.compute_task_metrics(labels, predictions, self.num_classes)
 
     def make_predictions(self, examples: int) -> np.ndarray:
         """Return zeros of the type of a prediction, shape (examples,)."""

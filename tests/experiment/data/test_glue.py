@@ -12,7 +12,7 @@ from fwlora.experiment.data.glue import (
     register_task,
     unregister_task,
 )
-from fwlora.experiment.tracking.metrics import TASK_METRICS
+from fwlora.experiment.tracking.task_metrics import TASK_METRICS
 
 
 def test_every_task_has_columns_and_a_metric_that_is_computed():

@@ -17,7 +17,7 @@ from fwlora.experiment.evaluation.compare.bootstrap import (
     resample_scores,
 )
 from fwlora.experiment.evaluation.compare.runs import read_runs
-from fwlora.experiment.tracking import metrics
+from fwlora.experiment.tracking import task_metrics
 from tests.helpers import evaluation_records as records
 
 SKLEARN = {
@@ -39,11 +39,11 @@ def test_confusion_metrics_equal_scikit_learn(name: str, classes: int):
     labels, predictions = example_predictions(classes, 4, 57, classes)
     confusion = np.stack([resampling.confusion_matrix(labels, row, classes) for row in predictions])
     expected = [SKLEARN[name](labels, row) for row in predictions]
-    np.testing.assert_allclose(metrics.score_confusion(name, confusion), expected, atol=1e-12)
+    np.testing.assert_allclose(task_metrics.score_confusion(name, confusion), expected, atol=1e-12)
 
 
 def test_matthews_of_constant_predictions_is_zero():
-    assert metrics.matthews_from_confusion(np.array([[3, 0], [4, 0]])) == 0.0
+    assert task_metrics.matthews_from_confusion(np.array([[3, 0], [4, 0]])) == 0.0
 
 
 @pytest.mark.parametrize("classes", [2, 3])

@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from fwlora.experiment.evaluation.compare import hypothesis_tests
-from fwlora.experiment.tracking.metrics import score_confusion
+from fwlora.experiment.tracking.task_metrics import score_confusion
 
 
 def test_mcnemar_of_a_hand_computed_case():

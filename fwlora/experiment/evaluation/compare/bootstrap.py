@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fwlora.experiment.evaluation.compare.runs import EvaluatedRun
-from fwlora.experiment.tracking import metrics
+from fwlora.experiment.tracking import task_metrics
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
@@ -61,7 +61,7 @@ def resample_scores(
     Args:
         labels: gold classes, shape ``(n,)``.
         predictions: shape ``(M, n)``, one row per classifier.
-        metric_names: keys of :data:`fwlora.experiment.tracking.metrics.TASK_METRICS`.
+        metric_names: keys of :data:`fwlora.experiment.tracking.task_metrics.TASK_METRICS`.
         num_classes: K.
         rng: source of the resamples.
         resamples: R.
@@ -83,7 +83,7 @@ def resample_scores(
         counts = rng.multinomial(labels.size, np.full(labels.size, 1 / labels.size), size=size).astype(np.float64)
         confusions = (counts @ indicators).reshape(size, len(table), num_classes, num_classes)
         for name in metric_names:
-            scores[name][:, start : start + size] = metrics.score_confusion(name, confusions).T
+            scores[name][:, start : start + size] = task_metrics.score_confusion(name, confusions).T
     return scores
 
 
@@ -114,7 +114,7 @@ def resample_runs(runs: Sequence[EvaluatedRun], rng_seed: int, resamples: int = 
     for run in runs:
         splits.setdefault((run.labels.tobytes(), len(run.label_names)), []).append(run)
     for (gold, num_classes), members in splits.items():
-        names = list(dict.fromkeys([*metrics.ALWAYS_COMPARED, *(run.primary for run in members)]))
+        names = list(dict.fromkeys([*task_metrics.ALWAYS_COMPARED, *(run.primary for run in members)]))
         rng = np.random.default_rng([rng_seed, zlib.crc32(gold)])
         table = np.stack([run.predictions for run in members])
         resampled = resample_scores(members[0].labels, table, names, num_classes, rng, resamples)

@@ -13,7 +13,7 @@ from fwlora.experiment.evaluation.compare.results import ComparisonWarning
 from fwlora.experiment.evaluation.compare.runs import EvaluatedRun, as_finite
 from fwlora.experiment.evaluation.compare.settings import list_distinct, shorten_setting
 from fwlora.experiment.methods import find_method, method_nodes
-from fwlora.experiment.tracking import metrics
+from fwlora.experiment.tracking import metrics, task_metrics
 
 _SETTING_KINDS = {"optuna": "search", "dataset": "data", "training": "training settings", "model": "model settings"}
 _MIN_BUDGET_SHARE = 0.95
@@ -128,8 +128,8 @@ def _find_unequal_seeds(cell: Cell) -> list[str]:
 def find_disagreement(run: EvaluatedRun) -> str | None:
     """Describe how a recorded metric differs from the one of the run's own predictions; None where it does not."""
     confusion = confusion_matrix(run.labels, run.predictions, len(run.label_names))
-    for name in dict.fromkeys((metrics.ACCURACY, run.primary)):
-        recorded, recomputed = run.values[metrics.eval_name(name)], float(metrics.score_confusion(name, confusion))
+    for name in dict.fromkeys((task_metrics.ACCURACY, run.primary)):
+        recorded, recomputed = run.values[metrics.eval_name(name)], float(task_metrics.score_confusion(name, confusion))
         if abs(recomputed - recorded) > _MAX_DISAGREEMENT:
             return f"run {run.run_id} records {name} {recorded:.4f}, its predictions give {recomputed:.4f}"
     return None

@@ -35,7 +35,7 @@ from fwlora.experiment.evaluation.compare.results import (
     SeedComparison,
     TimeRatio,
 )
-from fwlora.experiment.tracking import metrics
+from fwlora.experiment.tracking import task_metrics
 
 SEED_TESTS = "paired t and exact sign-flip permutation"
 NO_SEED_TEST = "no seed-level test possible: one paired seed"
@@ -82,7 +82,7 @@ def _compare_pair(cell: Cell, first: Group, second: Group, resampled: ResampledR
         seeds=(),
         seed_level_test=NO_PAIR,
     )
-    names = list(dict.fromkeys((cell.primary, *metrics.ALWAYS_COMPARED)))
+    names = list(dict.fromkeys((cell.primary, *task_metrics.ALWAYS_COMPARED)))
     try:
         samples = {name: sample_quality(cell, contrast, resampled, name) for name in names}
     except MissingMeasurementError:

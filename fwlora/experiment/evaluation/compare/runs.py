@@ -15,7 +15,7 @@ from fwlora.experiment.evaluation.compare.settings import flatten_settings, list
 from fwlora.experiment.evaluation.compare.variants import find_variant
 from fwlora.experiment.methods import Variant
 from fwlora.experiment.settings.schema import RunSettings, searchable_paths
-from fwlora.experiment.tracking import metrics
+from fwlora.experiment.tracking import metrics, task_metrics
 from fwlora.experiment.tracking.facts import RunFacts
 from fwlora.experiment.tracking.records import RunRecord, unpack_classes
 
@@ -185,10 +185,10 @@ def _find_problems(record: RunRecord) -> list[str]:
         if path not in flatten_settings(run):
             found.append(f"does not record the setting {path}")
     primary = _primary_eval_name(record)
-    known = [metrics.eval_name(name) for name in metrics.TASK_METRICS]
+    known = [metrics.eval_name(name) for name in task_metrics.TASK_METRICS]
     if primary not in known:
         return [*found, f"has the primary metric {primary!r}; one of {known} is expected"]
-    compared = (primary, *map(metrics.eval_name, metrics.ALWAYS_COMPARED))
+    compared = (primary, *map(metrics.eval_name, task_metrics.ALWAYS_COMPARED))
     needed = [metrics.final_name(name) for name in dict.fromkeys(compared)]
     for name in (*needed, metrics.TRAINING_TIME_S):
         value, number = summary.get(name), as_finite(summary.get(name))
@@ -226,7 +226,7 @@ def _read_run(record: RunRecord) -> EvaluatedRun:
     node, summary = record.config["run"], record.summary
     run, facts, recorded = read_settings(node), _read_facts(record), flatten_settings(node)
     task_values = {
-        metrics.eval_name(name): metrics.final_name(metrics.eval_name(name)) for name in metrics.TASK_METRICS
+        metrics.eval_name(name): metrics.final_name(metrics.eval_name(name)) for name in task_metrics.TASK_METRICS
     }
     sources = {**task_values, **{name: name for name in COST_NAMES}, "eval_loss": metrics.final_name("eval_loss")}
     values = {name: as_finite(summary.get(source)) for name, source in sources.items()}

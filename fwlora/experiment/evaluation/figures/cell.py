@@ -27,7 +27,7 @@ from fwlora.experiment.evaluation.figures.style import (
     style_groups,
     thin_curve,
 )
-from fwlora.experiment.tracking import metrics
+from fwlora.experiment.tracking import metrics, task_metrics
 
 _LABEL_WIDTH = 24
 _ROW_HEIGHT_INCH = 0.24
@@ -53,7 +53,7 @@ def draw_cell(cell: Cell, comparison: Comparison) -> dict[str, Drawing]:
         draw = partial(_draw_differences, cell=cell, pairs=pairs, rows=rows)
         caption = "Paired differences with 95 % intervals; right of the dashed line the first method is better"
         drawn["paired_difference"] = render(draw, 6.4, 1.7 + _ROW_HEIGHT_INCH * height, caption)
-    for metric in dict.fromkeys((cell.primary, metrics.ACCURACY)):
+    for metric in dict.fromkeys((cell.primary, task_metrics.ACCURACY)):
         shown: dict[str, Any] = {"metric": metrics.eval_name(metric), "label": f"{display_metric(metric)}, last epoch"}
         name = display_metric(metric)
         draw = partial(_draw_bars, cell=cell, decimals=4, **shown)

@@ -28,7 +28,7 @@ from fwlora.experiment.evaluation.figures.style import (
     thin_curve,
 )
 from fwlora.experiment.methods import find_method
-from fwlora.experiment.tracking import metrics
+from fwlora.experiment.tracking import metrics, task_metrics
 
 _ANNOTATED_MODULES = 200
 _LAYER = re.compile(r"\.(\d+)(?:\.|$)")
@@ -149,7 +149,7 @@ def _draw_learning_curve(figure: Figure, run: EvaluatedRun) -> None:
     steps, values = history_column(rows, metrics.eval_name(run.primary))
     score.plot(steps, values, color=COLORS[2], marker="s", linestyle="--", label="evaluation, each epoch")
     train_steps, train_accuracy = history_column(rows, metrics.TRAIN_EPOCH_ACCURACY)
-    if run.primary == metrics.ACCURACY and train_accuracy.size:
+    if run.primary == task_metrics.ACCURACY and train_accuracy.size:
         score.plot(train_steps, train_accuracy, color=COLORS[0], marker="^", label="train, mean over the epoch")
     _mark_final_and_best(score, steps, values, COLORS[2], best=int(np.argmax(values)))
     score.set_ylabel(display_metric(run.primary))

@@ -9,7 +9,7 @@ from fwlora.experiment.evaluation.compare.cells import Cell
 from fwlora.experiment.evaluation.compare.comparisons import improvement_rate
 from fwlora.experiment.evaluation.compare.results import ComparisonWarning
 from fwlora.experiment.evaluation.compare.runs import COST_NAMES
-from fwlora.experiment.tracking import metrics
+from fwlora.experiment.tracking import metrics, task_metrics
 
 _BEST_KEYS = ("best_proposed", "best_baseline", "gap", "improvement_rate")
 
@@ -23,7 +23,7 @@ def aggregate(cells: Sequence[Cell], warnings: Sequence[ComparisonWarning]) -> d
     one.
     """
     runs = sorted((run for cell in cells for run in cell.runs), key=lambda run: run.run_id)
-    order = (*map(metrics.eval_name, metrics.TASK_METRICS), metrics.EVAL_LOSS, *COST_NAMES)
+    order = (*map(metrics.eval_name, task_metrics.TASK_METRICS), metrics.EVAL_LOSS, *COST_NAMES)
     names = [name for name in order if any(name in run.values for run in runs)]
     primaries = list(dict.fromkeys(cell.primary_eval_name for cell in cells))
     top = _describe_best(cells[0]) if len(cells) == 1 else dict.fromkeys(_BEST_KEYS)

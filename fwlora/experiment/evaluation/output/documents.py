@@ -22,7 +22,7 @@ from fwlora.experiment.evaluation.compare.results import (
     TimeRatio,
 )
 from fwlora.experiment.evaluation.compare.runs import EvaluatedRun, as_finite
-from fwlora.experiment.tracking import metrics
+from fwlora.experiment.tracking import metrics, task_metrics
 
 _PACKED = (metrics.EVAL_PREDICTIONS, metrics.EVAL_LABELS)
 _MODULE_LISTS = (
@@ -116,7 +116,7 @@ def _describe_group(cell: Cell, group: Group) -> dict[str, Any]:
         "n": len(group.runs),
         "mean": group.mean(metric),
         "sd": group.standard_deviation(metric),
-        "accuracy_mean": group.mean(metrics.eval_name(metrics.ACCURACY)),
+        "accuracy_mean": group.mean(metrics.eval_name(task_metrics.ACCURACY)),
         "training_time_s_mean": group.mean(metrics.TRAINING_TIME_S),
         "training_time_s_sd": group.standard_deviation(metrics.TRAINING_TIME_S),
         "params_adapter": group.mean(metrics.PARAMS_ADAPTER),

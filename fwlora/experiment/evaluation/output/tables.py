@@ -13,7 +13,7 @@ import pandas
 from fwlora.experiment.evaluation.claims.verdicts import ClaimResult, Finding, join_reasons
 from fwlora.experiment.evaluation.compare.cells import Cell, Group
 from fwlora.experiment.evaluation.compare.results import Comparison, ComparisonWarning
-from fwlora.experiment.tracking import metrics
+from fwlora.experiment.tracking import metrics, task_metrics
 
 _NOTHING = "-"
 _TERMINAL_WIDTH = 110
@@ -179,7 +179,7 @@ def _method_values(cell: Cell, group: Group) -> list[str]:
         cell.primary,
         _number(group.mean(metric), 4),
         _number(group.standard_deviation(metric), 4),
-        _number(group.mean(metrics.eval_name(metrics.ACCURACY)), 4),
+        _number(group.mean(metrics.eval_name(task_metrics.ACCURACY)), 4),
         _number(group.mean(metrics.TRAINING_TIME_S), 1),
         " -> ".join(counts) or _NOTHING,
     ]

@@ -11,8 +11,8 @@ from fwlora.experiment.data.glue import find_task_metric, known_tasks
 from fwlora.experiment.evaluation.evidence import gather_evidence
 from fwlora.experiment.evaluation.figures.style import display_metric
 from fwlora.experiment.evaluation.output.aggregate import aggregate
-from fwlora.experiment.tracking import metrics
-from fwlora.experiment.tracking.metrics import (
+from fwlora.experiment.tracking import task_metrics
+from fwlora.experiment.tracking.task_metrics import (
     TASK_METRICS,
     TaskMetric,
     compute_task_metrics,
@@ -94,8 +94,10 @@ def test_only_metrics_of_classes_have_confusion_matrices(name: str):
 
 def test_metrics_that_cannot_be_registered():
     with pytest.raises(ValueError, match="`name` 'f1' is taken"):
-        register_task_metric(TaskMetric("f1", "F1", "numbers", metrics.compute_f1))
+        register_task_metric(TaskMetric("f1", "F1", "numbers", task_metrics.compute_f1))
     with pytest.raises(ValueError, match="mine: give `from_confusion`"):
-        register_task_metric(TaskMetric("mine", "mine", "classes", metrics.compute_f1))
+        register_task_metric(TaskMetric("mine", "mine", "classes", task_metrics.compute_f1))
     with pytest.raises(ValueError, match="mine: give `from_confusion`"):
-        register_task_metric(TaskMetric("mine", "mine", "numbers", metrics.compute_f1, metrics.f1_from_confusion))
+        register_task_metric(
+            TaskMetric("mine", "mine", "numbers", task_metrics.compute_f1, task_metrics.f1_from_confusion)
+        )
