@@ -2,7 +2,7 @@
 
 1. Source: the embedded task ``acceptability``, GLUE from the Hub, any other data set of the Hub, or a local folder.
 2. Columns: one or two text columns and a label column; GLUE's own for a GLUE task.
-3. Labels: classes 0, 1, ... with names, from the training split.
+3. Labels: classes 0, 1, ... with names, from the training split; numbers where the task's metric is one of numbers.
 4. Limits: a fixed random part of either split, the same for every training seed.
 5. Tokens: special tokens included, cut at ``max_length``, padded later, batch by batch.
 
@@ -25,6 +25,7 @@ from fwlora.experiment.data.text import TaskData, draw_subset, make_split, split
 from fwlora.experiment.data.tokenization import tokenize
 from fwlora.experiment.errors import UserError, collecting
 from fwlora.experiment.settings.schema import DatasetSettings, RunSettings
+from fwlora.experiment.tracking.task_metrics import TASK_METRICS
 
 EMBEDDED_TASK = "acceptability"
 # Column names that are tried for data other than GLUE's, in this order.
@@ -43,7 +44,7 @@ def load_task(dataset: DatasetSettings) -> TaskData:
         The task with ``train_examples`` and ``eval_examples`` of its splits.
 
     Raises:
-        UserError: data that cannot be fetched, splits or columns that are missing, labels outside the classes.
+        UserError: data that cannot be fetched, splits or columns that are missing, labels that cannot be learnt.
     """
     data = load_embedded_task(dataset) if dataset.name == EMBEDDED_TASK else load_table_task(dataset)
     return data.limit(dataset.train_examples, dataset.eval_examples, dataset.subset_seed)
@@ -86,9 +87,10 @@ def load_table_task(dataset: DatasetSettings) -> TaskData:
                 "name it by run.dataset.text_columns"
             )
         problems += find_missing_columns(tables, (*text_columns, dataset.label_column))
-    label_names, (train, evaluation) = encode_tables(tables, dataset, text_columns)
+    metric = glue.find_task_metric(dataset.subset)
+    label_names, (train, evaluation) = encode_tables(tables, dataset, text_columns, TASK_METRICS[metric].predicts)
     task = dataset.subset or Path(dataset.name).name
-    return TaskData(task, label_names, glue.find_task_metric(dataset.subset), train, evaluation)
+    return TaskData(task, label_names, metric, train, evaluation)
 
 
 def list_text_columns(dataset: DatasetSettings) -> list[tuple[str, ...]]:

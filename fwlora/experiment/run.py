@@ -23,7 +23,7 @@ from fwlora.experiment.engine.loop import TrainingResult
 from fwlora.experiment.engine.meters import DivergedError
 from fwlora.experiment.engine.optimizer import ScheduleError
 from fwlora.experiment.engine.options import EngineOptions
-from fwlora.experiment.engine.task import Task
+from fwlora.experiment.engine.task import Task, make_task
 from fwlora.experiment.errors import UserError
 from fwlora.experiment.files import replace_folder
 from fwlora.experiment.modeling.build import AdaptedModel, final_adapter_parameters
@@ -31,7 +31,7 @@ from fwlora.experiment.settings.schema import ProgramSettings
 from fwlora.experiment.tracking import metrics
 from fwlora.experiment.tracking.environment import describe_environment
 from fwlora.experiment.tracking.facts import RunFacts
-from fwlora.experiment.tracking.records import pack_classes
+from fwlora.experiment.tracking.records import pack_values
 
 logger = logging.getLogger(__name__)
 
@@ -102,17 +102,23 @@ def describe_task(settings: ProgramSettings, data: TaskData, tokenizer: Any) -> 
             f"run.model.pretrained_id = {settings.run.model.pretrained_id!r}: its tokenizer has neither a padding nor "
             "an end-of-text token; set one of them in tokenizer_config.json"
         )
-    pad_left = tokenizer.padding_side == "left"
-    return Task(pad_token_id, len(data.label_names), data.task_metric, pad_left, settings.run.dataset.max_length)
+    return make_task(
+        pad_token_id,
+        len(data.label_names),
+        data.task_metric,
+        pad_left=tokenizer.padding_side == "left",
+        max_length=settings.run.dataset.max_length,
+    )
 
 
 def log_run(settings: ProgramSettings, inputs: RunInputs) -> None:
     """Log what is about to run: run, data and ranks."""
     run, data, plan = settings.run, inputs.data, inputs.plan
+    labels = f"classes {', '.join(data.label_names)}" if data.label_names else "labels are numbers"
     logger.info(f"run {run.run_id}: {run.method}, seed {run.training.seed}, mode {settings.mode}")
     logger.info(
         f"data {' '.join(filter(None, (run.dataset.name, run.dataset.subset)))}: {len(data.train.labels)} training and "
-        f"{len(data.evaluation.labels)} evaluation examples, classes {', '.join(data.label_names)}"
+        f"{len(data.evaluation.labels)} evaluation examples, {labels}"
     )
     if not run.model.lora.enabled:
         logger.info("model.lora.enabled is false: only the classification head is trained")
@@ -198,8 +204,8 @@ def summarize_run(
         metrics.MODULE_RANKS: table.ranks,
         metrics.MODULE_IMPORTANCES: table.importances,
         metrics.MODULE_DELTA_NORMS: table.delta_norms,
-        metrics.EVAL_PREDICTIONS: pack_classes(result.last.predictions, classes),
-        metrics.EVAL_LABELS: pack_classes(eval_split.labels, classes),
+        metrics.EVAL_PREDICTIONS: pack_values(result.last.predictions, classes),
+        metrics.EVAL_LABELS: pack_values(eval_split.labels, classes),
         metrics.ENCODER_FINGERPRINT: adapted.encoder_fingerprint,
         metrics.EVAL_FINGERPRINT: inputs.data.evaluation.fingerprint,
     }

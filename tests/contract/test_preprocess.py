@@ -6,9 +6,11 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pandas as pd
 import pytest
 
+from fwlora.experiment.data.text import split_heldout
 from fwlora.experiment.errors import UserError
 from src.preprocess import load_task
 from tests.helpers.datasets import make_dataset
@@ -90,6 +92,42 @@ def test_quotation_marks_in_tsv_are_text(tmp_path):
     assert data.train.labels.tolist() == [0, 1, 0]
 
 
+PAIRS = pd.DataFrame({"sentence1": list("abcd"), "sentence2": list("efgh"), "label": [0.0, 3.8, 5.0, 2.5]})
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet", "jsonl"])
+def test_a_task_of_numbers(tmp_path, form):
+    data = load_task(make_dataset(write(tmp_path, form, PAIRS, PAIRS), subset="stsb", train_examples=3))
+    assert data.evaluation.texts == (list("abcd"), list("efgh")) and data.label_names == ()
+    assert data.evaluation.labels.dtype == np.float32 and data.evaluation.labels.tolist() == pytest.approx(PAIRS.label)
+    assert (data.task, data.task_metric, len(data.train.labels)) == ("stsb", "pearson_correlation", 3)
+    rest, heldout = split_heldout(data.train, 0.4, 0)
+    assert sorted([*rest.labels, *heldout.labels]) == sorted(data.train.labels)
+
+
+def test_whole_numbers_are_numbers_too(tmp_path):
+    frame = PAIRS.assign(label=[0, 3, 5, 300])
+    data = load_task(make_dataset(write(tmp_path, "parquet", frame, frame), subset="stsb"))
+    assert data.train.labels.dtype == np.float32 and data.train.labels.tolist() == [0, 3, 5, 300]
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ([0.0, 3.8, None, 2.5], "split 'train', column 'label': 1 labels are no finite numbers, first row 2: None"),
+        ([0.0, 3.8, float("inf"), 2.5], "no finite numbers, first row 2: inf"),
+        ([0.0, 1e300, 1.0, 2.5], r"no finite numbers, first row 1: 1e\+300"),
+        (["0", "1", "2", "3"], "4 labels are no finite numbers, first row 0: '0'"),
+        ([True, False, True, True], "4 labels are no finite numbers, first row 0: True"),
+        ([-1.0] * 4, "every label is -1.0; -1 marks the hidden labels of a GLUE test split"),
+    ],
+)
+def test_labels_that_are_no_numbers(tmp_path, labels, expected):
+    write(tmp_path, "parquet", PAIRS.assign(label=labels), PAIRS)
+    with pytest.raises(UserError, match=expected):
+        load_task(make_dataset(tmp_path, subset="stsb"))
+
+
 @pytest.mark.parametrize(
     ("labels", "expected"),
     [
@@ -116,8 +154,8 @@ def test_missing_split_folder_and_hub(tmp_path):
         load_task(make_dataset(tmp_path / "train.csv"))
     with pytest.raises(UserError, match=r"cannot be loaded .* give a local folder"):
         load_task(make_dataset("nowhere/at-all"))
-    with pytest.raises(UserError, match="'stsb' is not a GLUE classification task; choose one of cola, sst2"):
-        load_task(make_dataset("glue", subset="stsb"))
+    with pytest.raises(UserError, match=r"'ax' is no GLUE task; choose one of cola, sst2, .*stsb"):
+        load_task(make_dataset("glue", subset="ax"))
     with pytest.raises(UserError, match=r"'glue', subset 'cola', cannot be loaded"):
         load_task(make_dataset("glue", subset="cola"))
 
@@ -125,7 +163,7 @@ def test_missing_split_folder_and_hub(tmp_path):
 @pytest.mark.network
 def test_the_hubs_glue_is_what_the_settings_name():
     code = (
-        "from tests.experiment.data.test_preprocess import dataset; from src.preprocess import load_task; "
+        "from tests.helpers.datasets import make_dataset; from src.preprocess import load_task; "
         "data = load_task(make_dataset('glue', subset='cola')); print(len(data.train.labels), data.label_names)"
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "0", "PYTHONPATH": str(REPOSITORY)}

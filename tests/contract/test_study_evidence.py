@@ -13,7 +13,7 @@ from fwlora.experiment.evaluation.figures.draw import Figures
 from fwlora.experiment.settings.hydra_arguments import compose_settings
 from fwlora.experiment.settings.schema import ProgramSettings
 from fwlora.experiment.tracking import Tracker, metrics
-from fwlora.experiment.tracking.records import RunRecord, unpack_classes
+from fwlora.experiment.tracking.records import RunRecord, unpack_values
 from fwlora.experiment.tracking.wandb import writing
 from src.evaluate import main
 from src.train import run_training
@@ -99,7 +99,7 @@ def assert_complete(record: RunRecord, seed: int) -> None:
     assert [row[metrics.GLOBAL_STEP] for row in record.history] == list(range(1, STEPS + 1))
     assert sum(metrics.EVAL_LOSS in row for row in record.history) == 3
     assert all(metrics.TRAIN_LOSS in row for row in record.history)
-    assert len(unpack_classes(record.summary[metrics.EVAL_PREDICTIONS])) == 90
+    assert len(unpack_values(record.summary[metrics.EVAL_PREDICTIONS])) == 90
 
 
 def test_study_is_the_same_bytes_from_its_files_and_from_the_server(

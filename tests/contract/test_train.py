@@ -22,7 +22,7 @@ from fwlora.experiment.fused.forward import PlainClassifier
 from fwlora.experiment.settings.hydra_arguments import compose_settings, known_run_ids
 from fwlora.experiment.settings.schema import Categorical, IntRange
 from fwlora.experiment.tracking import metrics
-from fwlora.experiment.tracking.records import unpack_classes
+from fwlora.experiment.tracking.records import unpack_values
 from src.model import build_model, plan_adapters
 from src.train import run_training
 from tests.helpers.memory_tracker import MemoryTracker
@@ -82,7 +82,7 @@ def test_trial_of_every_run_file_takes_every_path(run_id, tiny_roberta, tiny_glu
     run_training(settings)
     (summary,) = summaries
     assert summary[metrics.TOTAL_STEPS] == 2
-    assert len(unpack_classes(summary[metrics.EVAL_PREDICTIONS])) == summary[metrics.EVAL_LABELS]["count"] <= 64
+    assert len(unpack_values(summary[metrics.EVAL_PREDICTIONS])) == summary[metrics.EVAL_LABELS]["count"] <= 64
     assert np.isfinite(summary["final_" + summary[metrics.PRIMARY_METRIC]])
     if settings.run.method == "proposed_fw_lora":
         expected = 0.0 if settings.run.fw_lora.importance == "none" else 1.0
@@ -132,7 +132,7 @@ def test_full_run_records_what_evaluation_needs(method, tiny_roberta, tiny_glue,
     base = AutoModelForSequenceClassification.from_pretrained(tiny_roberta)
     alone = sum(p.numel() for p in base.parameters())
     assert summary[metrics.PARAMS_TOTAL] == alone + summary[metrics.PARAMS_ADAPTER]
-    predictions, labels = (unpack_classes(summary[name]) for name in (metrics.EVAL_PREDICTIONS, metrics.EVAL_LABELS))
+    predictions, labels = (unpack_values(summary[name]) for name in (metrics.EVAL_PREDICTIONS, metrics.EVAL_LABELS))
     assert np.mean(predictions == labels) == pytest.approx(summary["final_eval_accuracy"])
     assert summary[metrics.PARAMS_TRAINABLE] == summary[metrics.PARAMS_ADAPTER] + summary[metrics.PARAMS_HEAD]
     assert summary[metrics.PARAMS_ADAPTER_FINAL] <= summary[metrics.BUDGET_PARAMETERS]
@@ -192,7 +192,7 @@ def test_saved_checkpoint_predicts_what_was_recorded(method, tiny_roberta, tiny_
     model = PeftModel.from_pretrained(base, tmp_path / "results" / settings.run.run_id / "checkpoint")
     again = evaluate(PlainClassifier(model), split, 32, prepared.task, prepared.engine)
     assert again.loss == pytest.approx(tracker.summary["final_eval_loss"], rel=1e-5)
-    assert again.predictions.tolist() == unpack_classes(tracker.summary[metrics.EVAL_PREDICTIONS]).tolist()
+    assert again.predictions.tolist() == unpack_values(tracker.summary[metrics.EVAL_PREDICTIONS]).tolist()
 
 
 def test_equal_seeds_give_every_method_the_same_head_and_lora_adapters(tiny_roberta, tiny_glue):

@@ -83,19 +83,19 @@ def make_options() -> TrainingOptions:
     )  # fmt: skip
 
 
-def _make_model() -> RobertaForSequenceClassification:
+def _make_model(num_labels: int) -> RobertaForSequenceClassification:
     torch.manual_seed(0)
     config = RobertaConfig(
         vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=24, type_vocab_size=1, pad_token_id=1, num_labels=2,
+        max_position_embeddings=24, type_vocab_size=1, pad_token_id=1, num_labels=num_labels,
         hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1,
     )  # fmt: skip
     return RobertaForSequenceClassification(config)
 
 
-def attach_method(method: str, options: dict[str, Any]) -> tuple[Any, Method]:
+def attach_method(method: str, options: dict[str, Any], num_labels: int = 2) -> tuple[Any, Method]:
     # Attached in float32 and converted as a whole: PEFT makes AdaLoRA's rank buffers trainable in a float64 model.
-    model = _make_model()
+    model = _make_model(num_labels)
     if method == "head":
         model.requires_grad_(False)
         model.classifier.requires_grad_(True)

@@ -10,8 +10,8 @@ import numpy as np
 from fwlora.experiment.data.glue import find_task_metric
 from fwlora.experiment.tracking import metrics
 from fwlora.experiment.tracking.metrics import eval_name, final_name
-from fwlora.experiment.tracking.records import RunRecord, pack_classes
-from fwlora.experiment.tracking.task_metrics import compute_task_metrics
+from fwlora.experiment.tracking.records import RunRecord, pack_values
+from fwlora.experiment.tracking.task_metrics import TASK_METRICS, compute_task_metrics
 
 STEPS_PER_EPOCH = 20
 EPOCHS = 3
@@ -38,6 +38,9 @@ def make_settings(run_id: str, method: str, seed: int, subset: str = "sst2", bud
 
 
 def make_labels(count: int = 400, classes: int = 2) -> np.ndarray:
+    """Gold classes, or with ``classes`` 1 gold numbers from 0 to 5 with a digit behind the point."""
+    if classes == 1:
+        return (np.random.default_rng(99).integers(0, 51, count) / 10).astype(np.float32)
     return np.random.default_rng(99).integers(0, classes, count)
 
 
@@ -53,11 +56,18 @@ def make_record(
     time_s: float = 100.0,
     modules: bool = False,
 ) -> RunRecord:
-    """A finished run whose predictions are wrong at about ``error_rate``; metrics follow from the predictions."""
+    """A finished run whose predictions are wrong at about ``error_rate``; metrics follow from the predictions.
+
+    The subset ``stsb`` has numbers, whose errors have ten times that standard deviation.
+    """
     rng = np.random.default_rng([seed, len(run_id), sum(map(ord, run_id))])
+    classes = 1 if TASK_METRICS[find_task_metric(subset)].predicts == "numbers" else classes
     labels = make_labels(count, classes)
     wrong = rng.random(count) < error_rate
-    predictions = np.where(wrong, (labels + 1) % classes, labels)
+    if classes == 1:
+        predictions = (labels + rng.normal(0, 10 * error_rate, count)).astype(np.float32)
+    else:
+        predictions = np.where(wrong, (labels + 1) % classes, labels)
     task = compute_task_metrics(labels, predictions, classes)
     primary = eval_name(find_task_metric(subset))
     summary: dict[str, Any] = {
@@ -68,8 +78,8 @@ def make_record(
         metrics.TOTAL_STEPS: EPOCHS * STEPS_PER_EPOCH,
         metrics.PARAMS_ADAPTER: 248000,
         metrics.PARAMS_ADAPTER_FINAL: 248000,
-        metrics.EVAL_PREDICTIONS: pack_classes(predictions, classes),
-        metrics.EVAL_LABELS: pack_classes(labels, classes),
+        metrics.EVAL_PREDICTIONS: pack_values(predictions, classes),
+        metrics.EVAL_LABELS: pack_values(labels, classes),
         metrics.EVAL_FINGERPRINT: f"fingerprint-{subset}-{count}",
     }
     if modules:
@@ -87,7 +97,7 @@ def make_record(
             "run": make_settings(run_id, method, seed, subset, budget),
             "resolved": {
                 "task": subset,
-                "label_names": ["negative", "positive", "neutral", "mixed"][:classes],
+                "label_names": ["negative", "positive", "neutral", "mixed"][: classes if classes > 1 else 0],
                 "precision": "bf16",
             },
         },

@@ -13,11 +13,12 @@ DEFAULT_METRIC = "accuracy"
 
 @dataclass(frozen=True)
 class GlueTask:
-    """A classification task.
+    """A task.
 
     Attributes:
         columns: the columns of an example's one or two texts, in the order the tokenizer takes them.
-        metric: the task metric that runs are compared by, a name in :mod:`fwlora.experiment.tracking.metrics`.
+        metric: the task metric that runs are compared by, a name in
+            :mod:`fwlora.experiment.tracking.task_metrics`; a metric of numbers makes the task a regression.
     """
 
     columns: tuple[str, ...]
@@ -29,6 +30,7 @@ _TASKS = {
     "sst2": GlueTask(("sentence",)),
     "mrpc": GlueTask(("sentence1", "sentence2"), "f1"),
     "qqp": GlueTask(("question1", "question2"), "f1"),
+    "stsb": GlueTask(("sentence1", "sentence2"), "pearson_correlation"),
     "mnli": GlueTask(("premise", "hypothesis")),
     "qnli": GlueTask(("question", "sentence")),
     "rte": GlueTask(("sentence1", "sentence2")),

@@ -1,4 +1,4 @@
-"""From a label column to classes 0, 1, ... and their names."""
+"""From a label column to classes 0, 1, ... and their names, or to numbers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 MAX_CLASSES = 256
+LARGEST_NUMBER = float(np.finfo(np.float32).max)
+# GLUE's label of every example whose label is kept secret.
+HIDDEN_LABEL = -1
 SHOWN_NAMES = 10
+HIDDEN = f"{HIDDEN_LABEL} marks the hidden labels of a GLUE test split"
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class LabelEncoder:
         if not unknown or not self.classes:
             return None
         row, value = unknown[0]
-        hidden = "; -1 marks the hidden labels of a GLUE test split" if value == -1 else ""
+        hidden = f"; {HIDDEN}" if value == HIDDEN_LABEL else ""
         return (
             f"{len(unknown)} labels outside the classes {', '.join(self.names[:SHOWN_NAMES])}, "
             f"first row {row}: {value!r}{hidden}"
@@ -73,6 +77,25 @@ class LabelEncoder:
 
     def _has(self, value: object) -> bool:
         return isinstance(value, int | str) and value in self.classes
+
+
+def describe_other_than_numbers(values: Sequence[object]) -> str | None:
+    """Describe the labels that are no finite numbers, or hidden; None where a regression can learn from all of them."""
+    bad = [row for row, value in enumerate(values) if not _is_finite_number(value)]
+    if bad:
+        return f"{len(bad)} labels are no finite numbers, first row {bad[0]}: {values[bad[0]]!r}"
+    if values and all(value == HIDDEN_LABEL for value in values):
+        return f"every label is {values[0]!r}; {HIDDEN}"
+    return None
+
+
+def encode_numbers(values: Sequence[object]) -> np.ndarray:
+    """Return labels that are all finite numbers, float32, shape (n,)."""
+    return np.array(values, dtype=np.float32)
+
+
+def _is_finite_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_NUMBER
 
 
 def _number(values: Iterable[object]) -> dict[object, int]:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from fwlora.experiment.data import glue
-from fwlora.experiment.data.labels import LabelEncoder
+from fwlora.experiment.data.labels import LabelEncoder, describe_other_than_numbers, encode_numbers
 from fwlora.experiment.data.text import TextSplit, make_split
 from fwlora.experiment.errors import UserError, collecting
 from fwlora.experiment.paths import CACHE_DIR
 from fwlora.experiment.settings.schema import DatasetSettings
+from fwlora.experiment.tracking.task_metrics import Predicted
 
 FILE_FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 # A split as `datasets.Dataset`, by the split's name.
@@ -51,38 +52,44 @@ def find_missing_columns(tables: Tables, columns: Sequence[str]) -> Iterator[str
 
 
 def encode_tables(
-    tables: Tables, dataset: DatasetSettings, text_columns: Sequence[str]
+    tables: Tables, dataset: DatasetSettings, text_columns: Sequence[str], predicts: Predicted
 ) -> tuple[tuple[str, ...], list[TextSplit]]:
-    """Read texts and classes; the classes are those of the first table, the training split.
+    """Read texts and labels; classes are those of the first table, the training split.
 
     Args:
         tables: split name -> ``datasets.Dataset``.
         dataset: names the label column.
         text_columns: the columns of an example's texts, in the tokenizer's order.
+        predicts: whether labels are classes or numbers.
 
     Returns:
-        The names of the classes, and a split per table.
+        The names of the classes, none for numbers, and a split per table.
 
     Raises:
-        UserError: values that are not text, labels outside the classes, too many classes, empty splits; all at once.
+        UserError: values that are not text, labels outside the classes or no numbers, too many classes, empty splits;
+            all at once.
     """
     label_column = dataset.label_column
     train = next(iter(tables.values()))
-    encoder = LabelEncoder.fit(train[label_column], getattr(train.features[label_column], "names", None))
+    encoder = None
+    if predicts == "classes":
+        encoder = LabelEncoder.fit(train[label_column], getattr(train.features[label_column], "names", None))
+    describe = describe_other_than_numbers if encoder is None else encoder.describe_unknown
     columns = {name: {column: list(table[column]) for column in text_columns} for name, table in tables.items()}
     labels = {name: list(table[label_column]) for name, table in tables.items()}
     with collecting(name_dataset(dataset)) as problems:
-        if encoder.problem:
+        if encoder is not None and encoder.problem:
             problems.append(f"column {label_column!r} {encoder.problem}")
         for name, texts in columns.items():
-            unknown = encoder.describe_unknown(labels[name])
-            if unknown:
-                problems.append(f"split {name!r}, column {label_column!r}: {unknown}")
+            unusable = describe(labels[name])
+            if unusable:
+                problems.append(f"split {name!r}, column {label_column!r}: {unusable}")
             problems.extend(_find_other_than_text(texts, name))
             if not labels[name]:
                 problems.append(f"split {name!r} is empty")
-    splits = [make_split(tuple(texts.values()), encoder.encode(labels[name])) for name, texts in columns.items()]
-    return encoder.names, splits
+    encode = encode_numbers if encoder is None else encoder.encode
+    splits = [make_split(tuple(texts.values()), encode(labels[name])) for name, texts in columns.items()]
+    return () if encoder is None else encoder.names, splits
 
 
 def _find_other_than_text(columns: Mapping[str, Sequence[object]], split: str) -> Iterator[str]:
@@ -99,7 +106,7 @@ def _load_table(dataset: DatasetSettings, split: str) -> Any:
     if dataset.name == "glue":
         if glue.find_task(dataset.subset) is None:
             raise UserError(
-                f"run.dataset.subset = {dataset.subset!r} is not a GLUE classification task; "
+                f"run.dataset.subset = {dataset.subset!r} is no GLUE task; "
                 f"choose one of {', '.join(glue.known_tasks())}"
             )
         return _fetch(dataset, glue.HUB_ID, dataset.subset, split=split, revision=dataset.revision)

@@ -17,7 +17,7 @@ class TextSplit:
 
     Attributes:
         texts: one or two columns of n strings each: the first and the second text of every example.
-        labels: int64 classes, shape (n,).
+        labels: int64 classes or float32 numbers, shape (n,).
         fingerprint: hash of texts and labels in order.
     """
 
@@ -32,11 +32,11 @@ class TextSplit:
 
 @dataclass(frozen=True)
 class TaskData:
-    """A classification task with both of its splits.
+    """A task with both of its splits.
 
     Attributes:
         task: name of the task, such as ``cola``.
-        label_names: name of every class, in class order.
+        label_names: name of every class, in class order; empty where labels are numbers.
         task_metric: name of the task metric that runs are compared by.
         train: training examples.
         evaluation: examples that every epoch is evaluated on.
@@ -62,7 +62,7 @@ def make_split(texts: tuple[list[str], ...], labels: np.ndarray) -> TextSplit:
 
     Args:
         texts: columns of n strings.
-        labels: classes, shape (n,).
+        labels: classes or numbers, shape (n,).
     """
     digest = hashlib.sha256()
     for row in zip(*texts, labels.tolist(), strict=True):
@@ -79,7 +79,7 @@ def draw_subset(split: TextSplit, examples: int | None, seed: int) -> TextSplit:
 
 
 def split_heldout(split: TextSplit, fraction: float, seed: int) -> tuple[TextSplit, TextSplit]:
-    """Hold out a part of a split, stratified by label; it depends on ``seed`` alone, not on the training seed.
+    """Hold out a part of a split, stratified by class; it depends on ``seed`` alone, not on the training seed.
 
     Returns:
         The rest and the held-out part.
@@ -88,8 +88,9 @@ def split_heldout(split: TextSplit, fraction: float, seed: int) -> tuple[TextSpl
         UserError: too few examples of some class to be in both parts.
     """
     indices = np.arange(len(split.labels))
+    classes = split.labels if split.labels.dtype.kind == "i" else None
     try:
-        rest, heldout = train_test_split(indices, test_size=fraction, random_state=seed, stratify=split.labels)
+        rest, heldout = train_test_split(indices, test_size=fraction, random_state=seed, stratify=classes)
     except ValueError as error:
         raise UserError(
             f"run.optuna.heldout_fraction = {fraction} of {len(indices)} training examples cannot be held out: {error}"

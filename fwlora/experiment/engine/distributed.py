@@ -86,7 +86,7 @@ class Processes:
         return total
 
     def sum_array(self, values: np.ndarray) -> np.ndarray:
-        """Return the sum over processes of integers."""
+        """Return the sum over processes of an array, which all have in one shape."""
         if self.count == 1:
             return values
         return self.sum(torch.from_numpy(values).to(self.device)).cpu().numpy()

@@ -41,9 +41,9 @@ class EvaluationResult:
     """One pass over a split.
 
     Attributes:
-        loss: mean cross-entropy.
+        loss: mean over the examples, of cross-entropy or squared error.
         values: loss and task metrics by their names in :mod:`fwlora.experiment.tracking.metrics`.
-        predictions: classes in data-set order, shape (examples,).
+        predictions: classes or numbers in data-set order, shape (examples,).
     """
 
     loss: float
@@ -89,7 +89,7 @@ def train(
 ) -> TrainingResult:
     """Train for ``training.epochs`` and evaluate after each.
 
-    The loss of a step is the mean cross-entropy over its examples, whatever the number of micro-batches and processes,
+    The loss of a step is the mean over its examples, whatever the number of micro-batches and processes,
     computed from logits; a method's own term is added once per step and never enters an evaluation.
 
     Args:
@@ -110,7 +110,7 @@ def train(
         ScheduleError: a learning-rate schedule that cannot be made.
         ValueError: ``resume_from`` is the state of a finished training, of another method or of other options.
     """
-    state = _make_state(model, method, len(train_split), training, engine, log, report)
+    state = _make_state(model, method, len(train_split), training, task, engine, log, report)
     step = _TrainingStep(state, training, task, engine)
     _seed_dropout(training.seed, engine.processes)
     if engine.device.type == "cuda":
@@ -139,7 +139,7 @@ def train(
 def evaluate(
     classifier: nn.Module, split: TokenizedSplit, batch_size: int, task: Task, engine: EngineOptions
 ) -> EvaluationResult:
-    """Compute cross-entropy, task metrics and predictions of a split, each example counted once; no penalty enters.
+    """Compute loss, task metrics and predictions of a split, each example counted once; no penalty enters.
 
     Args:
         classifier: from token ids to logits, as :func:`fwlora.experiment.fused.forward.make_classifier` makes it.
@@ -149,7 +149,7 @@ def evaluate(
         engine: where and how to compute.
 
     Raises:
-        DivergedError: the cross-entropy is not finite.
+        DivergedError: the loss is not finite.
     """
     processes = engine.processes
     classifier.eval()
@@ -177,6 +177,7 @@ def _make_state(
     method: Method,
     examples: int,
     training: TrainingOptions,
+    task: Task,
     engine: EngineOptions,
     log: LogRow,
     report: Callable[[Progress], None],
@@ -185,7 +186,8 @@ def _make_state(
     total_steps = training.total_steps(examples)
     optimizer = make_optimizer(model, training)
     schedule = make_schedule(optimizer, training, total_steps)
-    meter = EpochMeter(log, report, engine.processes, total_steps, training.steps_per_epoch(examples))
+    steps_per_epoch = training.steps_per_epoch(examples)
+    meter = EpochMeter(log, report, engine.processes, total_steps, steps_per_epoch, task.counts_correct)
     return TrainState(model, method, optimizer, schedule, meter, PhaseClock(engine.device), engine.device)
 
 

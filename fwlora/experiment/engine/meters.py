@@ -69,6 +69,7 @@ class EpochMeter:
         processes: whose shares of loss and correct predictions are summed.
         total_steps: optimizer steps of the training.
         steps_per_epoch: optimizer steps of an epoch.
+        counts_correct: whether an epoch has an accuracy.
 
     Attributes:
         step_times_s: wall-clock seconds of each step, as means over the steps of a flush.
@@ -81,7 +82,9 @@ class EpochMeter:
         processes: Processes,
         total_steps: int,
         steps_per_epoch: int,
+        counts_correct: bool = True,
     ) -> None:
+        self._counts_correct = counts_correct
         self._log, self._report, self._processes = log, report, processes
         self._total_steps, self._steps_per_epoch = total_steps, steps_per_epoch
         self._pending: list[tuple[dict[str, Any], Tensor, int]] = []
@@ -140,11 +143,9 @@ class EpochMeter:
         self._pending.clear()
 
     def epoch_values(self) -> dict[str, float]:
-        """Return mean loss and accuracy over the epoch's training examples."""
-        return {
-            metrics.TRAIN_EPOCH_LOSS: self._loss_sum / self._examples,
-            metrics.TRAIN_EPOCH_ACCURACY: self._correct / self._examples,
-        }
+        """Return mean loss, and accuracy where labels are classes, over the epoch's training examples."""
+        loss = {metrics.TRAIN_EPOCH_LOSS: self._loss_sum / self._examples}
+        return {**loss, metrics.TRAIN_EPOCH_ACCURACY: self._correct / self._examples} if self._counts_correct else loss
 
     def state_dict(self) -> dict[str, Any]:
         """Return the epoch's sums and the times of all steps; steps that wait for a flush are not among them."""

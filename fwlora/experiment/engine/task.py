@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from fwlora.experiment.data.batching import Padding
@@ -20,15 +22,18 @@ IGNORED_LABEL = -100
 
 @dataclass(frozen=True)
 class Task:
-    """A classification task.
+    """A task whose labels are classes.
 
     Attributes:
+        counts_correct: whether predictions are right or wrong.
         pad_token_id: of the tokenizer.
-        num_classes: classes, at least 2.
+        num_classes: outputs of the model: the classes, at least 2, or 1 for a number.
         task_metric: the metric that is compared, one of :data:`fwlora.experiment.tracking.task_metrics.TASK_METRICS`.
         pad_left: whether padding comes before the tokens.
         max_length: tokens of an example at most; None where there is no limit.
     """
+
+    counts_correct: ClassVar[bool] = True
 
     pad_token_id: int
     num_classes: int
@@ -69,3 +74,43 @@ class Task:
     def make_predictions(self, examples: int) -> np.ndarray:
         """Return zeros of the type of a prediction, shape (examples,)."""
         return np.zeros(examples, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class RegressionTask(Task):
+    """A task whose labels are numbers: ``num_classes`` is 1, the loss the squared error, as in BERT's STS-B."""
+
+    counts_correct: ClassVar[bool] = False
+
+    def sum_losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Return the sum of the examples' squared errors, shape ().
+
+        Args:
+            outputs: shape (examples, 1).
+            labels: numbers, shape (examples,); NaN counts nothing.
+        """
+        errors = torch.where(labels.isnan(), 0.0, self.predict(outputs) - labels)
+        return (errors**2).sum()
+
+    def predict(self, outputs: Tensor) -> Tensor:
+        """Return the predicted numbers, shape (examples,)."""
+        return outputs.squeeze(-1).to(torch.promote_types(outputs.dtype, torch.float32))
+
+    def count_correct(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Return 0, shape (): a number is more or less wrong."""
+        return torch.zeros((), device=outputs.device)
+
+    def ignore(self, labels: Tensor) -> None:
+        """Overwrite labels so that their examples count nothing."""
+        labels.fill_(torch.nan)
+
+    def make_predictions(self, examples: int) -> np.ndarray:
+        """Return zeros of the type of a prediction, shape (examples,)."""
+        return np.zeros(examples, dtype=np.float32)
+
+
+def make_task(pad_token_id: int, num_classes: int, task_metric: str, *, pad_left: bool, max_length: int | None) -> Task:
+    """Make a task of classes, or of numbers where ``num_classes`` is 0; see :class:`Task`."""
+    if num_classes:
+        return Task(pad_token_id, num_classes, task_metric, pad_left, max_length)
+    return RegressionTask(pad_token_id, 1, task_metric, pad_left, max_length)

@@ -13,7 +13,7 @@ class RunFacts:
 
     Attributes:
         task: of the data set; None where it has no name.
-        label_names: one per class, in order of the class numbers.
+        label_names: one per class, in order of the class numbers; empty where labels are numbers.
         primary_metric: name of the evaluation metric that is compared, such as ``eval_accuracy``.
         precision: ``bf16`` or ``fp32``.
         train_examples, eval_examples: of the splits.

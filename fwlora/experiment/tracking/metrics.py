@@ -8,7 +8,7 @@ from __future__ import annotations
 # History rows, one per optimiser step.
 GLOBAL_STEP = "global_step"  # optimiser steps since the start of the run, from 1
 EPOCH = "epoch"  # epochs completed, fractional inside an epoch
-TRAIN_LOSS = "train_loss"  # mean cross-entropy of the step's examples, penalty excluded
+TRAIN_LOSS = "train_loss"  # mean cross-entropy, or squared error, of the step's examples, penalty excluded
 LEARNING_RATE = "learning_rate"
 GRADIENT_NORM = "gradient_norm"  # L2 norm over all trainable parameters, penalty included, before clipping
 PENALTY = "penalty"  # value of the method's regularisation term (0 for LoRA)
@@ -18,7 +18,7 @@ ACTIVE_RANK = "active_rank"  # AdaLoRA: triplets not masked, over all modules
 # History rows, one per epoch.
 TRAIN_EPOCH_LOSS = "train_epoch_loss"  # mean over the epoch's examples, dropout on, weights changing
 TRAIN_EPOCH_ACCURACY = "train_epoch_accuracy"
-EVAL_LOSS = "eval_loss"  # cross-entropy alone, for every method
+EVAL_LOSS = "eval_loss"  # cross-entropy, or squared error, alone, for every method
 
 # Summary.
 COMPLETED = "completed"  # true only after the last epoch was evaluated
@@ -43,7 +43,7 @@ MODULE_NAMES = "module_names"  # the four lists are parallel, one entry per adap
 MODULE_RANKS = "module_ranks"
 MODULE_IMPORTANCES = "module_importances"  # null for methods that measure none
 MODULE_DELTA_NORMS = "module_delta_norms"  # Frobenius norm of the update that the adapter makes
-EVAL_PREDICTIONS = "eval_predictions"  # records.pack_classes, in data-set order
+EVAL_PREDICTIONS = "eval_predictions"  # records.pack_values, in data-set order
 EVAL_LABELS = "eval_labels"
 ENCODER_FINGERPRINT = "encoder_fingerprint"  # hash of the pretrained weights
 EVAL_FINGERPRINT = "eval_fingerprint"  # hash of the eval split's texts and labels

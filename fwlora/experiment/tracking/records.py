@@ -100,22 +100,38 @@ def pack_classes(classes: np.ndarray, num_classes: int) -> dict[str, Any]:
     }
 
 
-def unpack_classes(packed: Mapping[str, Any]) -> np.ndarray:
-    """Inverse of :func:`pack_classes`: int64 classes of shape ``(n,)``.
+def pack_values(values: np.ndarray, num_classes: int) -> dict[str, Any]:
+    """Pack classes as :func:`pack_classes` does, or numbers, of which 4 bytes are kept each.
+
+    Args:
+        values: of a split in data-set order, shape ``(n,)``.
+        num_classes: 1 where they are numbers.
+    """
+    if num_classes > 1:
+        return pack_classes(values, num_classes)
+    raw = np.asarray(values, dtype="<f4")
+    return {"encoding": "float32", "count": int(raw.size), "data": base64.b64encode(raw.tobytes()).decode("ascii")}
+
+
+def unpack_values(packed: Mapping[str, Any]) -> np.ndarray:
+    """Unpack what :func:`pack_values` made: int64 classes or float32 numbers of shape ``(n,)``.
 
     Raises:
         ValueError: an unknown encoding or fewer values than ``count`` says.
     """
     raw = np.frombuffer(base64.b64decode(packed["data"]), dtype=np.uint8)
-    if packed["encoding"] == "bits":
-        values = np.unpackbits(raw)
-    elif packed["encoding"] == "bytes":
-        values = raw
+    encoding, count = packed["encoding"], packed["count"]
+    if encoding == "bits":
+        values = np.unpackbits(raw).astype(np.int64)
+    elif encoding == "bytes":
+        values = raw.astype(np.int64)
+    elif encoding == "float32":
+        values = raw[: raw.size - raw.size % 4].view("<f4").astype(np.float32)
     else:
-        raise ValueError(f"unknown class encoding {packed['encoding']!r}")
-    if values.size < packed["count"]:
-        raise ValueError(f"packed classes hold {values.size} values, {packed['count']} announced")
-    return values[: packed["count"]].astype(np.int64)
+        raise ValueError(f"unknown encoding {encoding!r}")
+    if values.size < count:
+        raise ValueError(f"{values.size} values are packed, {count} announced")
+    return values[:count]
 
 
 def make_record(

@@ -34,6 +34,9 @@ def documents() -> dict[str, dict[str, Any]]:
     return {
         "recorded runs": make_document(read_records()),
         "one seed": make_document(pair),
+        "numbers": make_document(
+            [make_record("p", "proposed_fw_lora", subset="stsb"), make_record("b", subset="stsb")]
+        ),
         "one method": make_document(pair[:1]),
         "no common seed": make_document([make_record("p", "proposed_fw_lora", 1), make_record("b", seed=2)]),
         "two machines": make_document(machines),

@@ -13,6 +13,7 @@ import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -53,16 +54,16 @@ def resample_scores(
     rng: np.random.Generator,
     resamples: int = RESAMPLES,
 ) -> dict[str, np.ndarray]:
-    """Score several classifiers on bootstrap resamples of their common examples.
+    """Score several models on bootstrap resamples of their common examples.
 
-    A resample is n draws with replacement, so the examples' counts are multinomial, and a confusion matrix is a sum
-    weighted by them. Every classifier sees the same resamples; the draws depend on n and the Generator alone.
+    A resample is n draws with replacement, so the examples' counts are multinomial. Every model sees the same
+    resamples; the draws depend on n and the Generator alone.
 
     Args:
-        labels: gold classes, shape ``(n,)``.
-        predictions: shape ``(M, n)``, one row per classifier.
+        labels: gold classes or numbers, shape ``(n,)``.
+        predictions: shape ``(M, n)``, one row per model.
         metric_names: keys of :data:`fwlora.experiment.tracking.task_metrics.TASK_METRICS`.
-        num_classes: K.
+        num_classes: K; 0 where labels are numbers.
         rng: source of the resamples.
         resamples: R.
 
@@ -70,21 +71,38 @@ def resample_scores(
         For each metric, scores of shape ``(M, R)``.
 
     Raises:
-        ValueError: shapes that do not fit, or no examples.
+        ValueError: shapes that do not fit, no examples, or a metric that does not fit the labels.
     """
     table = np.atleast_2d(predictions)
     if labels.size == 0 or table.shape[1:] != labels.shape:
         raise ValueError(f"`predictions` has shape {table.shape} for {labels.size} labels; (M, n) with n > 0 is needed")
-    cells = labels * num_classes + table  # (M, n)
-    indicators = np.eye(num_classes**2)[cells.T].reshape(labels.size, -1)  # (n, M K²)
+    score = (
+        partial(_score_classes, labels, table, num_classes) if num_classes else partial(_score_numbers, labels, table)
+    )
     scores = {name: np.empty((len(table), resamples)) for name in metric_names}
     for start in range(0, resamples, _CHUNK):
         size = min(_CHUNK, resamples - start)
         counts = rng.multinomial(labels.size, np.full(labels.size, 1 / labels.size), size=size).astype(np.float64)
-        confusions = (counts @ indicators).reshape(size, len(table), num_classes, num_classes)
-        for name in metric_names:
-            scores[name][:, start : start + size] = task_metrics.score_confusion(name, confusions).T
+        for name, values in score(counts, metric_names).items():
+            scores[name][:, start : start + size] = values
     return scores
+
+
+def _score_classes(
+    labels: np.ndarray, table: np.ndarray, num_classes: int, counts: np.ndarray, metric_names: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """Score by confusion matrices, each a sum weighted by the examples' counts, shape ``(R, n)``."""
+    cells = labels * num_classes + table  # (M, n)
+    indicators = np.eye(num_classes**2)[cells.T].reshape(labels.size, -1)  # (n, M K²)
+    confusions = (counts @ indicators).reshape(len(counts), len(table), num_classes, num_classes)
+    return {name: task_metrics.score_confusion(name, confusions).T for name in metric_names}
+
+
+def _score_numbers(
+    labels: np.ndarray, table: np.ndarray, counts: np.ndarray, metric_names: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """Score numbers under the examples' counts, shape ``(R, n)``."""
+    return {name: task_metrics.score_counts(name, labels, table, counts) for name in metric_names}
 
 
 @dataclass(frozen=True)
@@ -105,16 +123,16 @@ class ResampledRuns:
 
 
 def resample_runs(runs: Sequence[EvaluatedRun], rng_seed: int, resamples: int = RESAMPLES) -> ResampledRuns:
-    """Score every run by accuracy, Matthews correlation and the compared metric on resamples that a split shares.
+    """Score every run by all metrics that are compared, on resamples that a split shares.
 
     The draws follow from ``rng_seed`` and the gold labels, so a run's scores do not depend on which others are here.
     """
     scores: dict[tuple[str, str], np.ndarray] = {}
-    splits: dict[tuple[bytes, int], list[EvaluatedRun]] = {}
+    splits: dict[tuple[bytes, int], list[EvaluatedRun]] = {}  # by gold labels and number of classes
     for run in runs:
         splits.setdefault((run.labels.tobytes(), len(run.label_names)), []).append(run)
     for (gold, num_classes), members in splits.items():
-        names = list(dict.fromkeys([*task_metrics.ALWAYS_COMPARED, *(run.primary for run in members)]))
+        names = list(dict.fromkeys(name for run in members for name in task_metrics.list_compared(run.primary)))
         rng = np.random.default_rng([rng_seed, zlib.crc32(gold)])
         table = np.stack([run.predictions for run in members])
         resampled = resample_scores(members[0].labels, table, names, num_classes, rng, resamples)

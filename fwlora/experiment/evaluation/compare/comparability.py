@@ -127,19 +127,28 @@ def _find_unequal_seeds(cell: Cell) -> list[str]:
 
 def find_disagreement(run: EvaluatedRun) -> str | None:
     """Describe how a recorded metric differs from the one of the run's own predictions; None where it does not."""
-    confusion = confusion_matrix(run.labels, run.predictions, len(run.label_names))
-    for name in dict.fromkeys((task_metrics.ACCURACY, run.primary)):
-        recorded, recomputed = run.values[metrics.eval_name(name)], float(task_metrics.score_confusion(name, confusion))
+    for name in dict.fromkeys((task_metrics.shown_beside(run.primary), run.primary)):
+        recorded, recomputed = run.values[metrics.eval_name(name)], _recompute(run, name)
         if abs(recomputed - recorded) > _MAX_DISAGREEMENT:
             return f"run {run.run_id} records {name} {recorded:.4f}, its predictions give {recomputed:.4f}"
     return None
+
+
+def _recompute(run: EvaluatedRun, name: str) -> float:
+    """Return a task metric of the run's own predictions."""
+    if run.has_classes:
+        confusion = confusion_matrix(run.labels, run.predictions, len(run.label_names))
+        return float(task_metrics.score_confusion(name, confusion))
+    once = np.ones((1, run.labels.size))
+    return float(task_metrics.score_counts(name, run.labels, run.predictions[None], once)[0, 0])
 
 
 def _find_doubts(run: EvaluatedRun) -> list[str]:
     disagreement = find_disagreement(run)
     found = [disagreement] if disagreement else []
     if np.ptp(run.predictions) == 0:
-        found.append(f"run {run.run_id} predicts one class for every example (counted, not dropped)")
+        kind = "class" if run.has_classes else "number"
+        found.append(f"run {run.run_id} predicts one {kind} for every example (counted, not dropped)")
     summary = run.record.summary
     budget, used = as_finite(summary.get(metrics.BUDGET_PARAMETERS)), run.values.get(metrics.PARAMS_ADAPTER_FINAL)
     if budget and used is not None and (used > budget or used < _MIN_BUDGET_SHARE * budget):

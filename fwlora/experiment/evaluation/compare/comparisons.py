@@ -82,7 +82,7 @@ def _compare_pair(cell: Cell, first: Group, second: Group, resampled: ResampledR
         seeds=(),
         seed_level_test=NO_PAIR,
     )
-    names = list(dict.fromkeys((cell.primary, *task_metrics.ALWAYS_COMPARED)))
+    names = task_metrics.list_compared(cell.primary)
     try:
         samples = {name: sample_quality(cell, contrast, resampled, name) for name in names}
     except MissingMeasurementError:
@@ -130,7 +130,7 @@ def _compare_seed(first: Group, second: Group, samples: Mapping[str, Sample], in
         seed=seed,
         first_run_id=ours.run_id,
         second_run_id=theirs.run_id,
-        mcnemar=mcnemar_exact(ours.labels, ours.predictions, theirs.predictions),
+        mcnemar=mcnemar_exact(ours.labels, ours.predictions, theirs.predictions) if ours.has_classes else None,
         intervals=intervals,
     )
 
@@ -179,7 +179,8 @@ def _correct_pairs(pairs: Sequence[PairComparison]) -> list[PairComparison]:
     tests = [None if pair.primary is None else pair.primary.tests for pair in pairs]
     by_t = holm_adjust([None if test is None else test.t_p_value for test in tests])
     by_flips = holm_adjust([None if test is None else test.sign_flip_p_value for test in tests])
-    by_seed = iter(holm_adjust([seed.mcnemar.p_value for pair in pairs for seed in pair.per_seed]))
+    tested = [seed.mcnemar for pair in pairs for seed in pair.per_seed]
+    by_seed = iter(holm_adjust([None if test is None else test.p_value for test in tested]))
     return [
         replace(
             pair,

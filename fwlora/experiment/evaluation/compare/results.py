@@ -59,15 +59,15 @@ class SeedComparison:
         seed: of both runs.
         first_run_id: run of the first method.
         second_run_id: run of the second method.
-        mcnemar: test on the accuracy of the two runs.
+        mcnemar: test on the accuracy of the two runs; None where predictions are numbers.
         intervals: difference by task metric.
-        mcnemar_p_value_holm: McNemar's p-value, corrected over all pairs and seeds.
+        mcnemar_p_value_holm: McNemar's p-value, corrected over all pairs and seeds; None without the test.
     """
 
     seed: int
     first_run_id: str
     second_run_id: str
-    mcnemar: McNemarResult
+    mcnemar: McNemarResult | None
     intervals: Mapping[str, ExampleInterval]
     mcnemar_p_value_holm: float | None = None
 

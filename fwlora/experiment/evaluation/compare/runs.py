@@ -17,7 +17,7 @@ from fwlora.experiment.methods import Variant
 from fwlora.experiment.settings.schema import RunSettings, searchable_paths
 from fwlora.experiment.tracking import metrics, task_metrics
 from fwlora.experiment.tracking.facts import RunFacts
-from fwlora.experiment.tracking.records import RunRecord, unpack_classes
+from fwlora.experiment.tracking.records import RunRecord, unpack_values
 
 _UNFINISHED = {
     "running": "is unfinished: it still runs, or its server lost sight of it; wait for it, or run it again",
@@ -96,9 +96,9 @@ class EvaluatedRun:
         cell_key: what it can be compared in.
         primary: the task metric that is compared, such as ``matthews_correlation``.
         values: final metrics by eval name (``eval_accuracy``), and costs; all finite.
-        labels: gold classes of the evaluation split, shape ``(n,)``.
-        predictions: predicted classes, shape ``(n,)``.
-        label_names: one per class.
+        labels: gold classes (int64) or numbers (float32) of the evaluation split, shape ``(n,)``.
+        predictions: predicted ones, shape ``(n,)``.
+        label_names: one per class; empty where labels are numbers.
     """
 
     record: RunRecord
@@ -123,6 +123,11 @@ class EvaluatedRun:
     def run(self) -> RunSettings:
         """Its settings; read anew each time, as the class depends on the methods of this process."""
         return read_settings(self.record.config["run"])
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether labels and predictions are classes; else they are numbers."""
+        return bool(self.label_names)
 
     @property
     def method(self) -> str:
@@ -188,8 +193,8 @@ def _find_problems(record: RunRecord) -> list[str]:
     known = [metrics.eval_name(name) for name in task_metrics.TASK_METRICS]
     if primary not in known:
         return [*found, f"has the primary metric {primary!r}; one of {known} is expected"]
-    compared = (primary, *map(metrics.eval_name, task_metrics.ALWAYS_COMPARED))
-    needed = [metrics.final_name(name) for name in dict.fromkeys(compared)]
+    metric = str(primary).removeprefix(metrics.eval_name(""))
+    needed = [metrics.final_name(metrics.eval_name(name)) for name in task_metrics.list_compared(metric)]
     for name in (*needed, metrics.TRAINING_TIME_S):
         value, number = summary.get(name), as_finite(summary.get(name))
         if number is None:
@@ -199,24 +204,30 @@ def _find_problems(record: RunRecord) -> list[str]:
     for name in (primary, metrics.TRAIN_LOSS):
         if not any(as_finite(row.get(name)) is not None for row in record.history):
             found.append(f"has no {name} in its history")
-    return found + _find_prediction_problems(record)
+    return found + _find_prediction_problems(record, task_metrics.TASK_METRICS[metric].predicts)
 
 
-def _find_prediction_problems(record: RunRecord) -> list[str]:
+def _find_prediction_problems(record: RunRecord, predicts: task_metrics.Predicted) -> list[str]:
     summary = record.summary
     names = (metrics.EVAL_FINGERPRINT, metrics.EVAL_LABELS, metrics.EVAL_PREDICTIONS)
     missing = [f"has no {name}" for name in names if not summary.get(name)]
     num_classes = len(_read_facts(record).label_names)
-    if num_classes < 2:
+    if predicts == "classes" and num_classes < 2:
         missing.append("records no label names (config.resolved.label_names)")
     if missing:
         return missing
     try:
-        labels, predictions = (unpack_classes(summary[name]) for name in names[1:])
+        labels, predictions = (unpack_values(summary[name]) for name in names[1:])
     except (ValueError, KeyError, TypeError) as error:
         return [f"has predictions or labels that cannot be read: {error}"]
     if labels.size == 0 or labels.shape != predictions.shape:
         return [f"has {predictions.size} predictions for {labels.size} labels"]
+    if {labels.dtype.kind, predictions.dtype.kind} != {"i" if predicts == "classes" else "f"}:
+        return [f"has predictions or labels that are no {predicts}, which its primary metric needs"]
+    if predicts == "numbers":
+        if num_classes:
+            return [f"has a primary metric of numbers and {num_classes} label names"]
+        return [] if np.isfinite([labels, predictions]).all() else ["has predictions or labels that are not finite"]
     if max(labels.max(), predictions.max()) >= num_classes:
         return [f"has classes beyond its {num_classes} label names"]
     return []
@@ -240,8 +251,8 @@ def _read_run(record: RunRecord) -> EvaluatedRun:
         cell_key=_find_cell(run),
         primary=str(_primary_eval_name(record)).removeprefix(metrics.eval_name("")),
         values={name: value for name, value in values.items() if value is not None},
-        labels=unpack_classes(summary[metrics.EVAL_LABELS]),
-        predictions=unpack_classes(summary[metrics.EVAL_PREDICTIONS]),
+        labels=unpack_values(summary[metrics.EVAL_LABELS]),
+        predictions=unpack_values(summary[metrics.EVAL_PREDICTIONS]),
         label_names=facts.label_names,
     )
 

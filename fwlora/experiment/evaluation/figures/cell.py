@@ -53,7 +53,7 @@ def draw_cell(cell: Cell, comparison: Comparison) -> dict[str, Drawing]:
         draw = partial(_draw_differences, cell=cell, pairs=pairs, rows=rows)
         caption = "Paired differences with 95 % intervals; right of the dashed line the first method is better"
         drawn["paired_difference"] = render(draw, 6.4, 1.7 + _ROW_HEIGHT_INCH * height, caption)
-    for metric in dict.fromkeys((cell.primary, task_metrics.ACCURACY)):
+    for metric in dict.fromkeys((cell.primary, task_metrics.shown_beside(cell.primary))):
         shown: dict[str, Any] = {"metric": metrics.eval_name(metric), "label": f"{display_metric(metric)}, last epoch"}
         name = display_metric(metric)
         draw = partial(_draw_bars, cell=cell, decimals=4, **shown)

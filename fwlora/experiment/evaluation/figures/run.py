@@ -1,4 +1,4 @@
-"""Figures of one run: its curves, its confusion matrix, and values of its modules."""
+"""Figures of one run: its curves, its predictions, and values of its modules."""
 
 from __future__ import annotations
 
@@ -56,17 +56,19 @@ _HEAT_MAPS = {
 
 
 def draw_run(run: EvaluatedRun) -> dict[str, Drawing]:
-    """Draw the figures of one run by topic: learning curve, confusion matrix, and module heat maps where recorded."""
-    num_classes = len(run.label_names)
-    side = min(9.0, 2.6 + 0.7 * num_classes)
+    """Draw the figures of one run by topic: learning curve, predictions, and module heat maps where recorded."""
     drawn = {
         "learning_curve": render(
             partial(_draw_learning_curve, run=run), 6.4, 5.0, "Training and evaluation, final and best epoch marked"
-        ),
-        "confusion_matrix": render(
-            partial(_draw_confusion, run=run), side + 0.8, side, "Gold against predicted classes after the last epoch"
-        ),
+        )
     }
+    if run.has_classes:
+        side = min(9.0, 2.6 + 0.7 * len(run.label_names))
+        caption = "Gold against predicted classes after the last epoch"
+        drawn["confusion_matrix"] = render(partial(_draw_confusion, run=run), side + 0.8, side, caption)
+    else:
+        caption = "Predicted against gold numbers after the last epoch"
+        drawn["predictions"] = render(partial(_draw_numbers, run=run), 4.6, 4.4, caption)
     names = run.record.summary.get(metrics.MODULE_NAMES)
     for topic, kind in _HEAT_MAPS.items():
         values = run.record.summary.get(kind.metric)
@@ -144,7 +146,7 @@ def _draw_learning_curve(figure: Figure, run: EvaluatedRun) -> None:
     if eval_loss.size:
         loss.plot(eval_steps, eval_loss, color=COLORS[4], marker="s", linestyle="--", label="evaluation, each epoch")
         _mark_final_and_best(loss, eval_steps, eval_loss, COLORS[4], best=int(np.argmin(eval_loss)))
-    loss.set_ylabel("cross-entropy")
+    loss.set_ylabel("cross-entropy" if run.has_classes else "squared error")
 
     steps, values = history_column(rows, metrics.eval_name(run.primary))
     score.plot(steps, values, color=COLORS[2], marker="s", linestyle="--", label="evaluation, each epoch")
@@ -209,6 +211,19 @@ def _draw_confusion(figure: Figure, run: EvaluatedRun) -> None:
             axes.text(column, row, text, ha="center", va="center", color=color, in_layout=False)
     axes.set_aspect("equal")
     axes.set_title(textwrap.fill(run.run_id, 40) + f"\n{run.labels.size} examples, last epoch")
+
+
+def _draw_numbers(figure: Figure, run: EvaluatedRun) -> None:
+    axes = figure.subplots()
+    # As pixels: thousands of drawn circles would make the page slow.
+    look: dict[str, Any] = {"s": 10, "alpha": 0.35, "color": COLORS[0], "linewidth": 0, "rasterized": True}
+    axes.scatter(run.labels, run.predictions, **look)
+    ends = [float(run.labels.min()), float(run.labels.max())]
+    axes.plot(ends, ends, color="black", linewidth=1.0, linestyle="--", label="predicted = gold")
+    axes.set_xlabel("gold")
+    axes.set_ylabel("predicted")
+    axes.set_title(textwrap.fill(run.run_id, 40) + f"\n{run.labels.size} examples, last epoch")
+    figure.legend(loc="outside lower center")
 
 
 def _draw_modules(

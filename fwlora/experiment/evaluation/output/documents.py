@@ -44,7 +44,7 @@ def to_json(document: Mapping[str, Any]) -> bytes:
 
 
 def describe_run(run: EvaluatedRun) -> dict[str, Any]:
-    """Build a run's ``metrics.json``: settings, summary, per-epoch values, confusion matrix, modules."""
+    """Build a run's ``metrics.json``: settings, summary, epochs, confusion matrix (null for numbers), modules."""
     config, summary = run.record.config, run.record.summary
     kept = {key: value for key, value in sorted(summary.items()) if key not in (*_PACKED, *_MODULE_LISTS)}
     return {
@@ -55,14 +55,18 @@ def describe_run(run: EvaluatedRun) -> dict[str, Any]:
         "resolved": run.record.resolved,
         "summary": {key: value for key, value in kept.items() if not key.startswith("_")},
         "epochs": epoch_rows(run),
-        "confusion_matrix": {
-            "label_names": list(run.label_names),
-            "rows": "gold",
-            "counts": confusion_matrix(run.labels, run.predictions, len(run.label_names)).tolist(),
-        },
+        "confusion_matrix": _describe_confusion(run) if run.has_classes else None,
         "modules": {
             name.removeprefix("module_"): _round_floats(summary[name]) for name in _MODULE_LISTS if summary.get(name)
         },
+    }
+
+
+def _describe_confusion(run: EvaluatedRun) -> dict[str, Any]:
+    return {
+        "label_names": list(run.label_names),
+        "rows": "gold",
+        "counts": confusion_matrix(run.labels, run.predictions, len(run.label_names)).tolist(),
     }
 
 
@@ -180,7 +184,7 @@ def _describe_seed(seed: SeedComparison) -> dict[str, Any]:
         "seed": seed.seed,
         "first_run_id": seed.first_run_id,
         "second_run_id": seed.second_run_id,
-        "mcnemar": asdict(seed.mcnemar),
+        "mcnemar": None if seed.mcnemar is None else asdict(seed.mcnemar),
         "bootstrap": {name: asdict(interval) for name, interval in seed.intervals.items()},
     }
 
@@ -202,7 +206,8 @@ def _describe_corrections(comparison: Comparison) -> dict[str, list[dict[str, An
             note("paired_t", names, tests.t_p_value, pair.t_p_value_holm)
             note("sign_flip", names, tests.sign_flip_p_value, pair.sign_flip_p_value_holm)
         for seed in pair.per_seed:
-            note("mcnemar", {**names, "seed": seed.seed}, seed.mcnemar.p_value, seed.mcnemar_p_value_holm)
+            p_value = None if seed.mcnemar is None else seed.mcnemar.p_value
+            note("mcnemar", {**names, "seed": seed.seed}, p_value, seed.mcnemar_p_value_holm)
     return families
 
 

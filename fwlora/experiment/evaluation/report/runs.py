@@ -75,7 +75,8 @@ class RunPage:
         percent_of_encoder: adapter parameters, in per cent of the encoder's.
         steps: optimizer steps.
         peak_memory_mib: in MiB.
-        confusion: per gold class its name, and per predicted class the count and its share of the gold class.
+        confusion: per gold class its name, and per predicted class the count and its share of the gold class; empty
+            where labels are numbers.
         settings: names and values as text.
         facts: names and values of what the run was made with.
         command: that trained the run; None where it was not recorded.
@@ -140,8 +141,6 @@ class FactTable:
 def describe_run_page(cell: Cell, group: Group, run: EvaluatedRun) -> RunPage:
     """Collect what the report shows of a run, except its figures."""
     config, summary = run.record.config, run.record.summary
-    counts = confusion_matrix(run.labels, run.predictions, len(run.label_names))
-    totals = counts.sum(axis=1)
     return RunPage(
         run=run,
         method=group.label,
@@ -152,10 +151,7 @@ def describe_run_page(cell: Cell, group: Group, run: EvaluatedRun) -> RunPage:
         percent_of_encoder=as_finite(summary.get(metrics.ADAPTER_PERCENT_OF_ENCODER)),
         steps=as_finite(summary.get(metrics.TOTAL_STEPS)),
         peak_memory_mib=as_finite(summary.get(metrics.PEAK_MEMORY_MIB)),
-        confusion=[
-            (name, [(int(count), count / total if total else 0.0) for count in row])
-            for name, row, total in zip(run.label_names, counts, totals, strict=True)
-        ],
+        confusion=_count_predictions(run) if run.has_classes else [],
         settings={
             key: format_setting(value)
             for key, value in flatten_settings({k: v for k, v in config.items() if k != "resolved"}).items()
@@ -163,6 +159,15 @@ def describe_run_page(cell: Cell, group: Group, run: EvaluatedRun) -> RunPage:
         facts=[(name, read(run)) for name, read in _facts([run]).items()],
         command=run.facts.command,
     )
+
+
+def _count_predictions(run: EvaluatedRun) -> list[tuple[str, list[tuple[int, float]]]]:
+    counts = confusion_matrix(run.labels, run.predictions, len(run.label_names))
+    totals = counts.sum(axis=1)
+    return [
+        (name, [(int(count), count / total if total else 0.0) for count in row])
+        for name, row, total in zip(run.label_names, counts, totals, strict=True)
+    ]
 
 
 def collect_commands(runs: Sequence[EvaluatedRun]) -> Commands:
