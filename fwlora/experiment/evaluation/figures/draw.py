@@ -63,15 +63,10 @@ def draw_figures(evidence: Evidence, workers: int = 1) -> Figures:
         return _draw(evidence, map)
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), prepare_worker)
     try:
-        figures = _draw(evidence, pool.map)
-    except BaseException:
-        # After an interrupt, do not wait for figures that are not needed any more.
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in multiprocessing.active_children():
-            process.terminate()
-        raise
-    pool.shutdown()
-    return figures
+        return _draw(evidence, pool.map)
+    finally:
+        # After an interrupt only the figures that are being drawn are waited for.
+        pool.shutdown(cancel_futures=True)
 
 
 def _draw(evidence: Evidence, draw_all: Callable[..., Iterable[Mapping[str, Drawing]]]) -> Figures:
