@@ -12,6 +12,7 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
+    from tests.helpers.memory_tracker import MemoryTracker
     from tests.helpers.wandb_server import WandbServer
 
 from tests.helpers.paths import REPOSITORY
@@ -131,3 +132,20 @@ def server(client: pytest.MonkeyPatch) -> Iterator[WandbServer]:
 
     with serving(client) as running:
         yield running
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[MemoryTracker]:
+    """Runs of this process are kept in this list instead of W&B's files."""
+    import src.train
+    from tests.helpers.memory_tracker import MemoryTracker
+
+    trackers: list[MemoryTracker] = []
+
+    def start(settings: object, *, run_id: str, config: dict[str, object], directory: Path) -> MemoryTracker:
+        trackers.append(MemoryTracker())
+        trackers[-1].update_config(config)
+        return trackers[-1]
+
+    monkeypatch.setattr(src.train, "open_tracker", start)
+    return trackers

@@ -9,12 +9,10 @@ import pandas as pd
 import pytest
 import scipy.stats
 
-import src.train
 from fwlora.experiment.evaluation.evidence import gather_evidence
 from fwlora.experiment.settings.hydra_arguments import compose_settings
 from fwlora.experiment.tracking.records import RunRecord, unpack_values
 from src.train import run_training
-from tests.helpers.memory_tracker import MemoryTracker
 from tests.helpers.paths import CONFIG_DIR
 
 RUNS = ("proposed-roberta-base-110M--CoLA-GLUE", "comparative-1-roberta-base-110M--CoLA-GLUE")
@@ -39,24 +37,17 @@ def similarity(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def make_record(run_id: str, model: Path, data: Path, monkeypatch, *overrides: str) -> RunRecord:
-    tracker = MemoryTracker()
-
-    def start(settings, *, run_id, config, directory):
-        tracker.update_config(config)
-        return tracker
-
-    monkeypatch.setattr(src.train, "open_tracker", start)
+def make_record(run_id: str, model: Path, data: Path, recorded, *overrides: str) -> RunRecord:
     arguments = [
         f"run={run_id}", "mode=full", "results_dir=results", f"run.model.pretrained_id={model}",
         "run.model.parameter_budget_percent=5.0", f"run.dataset.name={data}", "run.dataset.subset=stsb",
         "run.training.epochs=2", "run.training.mixed_precision=fp32", *overrides,
     ]  # fmt: skip
     run_training(compose_settings(arguments, CONFIG_DIR, {}))
-    return tracker.record(run_id)
+    return recorded[-1].record(run_id)
 
 
-def test_two_methods_are_compared_by_pearson_correlation(similarity, tiny_roberta, monkeypatch, caplog):
+def test_two_methods_are_compared_by_pearson_correlation(similarity, tiny_roberta, recorded, caplog):
     caplog.set_level("INFO", "fwlora")
     lengths = {RUNS[0]: ["run.fw_lora.warmup_steps=2", "run.fw_lora.lambda_fw=10.0"], RUNS[1]: []}
     records = [
@@ -64,7 +55,7 @@ def test_two_methods_are_compared_by_pearson_correlation(similarity, tiny_robert
             run_id,
             tiny_roberta,
             similarity,
-            monkeypatch,
+            recorded,
             "run.training.learning_rate=0.001",
             "run.optuna.n_trials=0",
             *more,
@@ -96,10 +87,10 @@ def test_two_methods_are_compared_by_pearson_correlation(similarity, tiny_robert
     )
 
 
-def test_a_search_scores_numbers_on_held_out_examples(similarity, tiny_roberta, monkeypatch):
+def test_a_search_scores_numbers_on_held_out_examples(similarity, tiny_roberta, recorded):
     space = "{learning_rate: {type: uniform, low: 0.001, high: 0.01}}"
     overrides = ["run.optuna.n_trials=2", f"run.optuna.search_space={space}"]
-    record = make_record(RUNS[1], tiny_roberta, similarity, monkeypatch, *overrides)
+    record = make_record(RUNS[1], tiny_roberta, similarity, recorded, *overrides)
     search = record.config["search"]
     assert search["completed_trials"] == 2 and -1 <= search["best_objective"] <= 1
     assert record.config["run"]["training"]["learning_rate"] == search["best_values"]["learning_rate"]

@@ -25,49 +25,13 @@ from fwlora.experiment.tracking import metrics
 from fwlora.experiment.tracking.records import unpack_values
 from src.model import build_model, plan_adapters
 from src.train import run_training
-from tests.helpers.memory_tracker import MemoryTracker
+from tests.helpers.full_runs import METHODS, compose, full_run
 from tests.helpers.paths import CONFIG_DIR
-
-METHODS = {"baseline_lora": "comparative-1", "adalora": "comparative-2", "proposed_fw_lora": "proposed"}
-
-
-def compose(run_id: str, tiny_roberta: Path, tiny_glue: Path, *arguments: str, mode: str = "full"):
-    # The tiny model's embeddings are small: its budget has to be a larger part.
-    base = [
-        f"run={run_id}", f"mode={mode}", "results_dir=results", f"run.model.pretrained_id={tiny_roberta}",
-        "run.model.parameter_budget_percent=5.0", "wandb.mode=offline",
-    ]  # fmt: skip
-    if "GLUE" in run_id:
-        base.append(f"run.dataset.name={tiny_glue}")
-    return compose_settings([*base, *arguments], CONFIG_DIR, {})
 
 
 @pytest.fixture(autouse=True)
 def _log_lines(caplog) -> None:
     caplog.set_level("INFO", "fwlora")
-
-
-@pytest.fixture
-def recorded(monkeypatch) -> list[MemoryTracker]:
-    """Runs are kept in memory instead of W&B's files."""
-    trackers: list[MemoryTracker] = []
-
-    def start(settings, *, run_id, config, directory):
-        trackers.append(MemoryTracker())
-        trackers[-1].update_config(config)
-        return trackers[-1]
-
-    monkeypatch.setattr(src.train, "open_tracker", start)
-    return trackers
-
-
-def full_run(method: str, tiny_roberta, tiny_glue, recorded, *arguments: str, seed: int = 42):
-    run_id = f"{METHODS[method]}-roberta-base-110M--CoLA-GLUE"
-    more = ["run.fw_lora.warmup_steps=5"] if method == "proposed_fw_lora" else []
-    options = ["run.optuna.n_trials=0", f"run.training.seed={seed}", *more, *arguments]
-    settings = compose(run_id, tiny_roberta, tiny_glue, *options)
-    run_training(settings)
-    return settings, recorded[-1]
 
 
 @pytest.mark.parametrize("run_id", known_run_ids(CONFIG_DIR))

@@ -12,7 +12,7 @@ from fwlora.experiment.engine.loop import train
 from fwlora.experiment.engine.options import EngineOptions, TrainingOptions
 from fwlora.experiment.engine.task import Task
 from fwlora.experiment.tracking import metrics
-from tests.contract.test_train import METHODS, full_run, recorded  # noqa: F401
+from tests.helpers.full_runs import METHODS, full_run
 from tests.helpers.fused_models import adapt, make_base
 from tests.helpers.run_processes import make_method, make_split
 from tests.helpers.small_models import loss_of, make_adapted, make_batches, trainable
@@ -24,7 +24,7 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_gpu_computes_what_the_cpu_does(method, tiny_roberta, tiny_glue, recorded):  # noqa: F811
+def test_a_gpu_computes_what_the_cpu_does(method, tiny_roberta, tiny_glue, recorded):
     arguments = ["run.training.mixed_precision=fp32", "run.model.lora.dropout=0.0"]
     for device in ("cpu", "cuda"):
         full_run(method, tiny_roberta, tiny_glue, recorded, *arguments, f"engine.device={device}")
@@ -35,7 +35,7 @@ def test_a_gpu_computes_what_the_cpu_does(method, tiny_roberta, tiny_glue, recor
     assert recorded[1].summary[metrics.PEAK_MEMORY_MIB] > 0
 
 
-def test_bf16_is_used_where_the_gpu_has_it(tiny_roberta, tiny_glue, recorded):  # noqa: F811
+def test_bf16_is_used_where_the_gpu_has_it(tiny_roberta, tiny_glue, recorded):
     settings, tracker = full_run("proposed_fw_lora", tiny_roberta, tiny_glue, recorded, "engine.device=cuda")
     native = torch.cuda.is_bf16_supported(including_emulation=False)
     assert tracker.config["resolved"]["precision"] == ("bf16" if native else "fp32")
