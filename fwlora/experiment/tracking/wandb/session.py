@@ -13,6 +13,8 @@ from typing import Literal
 import psutil
 
 TEARDOWN_TIMEOUT_S = 10.0
+# <version>-<process id of the owner>-<where it listens>
+SERVICE_VARIABLE = "WANDB_SERVICE"
 GAVE_UP = ("filestream: fatal error", "runupserter: failed to upload changes")
 
 
@@ -39,6 +41,10 @@ def open_session(mode: Literal["online", "offline"]) -> None:
     """Load W&B's global settings, silent and with this mode whatever WANDB_MODE says, and find a key without asking."""
     import wandb
 
+    # An inherited service ends with the process that started it, such as a notebook.
+    _, _, owner_and_place = os.environ.get(SERVICE_VARIABLE, "").partition("-")
+    if owner_and_place.partition("-")[0] != str(os.getpid()):
+        os.environ.pop(SERVICE_VARIABLE, None)
     wandb.setup(settings=wandb.Settings(silent=True, mode=mode))
     if mode == "online" and not wandb.login(prompt=False, verify=False):
         raise LookupError("no API key (set WANDB_API_KEY, or log in once with: wandb login)")

@@ -130,3 +130,12 @@ def test_what_the_server_missed_of_a_first_attempt_can_be_sent_after_the_second(
     follow_advice(lines[1])
     (api,), (files,) = load(tmp_path, "api"), load(tmp_path, "files")
     assert content(api)["history"] == content(files)["history"] == expected(rows([1, 2, 3, 4]), rows([5, 6, 7], 2.0))
+
+
+def test_a_service_that_ended_with_the_process_above_is_not_asked(client: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A shell that an ended notebook started inherits the address of its service."""
+    client.setenv("WANDB_SERVICE", f"3-1-unix-{tmp_path}/gone/socket")
+    tracker = start(OFFLINE, tmp_path)
+    write(tracker, range(1, 4))
+    (record,) = load(tmp_path, "files")
+    assert record.finished and content(record)["history"] == expected(rows(range(1, 4)))
