@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,12 +27,14 @@ from fwlora.experiment.data.tables import encode_tables, load_tables
 from fwlora.experiment.data.text import draw_subset
 from fwlora.experiment.data.tokenization import tokenize
 from fwlora.experiment.engine.device import name_device
+from fwlora.experiment.files import write_files
 from fwlora.experiment.methods.lora import LoraMethod
 from fwlora.experiment.modeling.build import load_tokenizer
 from fwlora.experiment.modeling.pretrained import fetching, resolve_pretrained
 from fwlora.experiment.paths import CONFIG_DIR, REPOSITORY
 from fwlora.experiment.settings.hydra_arguments import compose_settings
 from fwlora.experiment.tracking.environment import describe_environment
+from fwlora.experiment.tracking.task_metrics import TASK_METRICS
 
 TARGET_MODULES = ("query", "key", "value", "intermediate", "output")
 RESAMPLES = 5_000
@@ -137,7 +138,9 @@ def task_splits(glue: str, subset: str, train_examples: int | None) -> tuple[Tok
     tokenizer = load_tokenizer(settings.model)
     task = find_task(subset)
     assert task is not None
-    _, (train_texts, evaluation_texts) = encode_tables(load_tables(settings.dataset), settings.dataset, task.columns)
+    _, (train_texts, evaluation_texts) = encode_tables(
+        load_tables(settings.dataset), settings.dataset, task.columns, TASK_METRICS[task.metric].predicts
+    )
     train_texts = draw_subset(train_texts, train_examples, settings.dataset.subset_seed)
     train, evaluation = (tokenize(split, tokenizer, settings.dataset) for split in (train_texts, evaluation_texts))
     return train, evaluation, tokenizer.pad_token_id
@@ -166,10 +169,7 @@ def write_json(path: Path, device: torch.device, settings: dict[str, Any], resul
         "settings": settings,
         **results,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(partial, path)
+    write_files({path: (json.dumps(record, indent=2) + "\n").encode()})
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:

@@ -21,7 +21,7 @@ def main(arguments: Sequence[str]) -> int:
             collect_records,
             evaluate_records,
             remove_stale_figures,
-            write_files,
+            write_results,
         )
         from fwlora.experiment.evaluation.figures.draw import available_cores
         from fwlora.experiment.evaluation.report.render import ReportOrigin
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
         command = shlex.join(["python", "-m", "src.evaluate", *arguments])
         made_by = ReportOrigin(command, describe_environment(REPOSITORY, name_cpu()))
         evaluation = evaluate_records(records, request.results_dir, claims, made_by, workers=available_cores())
-        write_files(evaluation.files)
+        write_results(evaluation.files)
         remove_stale_figures(evaluation.files)
         print_lines([evaluation.summary, *map(str, evaluation.files)])
     return 0

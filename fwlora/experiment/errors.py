@@ -30,14 +30,6 @@ class UserError(ValueError):
         return cls("\n".join([f"{heading} ({len(lines)} problems):", *(f"  - {line}" for line in lines)]))
 
 
-def describe_yaml_error(error: Exception) -> str:
-    """One line: where a YAML file is wrong, and what is; of other errors the first line."""
-    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-    if mark is None or not problem:
-        return str(error).splitlines()[0]
-    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}"
-
-
 @contextmanager
 def collecting(heading: str) -> Iterator[list[str]]:
     """Collect problems in a list and raise them all when the block ends.

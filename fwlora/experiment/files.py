@@ -2,32 +2,49 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
+from yaml import YAMLError
 
-from fwlora.experiment.errors import UserError, describe_validation_error, describe_yaml_error
+from fwlora.experiment.errors import UserError, describe_validation_error
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name and rename it, so that readers see the old content or the new.
+def write_files(files: Mapping[Path, bytes]) -> None:
+    """Write every file under a temporary name, then rename them all, so that an error leaves all files as they were.
+
+    Folders are made as needed.
 
     Raises:
-        OSError: the folder cannot be written.
+        OSError: a folder or file cannot be written; ``filename`` is that of the file.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporaries = {path: _name_partial(path) for path in files}
+    path = Path()
     try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
+        for path, content in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            temporaries[path].write_bytes(content)
+        for path, temporary in temporaries.items():
+            os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
     finally:
-        partial.unlink(missing_ok=True)
+        for temporary in temporaries.values():
+            with suppress(OSError):
+                temporary.unlink()
 
 
 def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
@@ -37,15 +54,59 @@ def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         folder: to be replaced or made.
         fill: writes the content into the folder that it is given.
     """
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = _name_partial(folder)
     partial.mkdir(parents=True)
-    fill(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    try:
+        fill(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
-def read_yaml(path: Path, model: type[Model], shown: str) -> Model:
+def _name_partial(path: Path) -> Path:
+    # Several processes may write at once.
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
+
+
+def load_yaml(path: Path) -> Any:
+    """Read a YAML file as an OmegaConf node.
+
+    Raises:
+        ValueError: it cannot be read or parsed, or is no mapping: a clause that says where and why.
+    """
+    try:
+        node = OmegaConf.load(path)
+    except RecursionError:
+        raise ValueError("cannot be read: nested too deeply") from None
+    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(f"cannot be read: {_describe_yaml_error(error)}") from None
+    if not OmegaConf.is_dict(node):
+        raise ValueError("is not a mapping of keys")
+    return node
+
+
+def load_model(path: Path, model: type[Model]) -> tuple[Model | None, list[str]]:
+    """Read a YAML file into a model.
+
+    Args:
+        path: the file.
+        model: the pydantic class of its content.
+
+    Returns:
+        The model, or None and a line for everything that is wrong.
+    """
+    try:
+        return model.model_validate(OmegaConf.to_container(load_yaml(path), resolve=True)), []
+    except ValidationError as error:
+        return None, describe_validation_error(error, model)
+    except OmegaConfBaseException as error:
+        return None, [str(error).splitlines()[0]]
+    except ValueError as error:
+        return None, [str(error)]
+
+
+def read_model(path: Path, model: type[Model], shown: str) -> Model:
     """Read a YAML file into a model.
 
     Args:
@@ -56,12 +117,17 @@ def read_yaml(path: Path, model: type[Model], shown: str) -> Model:
     Raises:
         UserError: a file that cannot be read or parsed, and every unknown key and refused value, all at once.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else describe_yaml_error(error)
-        raise UserError(f"{shown} cannot be read: {reason}") from None
-    try:
-        return model.model_validate(content)
-    except ValidationError as error:
-        raise UserError.collect(shown, describe_validation_error(error, model)) from None
+    content, problems = load_model(path, model)
+    if content is None:
+        raise UserError.collect(shown, problems)
+    return content
+
+
+def _describe_yaml_error(error: Exception) -> str:
+    """Say where a YAML file is wrong, and what is; of other errors the first line."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    if mark is not None and problem:
+        return f"line {mark.line + 1}, column {mark.column + 1}: {problem}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error).splitlines()[0]

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fwlora.experiment.data.batching import TokenizedSplit
+from fwlora.experiment.files import replace_folder
 
 # Part of every key: another layout of the files, or other contents for equal text, is another number.
 FORMAT = 1
+_UNREADABLE = (OSError, ValueError, EOFError)
 ARRAYS = ("tokens", "segments", "offsets", "labels")
 
 
@@ -32,15 +33,15 @@ def cached_tokens(
     if key_parts is None:
         return tokenize()
     place = folder / hashlib.sha256(repr([FORMAT, *key_parts]).encode()).hexdigest()[:24]
-    try:
+    with suppress(*_UNREADABLE):
         return _read(place)
-    except (OSError, ValueError, EOFError):
-        split = tokenize()
-    try:
-        _write(split, place)
+    split = tokenize()
+    with suppress(*_UNREADABLE):
+        return _read(place)  # another process was faster, and others may be reading what it wrote
+    with suppress(*_UNREADABLE):
+        replace_folder(place, partial(_fill, split))
         return _read(place)
-    except (OSError, ValueError, EOFError):
-        return split
+    return split
 
 
 def _read(place: Path) -> TokenizedSplit:
@@ -50,22 +51,8 @@ def _read(place: Path) -> TokenizedSplit:
     return TokenizedSplit(tokens, segments if len(segments) else None, offsets, labels)
 
 
-def _write(split: TokenizedSplit, place: Path) -> None:
-    place.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
-    try:
-        for name in ARRAYS:
-            array = getattr(split, name)
-            # No segments are a file too: one that is missing is a fault.
-            np.save(partial / f"{name}.npy", np.zeros(0, dtype=np.int8) if array is None else array)
-        try:
-            os.replace(partial, place)
-        except OSError:
-            # Another process was faster, or what is there cannot be read.
-            try:
-                _read(place)
-            except (OSError, ValueError, EOFError):
-                shutil.rmtree(place, ignore_errors=True)
-                os.replace(partial, place)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+def _fill(split: TokenizedSplit, folder: Path) -> None:
+    for name in ARRAYS:
+        array = getattr(split, name)
+        # No segments are a file too: one that is missing is a fault.
+        np.save(folder / f"{name}.npy", np.zeros(0, dtype=np.int8) if array is None else array)

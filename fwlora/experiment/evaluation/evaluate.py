@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from fwlora.experiment.evaluation.output import documents, tables
 from fwlora.experiment.evaluation.output.aggregate import aggregate
 from fwlora.experiment.evaluation.report.render import ReportOrigin, render_report
 from fwlora.experiment.evaluation.request import COMPARISON_FOLDER
+from fwlora.experiment.files import write_files
 from fwlora.experiment.tracking import RecordSource
 from fwlora.experiment.tracking.records import RunRecord, UnreadableRunsError
 
@@ -108,29 +107,18 @@ def evaluate_records(
     return EvaluationOutput("\n".join(summary), files)
 
 
-def write_files(files: Mapping[Path, bytes]) -> None:
-    """Write every file under a temporary name, then rename them all, so that an error leaves all files as they were.
+def write_results(files: Mapping[Path, bytes]) -> None:
+    """Write every file, or none of them.
 
     Raises:
         UserError: a folder or file that cannot be written.
     """
-    temporaries = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
-    path = Path()
     try:
-        for path, content in files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.is_dir():
-                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-            temporaries[path].write_bytes(content)
-        for path, temporary in temporaries.items():
-            os.replace(temporary, path)
+        write_files(files)
     except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"results_dir: cannot write {path}: {reason}; give a writable results_dir=<dir>") from None
-    finally:
-        for temporary in temporaries.values():
-            with suppress(OSError):
-                temporary.unlink()
+        raise UserError(
+            f"results_dir: cannot write {error.filename}: {error.strerror}; give a writable results_dir=<dir>"
+        ) from None
 
 
 def remove_stale_figures(files: Mapping[Path, bytes]) -> None:

@@ -6,14 +6,15 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import cast, get_args
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
-from fwlora.experiment.errors import collecting, describe_validation_error, describe_yaml_error
+from fwlora.experiment.errors import UserError, describe_validation_error
+from fwlora.experiment.files import load_yaml
 from fwlora.experiment.settings.schema import FORBIDDEN_IN_RUN_IDS
 from fwlora.experiment.tracking import (
     DEFAULT_TRACKER,
@@ -69,28 +70,36 @@ def parse_request(arguments: Sequence[str], environment: Mapping[str, str], conf
     Raises:
         UserError: everything that is wrong with the arguments, at once.
     """
-    known_keys = ("results_dir", "run_ids", "source", "tracker", *_tracker_keys())
-    given: dict[str, str] = {}
-    with collecting("command line") as problems:
-        for argument in arguments:
-            key, separator, value = argument.partition("=")
-            if not separator:
-                problems.append(f"{argument!r} is not of the form key=value")
-            elif key not in known_keys:
-                problems.append(f"{key!r} is unknown; known: {', '.join(known_keys)}")
-            elif key in given:
-                problems.append(f"{key} is given twice: {given[key]!r} and {value!r}")
-            else:
-                given[key] = value
-        if "results_dir" not in given:
-            problems.append("results_dir is missing; give results_dir=<dir>")
-        run_ids = _parse_run_ids(given.get("run_ids"), problems)
-        source = given.get("source", "auto")
-        if source not in SOURCES:
-            problems.append(f"source is {source!r}; one of {', '.join(SOURCES)} is expected")
-        results_dir, tracker_settings = _complete(given, environment, config_path, problems)
-    assert tracker_settings is not None
+    given, problems = _split_arguments(arguments, ("results_dir", "run_ids", "source", "tracker", *_tracker_keys()))
+    if "results_dir" not in given:
+        problems.append("results_dir is missing; give results_dir=<dir>")
+    run_ids, found = _parse_run_ids(given.get("run_ids"))
+    problems += found
+    source = given.get("source", "auto")
+    if source not in SOURCES:
+        problems.append(f"source is {source!r}; one of {', '.join(SOURCES)} is expected")
+    results_dir, tracker_settings, found = _complete(given, environment, config_path)
+    problems += found
+    if problems or tracker_settings is None:
+        raise UserError.collect("command line", problems)
     return EvaluationRequest(Path(results_dir), run_ids, cast(SourceChoice, source), tracker_settings)
+
+
+def _split_arguments(arguments: Sequence[str], known_keys: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Return values by key, and what is wrong with the arguments."""
+    given: dict[str, str] = {}
+    problems = []
+    for argument in arguments:
+        key, separator, value = argument.partition("=")
+        if not separator:
+            problems.append(f"{argument!r} is not of the form key=value")
+        elif key not in known_keys:
+            problems.append(f"{key!r} is unknown; known: {', '.join(known_keys)}")
+        elif key in given:
+            problems.append(f"{key} is given twice: {given[key]!r} and {value!r}")
+        else:
+            given[key] = value
+    return given, problems
 
 
 def _tracker_keys() -> list[str]:
@@ -98,35 +107,33 @@ def _tracker_keys() -> list[str]:
     return [f"{name}.{field}" for name, settings in known_trackers().items() for field in settings.source_fields]
 
 
-def _parse_run_ids(text: str | None, problems: list[str]) -> tuple[str, ...]:
+def _parse_run_ids(text: str | None) -> tuple[tuple[str, ...], list[str]]:
+    """Return the run ids of a JSON list, and what is wrong with it."""
     example = """run_ids='["a","b"]'"""
     if text is None:
-        problems.append(f"run_ids is missing; give {example}")
-        return ()
+        return (), [f"run_ids is missing; give {example}"]
     try:
-        parsed: Any = json.loads(text)
+        parsed: object = json.loads(text)
     except json.JSONDecodeError as error:
-        problems.append(f"run_ids={text} is not JSON ({error}); give {example}")
-        return ()
+        return (), [f"run_ids={text} is not JSON ({error}); give {example}"]
     if not isinstance(parsed, list) or not all(isinstance(item, str) for item in parsed):
-        problems.append(f"run_ids={text} is not a JSON list of strings; give {example}")
-        return ()
-    if not parsed:
-        problems.append(f"run_ids is empty; give {example}")
-    for run_id in dict.fromkeys(parsed):
-        if parsed.count(run_id) > 1:
-            problems.append(f"run_ids names {run_id!r} {parsed.count(run_id)} times; name it once")
+        return (), [f"run_ids={text} is not a JSON list of strings; give {example}"]
+    run_ids: list[str] = parsed
+    problems = [] if run_ids else [f"run_ids is empty; give {example}"]
+    for run_id in dict.fromkeys(run_ids):
+        if run_ids.count(run_id) > 1:
+            problems.append(f"run_ids names {run_id!r} {run_ids.count(run_id)} times; name it once")
         if FORBIDDEN_IN_RUN_IDS & set(run_id) or run_id in ("", ".", ".."):
             problems.append(f"run_ids: {run_id!r} is no run id: it must be a plain file name without separators")
         elif run_id == COMPARISON_FOLDER:
             problems.append(f"run_ids: {run_id!r} is the folder of the comparison and cannot be a run id")
-    return tuple(parsed)
+    return tuple(run_ids), problems
 
 
 def _complete(
-    given: Mapping[str, str], environment: Mapping[str, str], config_path: Path, problems: list[str]
-) -> tuple[str, TrackerSettings | None]:
-    """Return the folder of the results and the tracker's settings; add to ``problems`` what is wrong with them."""
+    given: Mapping[str, str], environment: Mapping[str, str], config_path: Path
+) -> tuple[str, TrackerSettings | None, list[str]]:
+    """Return the folder of the results and the tracker's settings, or what is wrong with them."""
     variables = environment_defaults()
     # An empty `results_dir=`, as a pipeline with an unset variable passes it, means the configured default.
     values = {key: given.get(key) or environment.get(variables.get(key, "")) for key in ("results_dir", "tracker")}
@@ -134,45 +141,44 @@ def _complete(
     tracker = values["tracker"] or configured.get("tracker") or DEFAULT_TRACKER
     settings_class = known_trackers().get(tracker)
     if settings_class is None:
-        problems.append(f"tracker is {tracker!r}; one of {', '.join(known_trackers())} is expected")
-        return "", None
+        return "", None, [f"tracker is {tracker!r}; one of {', '.join(known_trackers())} is expected"]
     fields = {f"{tracker}.{field}": settings_class.model_fields[field] for field in settings_class.source_fields}
     for key in fields:
         values[key] = given.get(key) or environment.get(variables.get(key, ""))
     missing = [key for key, value in values.items() if not value and key != "tracker"]
     required = [key for key in missing if key not in fields or fields[key].is_required()]
     if required and reason:
-        problems.append(f"{config_path}: cannot read {' and '.join(required)}: {reason}")
-        return "", None
+        return "", None, [f"{config_path} {reason}; give {' and '.join(f'{key}=<value>' for key in required)}"]
     values.update({key: configured[key] for key in missing if configured.get(key)})
     unset = [key for key in required if not values[key]]
-    problems.extend(f"{key} is not set; give {key}=<value>, or set it in {config_path}" for key in unset)
     if unset:
-        return "", None
+        return "", None, [f"{key} is not set; give {key}=<value>, or set it in {config_path}" for key in unset]
     node = {
         key.partition(".")[2]: value if field.annotation is str else _parse_value(value)
         for key, field in fields.items()
         if (value := values[key]) is not None
     }
     try:
-        return str(values["results_dir"]), settings_class.model_validate(node)
+        return str(values["results_dir"]), settings_class.model_validate(node), []
     except ValidationError as error:
-        problems.extend(f"{tracker}.{line}" for line in describe_validation_error(error, settings_class))
-        return "", None
+        return "", None, [f"{tracker}.{line}" for line in describe_validation_error(error, settings_class)]
 
 
-def _parse_value(text: str) -> Any:
+def _parse_value(text: str) -> object:
     try:
-        return yaml.safe_load(text)
+        parsed: object = yaml.safe_load(text)
     except yaml.YAMLError:
         return text  # which validation refuses
+    return parsed
 
 
 def _read_configured(keys: Sequence[str], config_path: Path) -> tuple[dict[str, str], str]:
     """Return the values that a configuration file sets as text, and why it cannot be read (empty: it can)."""
     try:
-        config = OmegaConf.load(config_path)
+        config = load_yaml(config_path)
         selected = {key: OmegaConf.select(config, key) for key in keys}
-    except (OSError, yaml.YAMLError, OmegaConfBaseException) as error:
-        return {}, describe_yaml_error(error)
+    except OmegaConfBaseException as error:
+        return {}, f"cannot be read: {str(error).splitlines()[0]}"
+    except ValueError as error:
+        return {}, str(error)
     return {key: str(value) for key, value in selected.items() if value is not None}, ""

@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from fwlora.experiment.errors import UserError, collecting
-from fwlora.experiment.files import read_yaml
+from fwlora.experiment.files import read_model
 from fwlora.experiment.settings.hydra_arguments import compose_settings
 from fwlora.experiment.settings.schema import ProgramSettings
 
@@ -92,7 +92,7 @@ def load_study(name: str, config_dir: Path) -> StudySpec:
     """
     if name not in known_studies(config_dir):
         raise UserError(f"study {name!r} is unknown; config/study has {', '.join(known_studies(config_dir)) or 'none'}")
-    return read_yaml(config_dir / "study" / f"{name}.yaml", StudySpec, f"config/study/{name}.yaml")
+    return read_model(config_dir / "study" / f"{name}.yaml", StudySpec, f"config/study/{name}.yaml")
 
 
 def plan_study(

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from fwlora.experiment.errors import UserError
-from fwlora.experiment.evaluation.evaluate import collect_records, remove_stale_figures, write_files
+from fwlora.experiment.evaluation.evaluate import collect_records, remove_stale_figures, write_results
 from fwlora.experiment.evaluation.request import parse_request
 from fwlora.experiment.tracking import RecordSource
 from fwlora.experiment.tracking.records import UnreadableRunsError
@@ -151,7 +151,8 @@ def test_all_bad_arguments_are_reported_at_once():
 
 def test_a_missing_configuration_file_matters_only_where_it_is_needed(tmp_path: Path):
     arguments = ["results_dir=r", 'run_ids=["x"]']
-    with pytest.raises(UserError, match=r"absent\.yaml: cannot read wandb\.entity and wandb\.project"):
+    expected = r"absent\.yaml cannot be read: No such file or directory; give wandb\.entity=<value> and wandb\."
+    with pytest.raises(UserError, match=expected):
         parse_request(arguments, {}, tmp_path / "absent.yaml")
     parse_request([*arguments, "wandb.entity=e", "wandb.project=p"], {}, tmp_path / "absent.yaml")
 
@@ -228,12 +229,12 @@ def test_a_results_dir_that_cannot_be_written_is_an_error(tmp_path: Path):
     blocked = tmp_path / "file"
     blocked.write_text("")
     with pytest.raises(UserError, match=r"results_dir: cannot write .*give a writable results_dir"):
-        write_files({blocked / "run" / "metrics.json": b"{}"})
+        write_results({blocked / "run" / "metrics.json": b"{}"})
 
 
 def test_figures_of_an_earlier_evaluation_are_removed(tmp_path: Path):
     kept, stale, other = (tmp_path / "comparison" / f"{name}.pdf" for name in ("comparison_a", "comparison_b", "mine"))
-    write_files({path: b"x" for path in (kept, stale, other)})
+    write_results({path: b"x" for path in (kept, stale, other)})
     remove_stale_figures({kept: b"x"})
     assert sorted(kept.parent.iterdir()) == [kept, other]
 
@@ -288,12 +289,12 @@ def test_drawing_processes_end_with_the_one_that_started_them(tmp_path: Path, nu
 
 def test_writing_leaves_no_temporary_files(tmp_path: Path):
     target = tmp_path / "run" / "metrics.json"
-    write_files({target: b"old"})
-    write_files({target: b"new"})
+    write_results({target: b"old"})
+    write_results({target: b"new"})
     assert target.read_bytes() == b"new"
     assert list(target.parent.iterdir()) == [target]
     target.unlink()
     target.mkdir()
     with pytest.raises(UserError):
-        write_files({target: b"new"})
+        write_results({target: b"new"})
     assert list(target.parent.iterdir()) == [target]

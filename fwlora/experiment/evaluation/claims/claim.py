@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
-from yaml import YAMLError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from fwlora.experiment.errors import UserError, describe_yaml_error
+from fwlora.experiment.errors import UserError
 from fwlora.experiment.evaluation.claims.measures import Unit, find_measure, known_measures
 from fwlora.experiment.evaluation.compare.cells import Cell
 from fwlora.experiment.evaluation.compare.contrasts import ImportanceHalf
 from fwlora.experiment.evaluation.compare.variants import known_roles
+from fwlora.experiment.files import load_model
 
 
 def _check_role(role: str) -> str:
@@ -137,15 +134,10 @@ def load_claims(folder: Path) -> dict[str, Claim]:
     problems: list[str] = []
     paths = sorted(folder.glob("*.yaml"))
     for path in paths:
-        try:
-            node: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-            if not isinstance(node, Mapping):
-                raise ValueError("is not a mapping of keys")
-            claims[path.stem] = Claim.model_validate(dict(node))
-        except ValidationError as error:
-            problems += [f"{path.name}: {_describe_mistake(item)}" for item in error.errors()]
-        except (OmegaConfBaseException, YAMLError, OSError, ValueError) as error:
-            problems.append(f"{path.name}: {describe_yaml_error(error)}")
+        claim, found = load_model(path, Claim)
+        problems += [f"{path.name}: {problem}" for problem in found]
+        if claim is not None:
+            claims[path.stem] = claim
     problems += [f"{path.name}: claims end in .yaml; rename it" for path in sorted(folder.glob("*.yml"))]
     names = {path.stem for path in paths}
     problems += [
@@ -161,14 +153,3 @@ def load_claims(folder: Path) -> dict[str, Claim]:
     if problems:
         raise UserError.collect(str(folder), problems)
     return dict(sorted(claims.items(), key=lambda item: (item[1].order, item[0])))
-
-
-def _describe_mistake(item: Any) -> str:
-    """Describe a mistake that pydantic found."""
-    where = ".".join(str(part) for part in item["loc"] if part != "[key]")
-    if item["type"] == "extra_forbidden":
-        return f"{where}: unknown key; known: {', '.join(Claim.model_fields)}"
-    if item["type"] == "missing":
-        return f"{where} is missing"
-    message = item["msg"].removeprefix("Value error, ")
-    return f"{where}: {message}, got {item['input']!r}" if where else message
