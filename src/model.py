@@ -40,7 +40,7 @@ def plan_adapters(settings: ModelSettings) -> RankPlan:
     """Turn the budget into a rank for every targeted matrix, on a weightless copy of the model.
 
     Args:
-        settings: the node ``run.model``. Where ``budget_mode`` is ``rank``, every matrix gets ``lora.rank`` and the
+        settings: the node ``run.model``. Where ranks are fixed, every matrix gets ``lora.rank`` and the
             budget is what that costs.
 
     Raises:
@@ -48,7 +48,7 @@ def plan_adapters(settings: ModelSettings) -> RankPlan:
     """
     model = make_weightless_model(settings)
     try:
-        if settings.budget_mode == "rank":
+        if settings.ranks_are_fixed:
             matrices = find_target_matrices(model, settings.lora.target_modules)
             ranks = {matrix.name: settings.lora.rank for matrix in matrices}
             return RankPlan(matrices, ranks, encoder_parameter_count(model), adapter_cost(matrices, ranks))

@@ -83,8 +83,8 @@ def choose_engine(settings: ProgramSettings) -> EngineOptions:
     precision, remark = choose_precision(settings.run.training.mixed_precision, processes.device)
     if remark:
         logger.info(remark)
-    fast = settings.engine.fast
-    pad_to = None if fast else settings.run.dataset.max_length
+    fast, dataset = settings.engine.fast, settings.run.dataset
+    pad_to = dataset.max_length if dataset.padding == "max_length" and not fast else None
     return EngineOptions(
         processes, precision, pad_to, group_by_length=fast, fused=fast, cuda_graphs=settings.engine.cuda_graphs
     )

@@ -57,7 +57,7 @@ def effective_space(run: RunSettings) -> tuple[dict[str, Any], dict[str, str]]:
     """
     space = dict(run.optuna.search_space)
     dropped = {}
-    if "lora_rank" in space and run.model.budget_mode == "budget":
+    if "lora_rank" in space and not run.model.ranks_are_fixed:
         del space["lora_rank"]
         dropped["lora_rank"] = "the parameter budget fixes the ranks; set run.model.budget_mode=rank to search them"
     return space, dropped

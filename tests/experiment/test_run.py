@@ -65,6 +65,8 @@ def test_the_engine_is_literal_where_it_must_not_be_fast(monkeypatch):
     assert (fast.pad_to, fast.group_by_length, fast.fused, fast.cuda_graphs) == (None, True, True, False)
     literal = choose_engine(compose("engine.device=cpu", "engine.fast=false", "run.dataset.max_length=77"))
     assert (literal.pad_to, literal.group_by_length, literal.fused) == (77, False, False)
+    longest = choose_engine(compose("engine.device=cpu", "engine.fast=false", "run.dataset.padding=longest"))
+    assert (longest.pad_to, longest.group_by_length, longest.fused) == (None, False, False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"^engine\.device = cuda: .*; use engine\.device=cpu or auto$"):
         choose_engine(compose("engine.device=cuda"))

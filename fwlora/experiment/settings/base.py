@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, get_args
+from typing import Annotated, Any, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -13,6 +13,27 @@ class SettingsNode(BaseModel):
     """A mapping in a run file: no unknown keys, no conversion of types, values that do not change."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Self:
+        """Read recorded values without validation, so that runs of older programs can be read.
+
+        Args:
+            record: unknown keys are ignored; missing ones get their default, or None where there is none.
+
+        Raises:
+            AttributeError: a section that is not a mapping.
+        """
+        values: dict[str, Any] = {}
+        for name, field in cls.model_fields.items():
+            value = record.get(name)
+            section = _find_section(field.annotation)
+            if section is not None and (value is not None or field.is_required()):
+                value = section.from_record(value or {})
+            elif value is None and not field.is_required():
+                value = field.get_default(call_default_factory=True, validated_data={})
+            values[name] = value
+        return cls.model_construct(**values)
 
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -28,6 +49,11 @@ class Searchable:
     """
 
     name: str | None = None
+
+
+def _find_section(annotation: Any) -> type[SettingsNode] | None:
+    candidates = (annotation, *get_args(annotation))
+    return next((each for each in candidates if isinstance(each, type) and issubclass(each, SettingsNode)), None)
 
 
 def find_searchable(node: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[tuple[str, tuple[str, ...]]]:

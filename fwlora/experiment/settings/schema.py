@@ -20,7 +20,15 @@ RESERVED_RUN_IDS = {".", "..", "comparison"}
 
 
 class LoraSettings(SettingsNode):
-    """``model.lora``. ``alpha / rank`` is the scaling of every method's updates."""
+    """``model.lora``.
+
+    Attributes:
+        enabled: false trains the classification head alone.
+        rank: r, of every adapter where ranks are fixed, and part of the scaling.
+        alpha: the numerator of the scaling.
+        dropout: probability that an input of an adapter is dropped.
+        target_modules: roles (query, key, value, intermediate, output) or ends of module paths.
+    """
 
     enabled: bool
     rank: Annotated[int, Field(ge=1), Searchable("lora_rank")]
@@ -30,41 +38,85 @@ class LoraSettings(SettingsNode):
 
     @property
     def scaling(self) -> float:
+        """The factor s = alpha / rank of every method's updates s B A."""
         return self.alpha / self.rank
 
 
 class ModelSettings(SettingsNode):
-    """``model``. ``budget_mode`` says whether the parameter budget or ``lora.rank`` fixes the ranks."""
+    """``model``.
+
+    Attributes:
+        name: in tables and figures.
+        pretrained_id: a Hub id, a folder, or ``package:<module>/<folder>``.
+        revision: pins a Hub model to a commit.
+        parameter_budget_percent: adapter parameters, in per cent of the encoder's.
+        budget_mode: whether the budget or ``lora.rank`` fixes the ranks.
+        lora: of the adapters.
+    """
 
     name: str
     pretrained_id: str = Field(min_length=1)
-    revision: str | None
+    revision: str | None = None
     parameter_budget_percent: float = Field(gt=0, le=100)
-    budget_mode: Literal["budget", "rank"]
+    budget_mode: Literal["budget", "rank"] = "budget"
     lora: LoraSettings
+
+    @property
+    def ranks_are_fixed(self) -> bool:
+        """Whether every matrix gets ``lora.rank``, whatever the budget is."""
+        return self.budget_mode == "rank"
 
 
 class DatasetSettings(SettingsNode):
-    """``dataset``. ``train_examples`` limits training to a fixed random part, the same for every training seed."""
+    """``dataset``.
+
+    Attributes:
+        name: ``acceptability``, ``glue``, another Hub id, or a folder.
+        subset: a configuration of the data set, such as ``cola``.
+        revision: pins a Hub data set to a commit.
+        split: that is trained on.
+        eval_split: that is evaluated after every epoch.
+        max_length: tokens of an example, special ones included.
+        padding: ``max_length``: to that width where ``engine.fast`` is false; ``longest``: never.
+        truncation: whether longer examples are cut, or an error.
+        text_columns: one or two; None for GLUE's own, else the usual names.
+        label_column: of the classes or numbers.
+        train_examples: a fixed random part, the same for every training seed; None for all.
+        eval_examples: likewise.
+        subset_seed: of the draws of those parts.
+    """
 
     name: str = Field(min_length=1)
-    subset: str | None
-    revision: str | None
+    subset: str | None = None
+    revision: str | None = None
     split: str
     eval_split: str
     max_length: int = Field(ge=2)
     padding: Literal["max_length", "longest"]
     truncation: bool
-    text_columns: list[str] | None = Field(min_length=1, max_length=2)
-    label_column: str
-    train_examples: int | None = Field(ge=1)
-    eval_examples: int | None = Field(ge=1)
-    subset_seed: Seed
+    text_columns: list[str] | None = Field(default=None, min_length=1, max_length=2)
+    label_column: str = "label"
+    train_examples: int | None = Field(default=None, ge=1)
+    eval_examples: int | None = Field(default=None, ge=1)
+    subset_seed: Seed = 0
 
 
 class TrainingSettings(SettingsNode):
-    """``training``. ``warmup_ratio`` is the learning rate's warm-up, not the Fisher warm-up. ``lr_scheduler`` and its
-    options are transformers' own names.
+    """``training``.
+
+    Attributes:
+        epochs: passes over the training examples.
+        batch_size: examples per micro-batch, over all processes.
+        learning_rate: peak of the schedule.
+        weight_decay: of matrices; biases and normalization have none.
+        optimizer: a name of :mod:`fwlora.experiment.engine.optimizer`.
+        lr_scheduler: a name of ``transformers.optimization.get_scheduler``.
+        lr_scheduler_options: its own options.
+        warmup_ratio: share of the steps in which the learning rate rises; it is not the Fisher warm-up.
+        gradient_accumulation_steps: micro-batches per optimizer step.
+        max_gradient_norm: gradients are clipped to this L2 norm; None clips nothing.
+        mixed_precision: ``bf16`` where the device computes it fast, else float32 as with ``fp32``.
+        seed: of head, adapters, order of examples and dropout.
     """
 
     epochs: Annotated[int, Field(ge=1), Searchable()]
@@ -79,7 +131,7 @@ class TrainingSettings(SettingsNode):
     lr_scheduler_options: dict[str, int | float | str] = Field(default_factory=dict)
     warmup_ratio: Annotated[Fraction, Searchable()]
     gradient_accumulation_steps: int = Field(ge=1)
-    max_gradient_norm: float | None = Field(gt=0)
+    max_gradient_norm: float | None = Field(default=TrainingOptions.max_gradient_norm, gt=0)
     mixed_precision: Literal["bf16", "fp32"]
     seed: Seed
 
@@ -155,16 +207,27 @@ Distribution = Annotated[LogUniform | Uniform | IntRange | Categorical, Field(di
 
 
 class SearchSettings(SettingsNode):
-    """``optuna``. Trials see ``train_examples`` of the training split and are scored on a held-out part of it."""
+    """``optuna``.
+
+    Attributes:
+        n_trials: 0 for no search.
+        direction: of the objective, the task metric on the held-out part.
+        search_space: distributions by the names of searchable settings.
+        epochs: of every trial, unless they are searched.
+        train_examples: that a trial trains on, drawn from the training split without its held-out part; None for all.
+        heldout_fraction: of the training split, stratified by class.
+        heldout_seed: of its draw.
+        seed: of the sampler and of every trial's training.
+    """
 
     n_trials: int = Field(ge=0)
     direction: Literal["maximize", "minimize"]
     search_space: dict[str, Distribution]
-    epochs: int = Field(ge=1)
-    train_examples: int | None = Field(ge=1)
-    heldout_fraction: float = Field(gt=0, lt=1)
-    heldout_seed: Seed
-    seed: Seed
+    epochs: int = Field(default=1, ge=1)
+    train_examples: int | None = Field(default=8000, ge=1)
+    heldout_fraction: float = Field(default=0.1, gt=0, lt=1)
+    heldout_seed: Seed = 0
+    seed: Seed = 1_000_003
 
 
 class RunSettings(SettingsNode):
@@ -285,25 +348,37 @@ def _find_search_space_problems(run: RunSettings) -> list[str]:
 
 
 class EngineSettings(SettingsNode):
-    """``engine``. ``fast`` false does what the files literally say: every batch padded to ``max_length``, at random, by
-    the model's own forward pass. ``cuda_graphs`` replays passes on a GPU.
+    """``engine``.
+
+    Attributes:
+        fast: false does what run files literally say: every batch padded to ``max_length``, at random, by the model's
+            own forward pass.
+        cuda_graphs: on a GPU, capture the pass of every batch shape and replay it.
+        device: ``auto`` takes a GPU where there is one.
     """
 
-    fast: bool
-    cuda_graphs: bool
-    device: Literal["auto", "cpu", "cuda"]
+    fast: bool = True
+    cuda_graphs: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
 class ProgramSettings(SettingsNode):
     """All settings of one invocation.
 
+    Attributes:
+        run: what defines the run.
+        results_dir: where logs, adapters and the tracker's files go, under the run's id.
+        mode: ``trial``: one epoch of two batches, no record, no search; ``full``: everything.
+        engine: how to compute.
+        tracker: the name of what records the run.
+
     The node of the chosen tracker comes from the registry, see :func:`program_settings_class`.
     """
 
     run: RunSettings
-    results_dir: str
+    results_dir: str = ".research/results"
     mode: Literal["trial", "full"]
-    engine: EngineSettings
+    engine: EngineSettings = Field(default_factory=EngineSettings)
     # Not recorded: a record is found in its tracker alone.
     tracker: str = Field(default=DEFAULT_TRACKER, exclude=True)
 

@@ -13,12 +13,12 @@ from fwlora.experiment.evaluation.compare.settings import (
     flatten_settings,
     format_setting,
     list_distinct,
-    read_settings,
     shorten_setting,
 )
 from fwlora.experiment.evaluation.compare.variants import known_roles, label_role
 from fwlora.experiment.methods import Variant, register_method, unregister_method
 from fwlora.experiment.methods.lora import LoraSpec
+from fwlora.experiment.settings.schema import run_settings_class
 from tests.helpers.evaluation_records import change, make_record
 
 
@@ -56,11 +56,11 @@ def test_a_registered_method_brings_its_label_and_role():
 
 def test_settings_are_read_without_validation():
     node = {"method": "m", "unknown": 1, "fw_lora": {"importance": "other"}, "optuna": {"n_trials": 3}}
-    run = read_settings(node)
+    run = run_settings_class().from_record(node)
     assert (run.method, run.optuna.n_trials, run.fw_lora.importance, run.adalora) == ("m", 3, "other", None)
     assert (run.model.lora.rank, run.optuna.search_space, run.fw_lora.allocation) == (None, None, "shrink")
     with pytest.raises(AttributeError):
-        read_settings({"model": ["roberta"]})
+        run_settings_class().from_record({"model": ["roberta"]})
 
 
 def test_settings_are_compared_as_values_and_shown_as_json():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shlex
 import shutil
+from typing import get_args
 
 import pytest
 from omegaconf import OmegaConf
@@ -17,7 +18,7 @@ from fwlora.experiment.settings.hydra_arguments import (
     restore_command,
 )
 from fwlora.experiment.settings.resolve import TRIAL_BATCHES, check_schedules
-from fwlora.experiment.settings.schema import TrainingSettings
+from fwlora.experiment.settings.schema import TrainingSettings, program_settings_class
 from tests.helpers.paths import CONFIG_DIR
 
 PROPOSED = "proposed-roberta-base-110M--SST-2-GLUE"
@@ -113,6 +114,42 @@ def test_yaml_files_of_studies_and_the_base_are_readable():
 def test_base_configuration_states_the_specified_wandb_target():
     wandb = OmegaConf.load(CONFIG_DIR / "config.yaml").wandb
     assert (wandb.entity, wandb.project, wandb.mode) == ("gengaru617-personal", "251106-test", "online")
+
+
+def list_fields(model, path: str = ""):
+    """Yield (dotted key, field) of a class and of the classes in it."""
+    for name, field in model.model_fields.items():
+        inner = [each for each in (field.annotation, *get_args(field.annotation)) if hasattr(each, "model_fields")]
+        if inner:
+            yield from list_fields(inner[0], f"{path}{name}.")
+        else:
+            yield f"{path}{name}", field
+
+
+def list_values(node, path: str = ""):
+    for key, value in node.items():
+        if isinstance(value, dict) and value:
+            yield from list_values(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value
+
+
+def test_the_base_configuration_states_the_defaults_of_the_classes():
+    """Every value of config.yaml is its class's default, and it leaves out no default of a section that it has."""
+    node = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / "config.yaml"), resolve=False)
+    stated = dict(list_values({key: value for key, value in node.items() if key not in ("defaults", "hydra")}))
+    fields = dict(list_fields(program_settings_class()))
+    chosen = {"mode", "wandb.entity", "wandb.project"}  # what every user has to choose
+    assert {key for key in stated if fields[key].is_required()} == chosen
+    defaults = {key: field.get_default(call_default_factory=True) for key, field in fields.items()}
+    assert {key: value for key, value in stated.items() if key not in chosen} == {
+        key: defaults[key] for key in stated if key not in chosen
+    }
+    sections = {key.rpartition(".")[0] for key in stated}
+    left_out = {
+        key for key, field in fields.items() if key.rpartition(".")[0] in sections and not field.is_required()
+    } - set(stated)
+    assert left_out == set()
 
 
 def test_command_line_wins_over_file_and_file_over_defaults():

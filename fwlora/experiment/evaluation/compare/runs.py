@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from fwlora.experiment.errors import UserError
-from fwlora.experiment.evaluation.compare.settings import flatten_settings, list_distinct, read_settings
+from fwlora.experiment.evaluation.compare.settings import flatten_settings, list_distinct
 from fwlora.experiment.evaluation.compare.variants import find_variant
 from fwlora.experiment.methods import Variant
-from fwlora.experiment.settings.schema import RunSettings, searchable_paths
+from fwlora.experiment.settings.schema import RunSettings, run_settings_class, searchable_paths
 from fwlora.experiment.tracking import metrics, task_metrics
 from fwlora.experiment.tracking.facts import RunFacts
 from fwlora.experiment.tracking.records import RunRecord, unpack_values
@@ -122,7 +122,7 @@ class EvaluatedRun:
     @property
     def run(self) -> RunSettings:
         """Its settings; read anew each time, as the class depends on the methods of this process."""
-        return read_settings(self.record.config["run"])
+        return run_settings_class().from_record(self.record.config["run"])
 
     @property
     def has_classes(self) -> bool:
@@ -235,7 +235,7 @@ def _find_prediction_problems(record: RunRecord, predicts: task_metrics.Predicte
 
 def _read_run(record: RunRecord) -> EvaluatedRun:
     node, summary = record.config["run"], record.summary
-    run, facts, recorded = read_settings(node), _read_facts(record), flatten_settings(node)
+    run, facts, recorded = run_settings_class().from_record(node), _read_facts(record), flatten_settings(node)
     task_values = {
         metrics.eval_name(name): metrics.final_name(metrics.eval_name(name)) for name in task_metrics.TASK_METRICS
     }
@@ -259,7 +259,7 @@ def _read_run(record: RunRecord) -> EvaluatedRun:
 
 def _find_cell(run: RunSettings) -> CellKey:
     model, dataset = run.model, run.dataset
-    if model.budget_mode == "rank" or model.parameter_budget_percent is None:
+    if model.ranks_are_fixed or model.parameter_budget_percent is None:
         budget = Budget(rank=model.lora.rank, searched="lora_rank" in _searched_names(run))
     else:
         budget = Budget(percent=float(f"{float(model.parameter_budget_percent):g}"))
@@ -281,7 +281,7 @@ def _searched_names(run: RunSettings) -> set[str]:
 def _comparable_settings(run: RunSettings, recorded: Mapping[str, Any]) -> dict[str, Any]:
     # What a search found is a result of the run, not a setting: it may differ between seeds of one group.
     names = _searched_names(run)
-    if run.model.budget_mode != "rank":
+    if not run.model.ranks_are_fixed:
         names.discard("lora_rank")
     searched = {".".join(path) for name, path in searchable_paths().items() if name in names}
     return {key: value for key, value in sorted(recorded.items()) if key not in _IDENTITY and key not in searched}

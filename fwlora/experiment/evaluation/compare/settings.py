@@ -5,45 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar, cast, get_args
+from typing import Any, TypeVar
 
-from pydantic import BaseModel
-
-from fwlora.experiment.settings.schema import RunSettings, run_settings_class
 from fwlora.experiment.tracking.records import canonicalise
 
 _MAX_LABEL_LENGTH = 24  # characters
 Value = TypeVar("Value")
-
-
-def read_settings(node: Mapping[str, Any]) -> RunSettings:
-    """Build settings from a recorded run node without validation, so that runs of older programs can be read.
-
-    Args:
-        node: ``config["run"]``; unknown keys are ignored, missing ones keep their default or are None.
-
-    Raises:
-        AttributeError: a section that is not a mapping.
-    """
-    return cast(RunSettings, _construct(run_settings_class(), node))
-
-
-def _construct(model: type[BaseModel], node: Mapping[str, Any]) -> BaseModel:
-    values: dict[str, Any] = {}
-    for name, field in model.model_fields.items():
-        value = node.get(field.alias or name)
-        section = _find_section(field.annotation)
-        if section is not None and (value is not None or field.is_required()):
-            value = _construct(section, value or {})
-        elif value is None and not field.is_required():
-            value = field.get_default(call_default_factory=True, validated_data={})
-        values[name] = value
-    return model.model_construct(**values)
-
-
-def _find_section(annotation: Any) -> type[BaseModel] | None:
-    candidates = (annotation, *get_args(annotation))
-    return next((each for each in candidates if isinstance(each, type) and issubclass(each, BaseModel)), None)
 
 
 def flatten_settings(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
