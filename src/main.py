@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from fwlora.experiment.errors import UserError, user_errors_exit
+from fwlora.experiment.errors import UserError
 from fwlora.experiment.paths import CONFIG_DIR
-from fwlora.experiment.settings.hydra_arguments import enter_program, settings_of
+from fwlora.experiment.settings.hydra_arguments import Invocation, enter_program, run_task
 
 INTERRUPT_PATIENCE_S = 10.0
 
 
-def launch_training(arguments: Sequence[str], log_path: Path) -> int:
-    """Runs ``src.train``, its output on this stdout and appended to the log; returns its exit code.
+def launch_training(invocation: Invocation, log_path: Path, environment: Mapping[str, str]) -> int:
+    """Run ``src.train``, its output on this stdout and appended to the log; return its exit code.
 
     A request to stop is handed to the child, which then ends by itself.
+
+    Args:
+        invocation: what the child is to do.
+        log_path: of the log.
+        environment: variables of this process by name.
 
     Raises:
         UserError: the log cannot be written.
     """
-    command = [sys.executable, "-u", "-m", "src.train", *arguments]
+    command = [sys.executable, "-u", "-m", "src.train", *invocation.overrides]
     try:
         log_path.parent.mkdir(parents=True, exist_ok=True)
         log = log_path.open("a", encoding="utf-8")
@@ -41,7 +46,12 @@ def launch_training(arguments: Sequence[str], log_path: Path) -> int:
         log.write(f"# {datetime.now(UTC).isoformat(timespec='seconds')} {' '.join(command)}\n")
         log.flush()
         with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env={**environment, **invocation.hand_over()},
         ) as child:
             interrupted = threading.Timer(INTERRUPT_PATIENCE_S, child.send_signal, [signal.SIGINT])
             handlers = {
@@ -64,19 +74,22 @@ def launch_training(arguments: Sequence[str], log_path: Path) -> int:
     return child.returncode
 
 
-@hydra.main(config_path="../config", config_name="config", version_base="1.3")
-def main(composed: DictConfig) -> None:
-    """Hydra's task. Hydra discards return values, so the child's exit code leaves through ``sys.exit``."""
-    overrides = list(HydraConfig.get().overrides.task)
-    with user_errors_exit():
-        settings = settings_of(composed, overrides, CONFIG_DIR)
-        log_path = Path(settings.results_dir) / settings.run.run_id / f"{settings.mode}.log"
-        exit_code = launch_training(overrides, log_path)
+def run(invocation: Invocation) -> None:
+    """Launch the training that was asked for, and end as it ends."""
+    settings = invocation.settings
+    log_path = Path(settings.results_dir) / settings.run.run_id / f"{settings.mode}.log"
+    exit_code = launch_training(invocation, log_path, os.environ)
     # A child killed by signal n is reported by subprocess as -n, by shells as 128 + n.
     exit_code = 128 - exit_code if exit_code < 0 else exit_code
     if exit_code:
-        sys.exit(exit_code)
+        sys.exit(exit_code)  # Hydra discards what its task returns
+
+
+@hydra.main(config_path="../config", config_name="config", version_base="1.3")
+def main(composed: DictConfig) -> None:
+    """Hydra's task."""
+    run_task(composed, run, CONFIG_DIR)
 
 
 if __name__ == "__main__":
-    enter_program("src.main", main, CONFIG_DIR)
+    enter_program("src.main", main, run, CONFIG_DIR)

@@ -7,7 +7,7 @@
 4. Record: every step and every epoch go to the tracker as they come, final values and predictions at the end. A full
    run saves its adapter.
 
-``src.main`` starts this program as a subprocess; it takes the same arguments.
+``src.main`` starts this program as a subprocess and hands its settings over; alone it takes the same arguments.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from fwlora.config import RankPlan
@@ -26,7 +25,6 @@ from fwlora.experiment.engine.distributed import is_main_process, leave_process_
 from fwlora.experiment.engine.loop import train
 from fwlora.experiment.engine.meters import DivergedError
 from fwlora.experiment.engine.progress import ProgressPrinter
-from fwlora.experiment.errors import user_errors_exit
 from fwlora.experiment.modeling.build import AdaptedModel, check_max_length, load_tokenizer
 from fwlora.experiment.paths import CONFIG_DIR, REPOSITORY
 from fwlora.experiment.run import (
@@ -42,7 +40,7 @@ from fwlora.experiment.run import (
     summarize_run,
 )
 from fwlora.experiment.search import InfeasibleTrial, SearchResult, search, trial_settings
-from fwlora.experiment.settings.hydra_arguments import enter_program, restore_command, settings_of
+from fwlora.experiment.settings.hydra_arguments import Invocation, enter_program, run_task
 from fwlora.experiment.settings.resolve import check_schedules, fit_trial_to_data
 from fwlora.experiment.settings.schema import ProgramSettings, RunSettings
 from fwlora.experiment.tracking import NullTracker, Tracker, metrics, open_tracker
@@ -200,15 +198,18 @@ def train_and_record(
     log_outcome(summary)
 
 
+def run(invocation: Invocation) -> None:
+    """Carry out the training that was asked for."""
+    print_log_lines()
+    run_training(invocation.settings, invocation.command)
+    leave_process_group()
+
+
 @hydra.main(config_path="../config", config_name="config", version_base="1.3")
 def main(composed: DictConfig) -> None:
-    """Run Hydra's task; user mistakes end in one message and exit code 2."""
-    print_log_lines()
-    with user_errors_exit():
-        overrides = list(HydraConfig.get().overrides.task)
-        run_training(settings_of(composed, overrides, CONFIG_DIR), restore_command("src.main", overrides))
-        leave_process_group()
+    """Hydra's task."""
+    run_task(composed, run, CONFIG_DIR)
 
 
 if __name__ == "__main__":
-    enter_program("src.train", main, CONFIG_DIR)
+    enter_program("src.train", main, run, CONFIG_DIR)

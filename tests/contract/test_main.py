@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -47,15 +48,18 @@ def test_trial_runs_train_keeps_its_log_and_writes_nothing_else(tiny, tmp_path):
 
 
 def test_full_offline_run_then_evaluation(tiny, tmp_path):
-    run_ids = []
+    run_ids: list[str] = []
+    typed: dict[str, str] = {}
     for run_id, more in ((LORA, []), (PROPOSED, ["run.fw_lora.warmup_steps=4"])):
         for seed in (1, 2):
-            done = python(
+            command = [
                 "src.main", f"run={run_id}", f"results_dir={tmp_path}", "mode=full", f"run.training.seed={seed}",
                 "run.optuna.n_trials=0", "run.training.epochs=1", "wandb.mode=offline", *more, *tiny,
-            )  # fmt: skip
+            ]  # fmt: skip
+            done = python(*command)
             assert done.returncode == 0, done.stdout + done.stderr
             run_ids.append(f"{run_id}-s{seed}")
+            typed[run_ids[-1]] = shlex.join(["python", "-u", "-m", *command])
     before = {path.relative_to(tmp_path).parts[1] for path in tmp_path.rglob("*") if path.is_file()}
     assert before == {"full.log", "wandb", "checkpoint"}
     assert not list(tmp_path.rglob("*.pdf")) + list(tmp_path.rglob("metrics.json")), "training evaluates nothing"
@@ -69,6 +73,7 @@ def test_full_offline_run_then_evaluation(tiny, tmp_path):
     assert aggregated["primary_metric"] == "eval_matthews_correlation"
     for run_id in run_ids:
         metrics = json.loads((tmp_path / run_id / "metrics.json").read_text())
+        assert metrics["resolved"]["command"] == typed[run_id]
         recorded = aggregated["metrics"]["eval_matthews_correlation"][run_id]
         assert recorded == metrics["summary"]["final_eval_matthews_correlation"]
     (cell,) = json.loads((tmp_path / "comparison" / "statistics.json").read_text())["cells"]

@@ -4,20 +4,26 @@
 the group is named ``runs``, and a node cannot be selected and overridden under one name. Before Hydra sees the
 arguments, ``run=X`` becomes ``runs@run=X`` and every other value becomes a forced override, so that one validator can
 report all unknown keys at once.
+
+A process composes once. ``src.main`` hands its settings to the ``src.train`` that it starts, see :class:`Invocation`.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -25,9 +31,10 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from fwlora.experiment.errors import UserError, user_errors_exit
+from fwlora.experiment.files import load_yaml
 from fwlora.experiment.plugins import load_plugins
 from fwlora.experiment.settings.resolve import resolve_settings
-from fwlora.experiment.settings.schema import ProgramSettings
+from fwlora.experiment.settings.schema import ProgramSettings, program_settings_class
 from fwlora.experiment.tracking import environment_defaults, text_keys
 
 MODES = ("trial", "full")
@@ -45,22 +52,63 @@ usage: python -u -m {program} run=<run_id> results_dir=<dir> mode=trial|full [ru
 
 known run ids:
 {run_ids}"""
+# Carries an invocation from src.main to the src.train that it starts.
+HANDED_VARIABLE = "FWLORA_INVOCATION"
+_COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, OSError, ValueError, RecursionError)
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """What a program was asked to do.
+
+    Attributes:
+        settings: validated; those of a trial are limited already.
+        overrides: the arguments for Hydra that the settings were composed from.
+        command: as a user typed it into a shell.
+    """
+
+    settings: ProgramSettings
+    overrides: tuple[str, ...]
+    command: str
+
+    def hand_over(self) -> dict[str, str]:
+        """Return the environment variable from which a child with these overrides takes this invocation."""
+        content = {
+            "overrides": self.overrides,
+            "command": self.command,
+            "tracker": self.settings.tracker,
+            "settings": self.settings.model_dump(mode="json"),
+        }
+        return {HANDED_VARIABLE: json.dumps(content)}
+
+    @classmethod
+    def take_over(cls, overrides: Sequence[str], handed: str | None) -> Invocation | None:
+        """Return the invocation that a parent handed over; None where there is none, or one of other overrides.
+
+        Args:
+            overrides: the program's own arguments.
+            handed: value of the environment variable.
+        """
+        content = json.loads(handed) if handed else {}
+        if content.get("overrides") != list(overrides):
+            return None
+        settings_class = program_settings_class(content["tracker"])
+        settings = settings_class.model_validate({**content["settings"], "tracker": content["tracker"]})
+        return cls(settings, tuple(overrides), content["command"])
 
 
 def known_run_ids(config_dir: Path) -> list[str]:
-    """Names of the files in ``config/runs``."""
+    """Return the names of the files in ``config/runs``."""
     return sorted(path.name.removesuffix(".yaml") for path in (config_dir / "runs").glob("*.yaml"))
 
 
 def usage(program: str, config_dir: Path) -> str:
-    """The help text."""
+    """Return the help text."""
     return USAGE.format(program=program, run_ids="\n".join(f"  {run_id}" for run_id in known_run_ids(config_dir)))
 
 
 def prepare_arguments(argv: Sequence[str], config_dir: Path, environment: Mapping[str, str]) -> list[str]:
-    """Arguments for Hydra.
-
-    Idempotent, so that a parent can hand prepared arguments to its child.
+    """Return arguments for Hydra; prepared ones stay as they are.
 
     Args:
         argv: arguments after the program's name.
@@ -70,13 +118,172 @@ def prepare_arguments(argv: Sequence[str], config_dir: Path, environment: Mappin
     Raises:
         UserError: missing or unknown run, missing or unknown mode, malformed arguments: all of them at once.
     """
-    problems: list[str] = []
     flags = [argument for argument in argv if argument.startswith("-")]
+    values, passed_on, problems = _split_arguments([argument for argument in argv if argument not in flags])
+    multirun = _is_multirun(flags)
+    selected, values, found = _select_runs(values, config_dir, multirun)
+    problems += found
+    mode = values.get("mode", "").strip("'\"")
+    if mode not in MODES:
+        problems.append(f"mode is {mode or 'missing'}; give mode=trial or mode=full")
+    for key, variable in environment_defaults().items():
+        if environment.get(variable):
+            values.setdefault(key, environment[variable])
+    overrides = {key: _as_override(key, value, multirun) for key, value in values.items()}
+    problems += [
+        f"{key}={values[key]}: not a value that Hydra can read; quote it"
+        for key, override in overrides.items()
+        if not _parses(override)
+    ]
+    if problems:
+        raise UserError.collect("command line", problems)
+    return [*flags, *passed_on, *selected, *overrides.values()]
+
+
+def enter_program(
+    program: str, hydra_main: Callable[[], None], run: Callable[[Invocation], None], config_dir: Path
+) -> None:
+    """Run a program on the contract's command line, or on what its parent handed over.
+
+    Everything that the arguments and the run file can get wrong ends in one message and exit code 2.
+
+    Args:
+        program: its name after ``python -m``.
+        hydra_main: decorated by ``hydra.main``; calls :func:`run_task`.
+        run: does what the invocation asks for.
+        config_dir: the folder that holds ``config.yaml`` and ``runs/``.
+    """
+    arguments = sys.argv[1:]
+    if {"-h", "--help"} & set(arguments):
+        print(usage(program, config_dir))
+        return
+    with user_errors_exit():
+        load_plugins()
+        handed = Invocation.take_over(arguments, os.environ.pop(HANDED_VARIABLE, None))
+        if handed is not None:
+            run(handed)
+            return
+        sys.argv[1:] = prepare_arguments(arguments, config_dir, os.environ)
+        try:
+            with _composition_errors_name_the_file(sys.argv[1:]):
+                hydra_main()
+        except TaskError as failed:
+            raise failed.error from None
+
+
+class TaskError(Exception):
+    """Carries an error of a task through Hydra, apart from those of the composition.
+
+    Attributes:
+        error: of the task.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def run_task(composed: DictConfig, run: Callable[[Invocation], None], config_dir: Path) -> None:
+    """Do what a task of Hydra asks for; a user's mistake ends the process with one message and exit code 2.
+
+    Args:
+        composed: the configuration that Hydra hands to its task.
+        run: does it.
+        config_dir: the folder that holds ``config.yaml`` and ``runs/``.
+
+    Raises:
+        TaskError: ``run`` failed.
+    """
+    overrides = tuple(HydraConfig.get().overrides.task)
+    # What the interpreter was started with, whatever was done to sys.argv.
+    command = shlex.join(["python", *sys.orig_argv[1:]])
+    with user_errors_exit():
+        invocation = Invocation(resolve_composed(composed, overrides, config_dir), overrides, command)
+        try:
+            run(invocation)
+        except UserError:
+            raise
+        except Exception as error:
+            raise TaskError(error) from error
+
+
+def resolve_composed(composed: DictConfig, overrides: Sequence[str], config_dir: Path) -> ProgramSettings:
+    """Return validated settings from what Hydra composed.
+
+    Args:
+        composed: Hydra's configuration.
+        overrides: the prepared arguments it was composed from; they name the run file.
+        config_dir: the folder that holds ``config.yaml`` and ``runs/``.
+
+    Raises:
+        UserError: see :func:`fwlora.experiment.settings.resolve.resolve_settings`.
+    """
+    file_id = _find_file_id(overrides)
+    try:
+        run_file = OmegaConf.to_container(load_yaml(config_dir / "runs" / f"{file_id}.yaml"))
+        plain: Any = OmegaConf.to_container(composed, resolve=True)
+    except (OmegaConfBaseException, ValueError) as error:
+        raise UserError(f"config/runs/{file_id}.yaml: {str(error).splitlines()[0]}") from None
+    assert isinstance(run_file, dict), "load_yaml gives mappings"
+    if run_file.get("run_id") != file_id:
+        raise UserError(
+            f"config/runs/{file_id}.yaml: run_id is {run_file.get('run_id')!r}; it must be the file's name, {file_id!r}"
+        )
+    training = run_file.get("training")
+    file_seed = training.get("seed") if isinstance(training, dict) else None
+    return resolve_settings(plain, file_id=file_id, file_seed=file_seed)
+
+
+def compose_settings(argv: Sequence[str], config_dir: Path, environment: Mapping[str, str]) -> ProgramSettings:
+    """Return the settings of a command line without running it: what ``python -m src.main`` would use.
+
+    Raises:
+        UserError: anything wrong with the arguments or the run file.
+    """
+    overrides = prepare_arguments(argv, config_dir, environment)
+    with initialize_config_dir(str(config_dir.resolve()), version_base="1.3"):
+        with _composition_errors_name_the_file(overrides):
+            composed = compose("config", overrides)
+        return resolve_composed(composed, overrides, config_dir)
+
+
+@contextmanager
+def _composition_errors_name_the_file(overrides: Sequence[str]) -> Iterator[None]:
+    """Turn errors of Hydra's composition into one message.
+
+    Raises:
+        UserError: Hydra cannot compose the run file and the overrides.
+    """
+    # Otherwise hydra.main prints a message of its own and ends the process with exit code 1.
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    except UserError:
+        raise
+    except _COMPOSITION_ERRORS as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"config/runs/{_find_file_id(overrides)}.yaml cannot be composed: {reason}") from None
+    finally:
+        if before is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = before
+
+
+def _find_file_id(overrides: Sequence[str]) -> str:
+    return next(item.partition("=")[2] for item in overrides if item.startswith("runs@run="))
+
+
+def _is_multirun(arguments: Sequence[str]) -> bool:
+    return not {"-m", "--multirun"}.isdisjoint(arguments)
+
+
+def _split_arguments(arguments: Sequence[str]) -> tuple[dict[str, str], list[str], list[str]]:
+    """Return values by key, arguments that are Hydra's own, and what is wrong with the others."""
     values: dict[str, str] = {}
-    passed_on: list[str] = []
-    for argument in argv:
-        if argument.startswith("-"):
-            continue
+    passed_on, problems = [], []
+    for argument in arguments:
         key, separator, value = argument.partition("=")
         name = key.lstrip("+~")
         if name.startswith("hydra") or key.startswith("~"):
@@ -88,116 +295,24 @@ def prepare_arguments(argv: Sequence[str], config_dir: Path, environment: Mappin
             if values.get(name, value) != value:
                 problems.append(f"{name} is given twice: {values[name]!r} and {value!r}")
             values[name] = value
-    multirun = any(flag in ("-m", "--multirun") for flag in flags)
-    selected = _select_runs(values.pop("run", None), values, config_dir, multirun, problems)
-    mode = values.get("mode", "").strip("'\"")
-    if mode not in MODES:
-        problems.append(f"mode is {mode or 'missing'}; give mode=trial or mode=full")
-    for key, variable in environment_defaults().items():
-        if environment.get(variable):
-            values.setdefault(key, environment[variable])
-    overrides = selected + [_as_override(key, value, multirun, problems) for key, value in values.items()]
-    if problems:
-        raise UserError.collect("command line", problems)
-    return [*flags, *passed_on, *overrides]
-
-
-def enter_program(program: str, hydra_main: Callable[[], None], config_dir: Path) -> None:
-    """Runs a Hydra program on the contract's command line.
-
-    Everything that the arguments and the run file can get wrong is found before Hydra starts, whose own messages would
-    end with exit code 1.
-    """
-    arguments = sys.argv[1:]
-    if {"-h", "--help"} & set(arguments):
-        print(usage(program, config_dir))
-        return
-    with user_errors_exit():
-        load_plugins()
-        prepared = prepare_arguments(arguments, config_dir, os.environ)
-        if not {"-m", "--multirun"} & set(prepared):
-            compose_settings(prepared, config_dir, os.environ)
-    sys.argv[1:] = prepared
-    hydra_main()
-
-
-def settings_of(composed: DictConfig, overrides: Sequence[str], config_dir: Path) -> ProgramSettings:
-    """Validated settings from what Hydra composed.
-
-    Args:
-        composed: Hydra's configuration.
-        overrides: the prepared arguments it was composed from; they name the run file.
-        config_dir: the folder that holds ``config.yaml`` and ``runs/``.
-
-    Raises:
-        UserError: see :func:`fwlora.experiment.settings.resolve.resolve_settings`.
-    """
-    file_id = _file_id(overrides)
-    try:
-        plain: Any = OmegaConf.to_container(composed, resolve=True)
-        run_file: Any = OmegaConf.to_container(OmegaConf.load(config_dir / "runs" / f"{file_id}.yaml"))
-        defaults: Any = OmegaConf.to_container(OmegaConf.load(config_dir / "config.yaml"))
-    except (OmegaConfBaseException, OSError, ValueError) as error:
-        raise UserError(f"config/runs/{file_id}.yaml: {str(error).splitlines()[0]}") from None
-    if not isinstance(run_file, dict):
-        raise UserError(f"config/runs/{file_id}.yaml: holds {run_file!r}, not a mapping of settings")
-    if run_file.get("run_id") != file_id:
-        raise UserError(
-            f"config/runs/{file_id}.yaml: run_id is {run_file.get('run_id')!r}; it must be the file's name, {file_id!r}"
-        )
-    training = run_file.get("training")
-    file_seed = training.get("seed") if isinstance(training, dict) else None
-    return resolve_settings(plain, file_id=file_id, file_seed=file_seed, defaults=defaults)
-
-
-def compose_settings(argv: Sequence[str], config_dir: Path, environment: Mapping[str, str]) -> ProgramSettings:
-    """Settings of a command line without running it: what ``python -m src.main`` would use.
-
-    Raises:
-        UserError: anything wrong with the arguments or the run file.
-    """
-    overrides = prepare_arguments(argv, config_dir, environment)
-    with initialize_config_dir(str(config_dir.resolve()), version_base="1.3"):
-        try:
-            composed = compose("config", overrides)
-        except (HydraException, OmegaConfBaseException, YAMLError, OSError, ValueError, RecursionError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"config/runs/{_file_id(overrides)}.yaml cannot be composed: {reason}") from None
-        return settings_of(composed, overrides, config_dir)
-
-
-def restore_command(program: str, overrides: Sequence[str]) -> str:
-    """The command line that :func:`prepare_arguments` made ``overrides`` from, as a user would type it into a shell."""
-    values = dict(item.partition("=")[::2] for item in overrides)
-    file_id, seed = values.get("runs@run", ""), values.get("++run.training.seed")
-    by_seed = f"{file_id}-s{seed}"
-    named_by_seed = values.get("++run.run_id", "").strip("'\"") == by_seed
-    typed = []
-    for name, value in values.items():
-        if name == "runs@run":
-            typed.append(f"run={by_seed if named_by_seed else file_id}")
-        elif not (named_by_seed and name in ("++run.run_id", "++run.training.seed")):
-            key = name.removeprefix("++")
-            bare = value[1:-1] if value[:1] == value[-1:] == "'" else value
-            keeps = name.startswith("++") and _as_override(key, bare, False, []) == f"{name}={value}"
-            typed.append(f"{key}={bare if keeps else value}" if value else name)
-    return shlex.join(["python", "-u", "-m", program, *typed])
-
-
-def _file_id(overrides: Sequence[str]) -> str:
-    return next(item.partition("=")[2] for item in overrides if item.startswith("runs@run="))
+    return values, passed_on, problems
 
 
 def _select_runs(
-    run: str | None, values: dict[str, str], config_dir: Path, multirun: bool, problems: list[str]
-) -> list[str]:
+    values: Mapping[str, str], config_dir: Path, multirun: bool
+) -> tuple[list[str], dict[str, str], list[str]]:
+    """Return Hydra's selection of the run files, the other values with what a run id says of them, and problems."""
+    values = dict(values)
+    run = values.pop("run", None)
     if not run:
-        problems.append(f"run is missing; give run=<run_id>, one of: {', '.join(known_run_ids(config_dir))}")
-        return []
-    run_ids = run.split(",") if multirun else [run]
-    files = []
-    for run_id in run_ids:
-        file_id, seed = split_run_id(run_id, config_dir, problems)
+        return [], values, [f"run is missing; give run=<run_id>, one of: {', '.join(known_run_ids(config_dir))}"]
+    files, problems = [], []
+    for run_id in run.split(",") if multirun else [run]:
+        try:
+            file_id, seed = split_run_id(run_id, config_dir)
+        except UserError as error:
+            problems.append(str(error))
+            continue
         files.append(file_id)
         if seed is None:
             continue
@@ -210,40 +325,38 @@ def _select_runs(
         else:
             values["run.training.seed"] = str(seed)
             values["run.run_id"] = run_id
-    return [f"runs@run={','.join(files)}"]
+    return [f"runs@run={','.join(files)}"], values, problems
 
 
-def split_run_id(run_id: str, config_dir: Path, problems: list[str]) -> tuple[str, int | None]:
-    """(file, seed) that a run id names; ``<file>-s<N>`` is the file with seed N. Adds to ``problems`` what is wrong."""
+def split_run_id(run_id: str, config_dir: Path) -> tuple[str, int | None]:
+    """Return the file and the seed that a run id names; ``<file>-s<N>`` is the file with seed N.
+
+    Raises:
+        UserError: no file has the name, or it cannot be a run id.
+    """
     known = known_run_ids(config_dir)
     if run_id in known:
         if not _parses(f"runs@run={run_id}") or run_id.isdigit() or run_id.lower() in ("true", "false", "null"):
-            problems.append(f"run={run_id}: rename the file; run ids take letters, digits, '.', '_' and '-'")
+            raise UserError(f"run={run_id}: rename the file; run ids take letters, digits, '.', '_' and '-'")
         return run_id, None
     with_seed = re.fullmatch(r"(.+)-s(0|[1-9][0-9]*)", run_id)
     if with_seed and with_seed.group(1) in known:
         return with_seed.group(1), int(with_seed.group(2))
     if re.search(r"[/\\]", run_id) or run_id in (".", ".."):
-        problems.append(f"run={run_id}: a run id names a file of config/runs and holds no path separator")
-        return run_id, None
+        raise UserError(f"run={run_id}: a run id names a file of config/runs and holds no path separator")
     near = difflib.get_close_matches(run_id, known, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
-    problems.append(f"run={run_id}: unknown run id; {hint}known: {', '.join(known) or 'none'}")
-    return run_id, None
+    raise UserError(f"run={run_id}: unknown run id; {hint}known: {', '.join(known) or 'none'}")
 
 
-def _as_override(key: str, value: str, multirun: bool, problems: list[str]) -> str:
+def _as_override(key: str, value: str, multirun: bool) -> str:
+    """Return a forced override, its value quoted where it is text, or where Hydra cannot read it otherwise."""
     quoted = len(value) >= 2 and value[0] == value[-1] and value[0] in "'\""
     cleared = value == "null" and key.endswith("revision")
     if (key in TEXT_KEYS or key in text_keys()) and not quoted and not cleared and not (multirun and "," in value):
         value = _quote(value)
     override = f"++{key}={value}"
-    if _parses(override):
-        return override
-    override = f"++{key}={_quote(value)}"
-    if not _parses(override):
-        problems.append(f"{key}={value}: not a value that Hydra can read; quote it")
-    return override
+    return override if _parses(override) else f"++{key}={_quote(value)}"
 
 
 def _quote(value: str) -> str:

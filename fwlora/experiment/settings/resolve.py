@@ -15,9 +15,7 @@ from fwlora.experiment.tracking import DEFAULT_TRACKER, known_trackers
 TRIAL_BATCHES = 2
 
 
-def resolve_settings(
-    composed: Mapping[str, Any], *, file_id: str, file_seed: int | None, defaults: Mapping[str, Any]
-) -> ProgramSettings:
+def resolve_settings(composed: Mapping[str, Any], *, file_id: str, file_seed: int | None) -> ProgramSettings:
     """Validate the composed configuration and apply what follows from it.
 
     A seed other than the file's is added to the run id, so that two seeds never share a folder or a W&B run; nodes of
@@ -27,7 +25,6 @@ def resolve_settings(
         composed: the configuration as plain containers.
         file_id: which run file was selected.
         file_seed: the seed that the file itself states.
-        defaults: the content of ``config.yaml``.
 
     Raises:
         UserError: every unknown key, wrong type and refused value, each with its key path.
@@ -36,7 +33,7 @@ def resolve_settings(
     run = composed.get("run")
     if not isinstance(run, Mapping):
         raise UserError(f"config/runs/{file_id}.yaml: holds {run!r}, not a mapping of settings")
-    run, problems = _drop_foreign_nodes(run, defaults["run"])
+    run, problems = _drop_foreign_nodes(run)
     if isinstance(run.get("optuna"), Mapping):
         run["optuna"] = _normalize_search_space(run["optuna"])
     training = run.get("training")
@@ -45,7 +42,7 @@ def resolve_settings(
     if isinstance(run_id, str) and seed is not None and seed != file_seed and not run_id.endswith(f"-s{seed}"):
         run["run_id"] = f"{run_id}-s{seed}"
     # Pipelines may pass `results_dir=` with nothing behind it; that means the default.
-    composed["results_dir"] = composed.get("results_dir") or defaults["results_dir"]
+    composed["results_dir"] = composed.get("results_dir") or ProgramSettings.model_fields["results_dir"].default
     tracker = composed["tracker"] = str(composed.get("tracker") or DEFAULT_TRACKER)
     composed = _keep_tracker_node(composed, tracker)
     settings, settings_class = None, program_settings_class(tracker)
@@ -98,21 +95,22 @@ def check_schedules(run: RunSettings, total_steps: int) -> None:
     get_method(run.method).check(run, total_steps)
 
 
-def _drop_foreign_nodes(run: Mapping[str, Any], run_defaults: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Drop the nodes of other methods that hold their defaults.
+def _drop_foreign_nodes(run: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Drop the nodes of other methods, which hold their defaults.
 
     Returns:
         The remaining run node, and a line for each value of another method that differs from its default.
     """
-    foreign = {node: spec.name for node, spec in method_nodes().items() if spec.name != run.get("method")}
+    foreign = {node: spec for node, spec in method_nodes().items() if spec.name != run.get("method")}
     problems = []
-    for node, method in foreign.items():
+    for node, spec in foreign.items():
         given = run.get(node)
         given = given if isinstance(given, Mapping) else {"(not a section)": given} if given else {}
-        default = run_defaults.get(node) or {}
-        changed = sorted(key for key, value in given.items() if key not in default or default[key] != value)
+        known = {} if spec.Settings is None else spec.Settings.model_fields
+        changed = sorted(key for key, value in given.items() if key not in known or known[key].default != value)
         problems += [
-            f"run.{node}.{key} = {given[key]!r} is read by {method} only, not by {run.get('method')}" for key in changed
+            f"run.{node}.{key} = {given[key]!r} is read by {spec.name} only, not by {run.get('method')}"
+            for key in changed
         ]
     return {key: value for key, value in run.items() if key not in foreign}, problems
 

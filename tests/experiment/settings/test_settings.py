@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import shlex
+import os
 import shutil
+import sys
 from typing import get_args
 
 import pytest
@@ -12,14 +13,17 @@ from omegaconf import OmegaConf
 
 from fwlora.experiment.errors import UserError
 from fwlora.experiment.settings.hydra_arguments import (
+    Invocation,
+    TaskError,
     compose_settings,
+    enter_program,
     known_run_ids,
     prepare_arguments,
-    restore_command,
 )
 from fwlora.experiment.settings.resolve import TRIAL_BATCHES, check_schedules
 from fwlora.experiment.settings.schema import TrainingSettings, program_settings_class
 from tests.helpers.paths import CONFIG_DIR
+from tests.helpers.toy_tracker import registered_toy
 
 PROPOSED = "proposed-roberta-base-110M--SST-2-GLUE"
 LORA = "comparative-1-roberta-base-110M--SST-2-GLUE"
@@ -62,21 +66,50 @@ def test_the_control_differs_in_its_importance_alone(run_id):
     assert control == proposed
 
 
-@pytest.mark.parametrize(
-    "typed",
-    [
-        [f"run={LORA}", "mode=trial"],
-        [f"run={LORA}-s7", "mode=full", "results_dir=a folder/b=c", "run.training.learning_rate=1e-3"],
-        [f"run={LORA}", "run.training.seed=7", "mode=full", "run.dataset.name=../data (1)/glue", "wandb.mode=offline"],
-        ["run.optuna.search_space={learning_rate: {type: uniform, low: 0, high: 1}}", f"run={PROPOSED}", "mode=full"],
-        [f"run={PROPOSED}", "mode=full", "~run.optuna.search_space.lambda_fw"],
-    ],
-)
-def test_the_command_of_a_run_can_be_restored(typed):
-    prepared = prepare_arguments(typed, CONFIG_DIR, {})
-    program, *restored = shlex.split(restore_command("src.main", prepared))[3:]
-    assert program == "src.main" and set(restored) == set(typed)
-    assert set(prepare_arguments(restored, CONFIG_DIR, {})) == set(prepared)
+def hand_over(settings, *overrides: str) -> str:
+    (handed,) = Invocation(settings, overrides, "python -u -m src.main 'a b'").hand_over().values()
+    return handed
+
+
+@pytest.mark.parametrize("mode", ["trial", "full"])
+@pytest.mark.parametrize("run_id", [PROPOSED, LORA, ADALORA])
+def test_a_child_takes_over_what_its_parent_composed(run_id, mode):
+    settings = resolve("run.training.max_gradient_norm=1.5", "wandb.entity=me", run=run_id, mode=mode)
+    taken = Invocation.take_over(["x", "y"], hand_over(settings, "x", "y"))
+    assert taken == Invocation(settings, ("x", "y"), "python -u -m src.main 'a b'")
+    assert type(taken.settings.run) is type(settings.run) and taken.settings.as_record() == settings.as_record()
+
+
+def test_a_child_of_other_arguments_composes_for_itself():
+    settings = resolve()
+    assert Invocation.take_over(["x"], None) is None
+    assert Invocation.take_over(["x", "z"], hand_over(settings, "x", "y")) is None
+    with registered_toy():
+        by_toy = resolve("tracker=toy", "toy.folder=here")
+        assert Invocation.take_over(["x"], hand_over(by_toy, "x")).settings.tracker_settings.folder == "here"
+
+
+def enter(monkeypatch, hydra_main, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["program", *arguments])
+    enter_program("src.main", hydra_main, lambda invocation: None, CONFIG_DIR)
+
+
+def test_errors_of_a_task_stay_what_they_are_and_those_of_hydra_are_a_users_mistake(monkeypatch, capsys):
+    typed = [f"run={PROPOSED}", "mode=full"]
+
+    def fail_in_the_task() -> None:
+        raise TaskError(KeyError("a fault of the program"))
+
+    def fail_to_compose() -> None:
+        assert os.environ["HYDRA_FULL_ERROR"] == "1" and sys.argv[1:3] == [f"runs@run={PROPOSED}", "++mode=full"]
+        raise ValueError("no\nsuch   thing")
+
+    with pytest.raises(KeyError, match="a fault of the program"):
+        enter(monkeypatch, fail_in_the_task, *typed)
+    with pytest.raises(SystemExit) as ended:
+        enter(monkeypatch, fail_to_compose, *typed)
+    assert ended.value.code == 2 and "HYDRA_FULL_ERROR" not in os.environ
+    assert capsys.readouterr().err == f"error: config/runs/{PROPOSED}.yaml cannot be composed: no such thing\n"
 
 
 def test_the_whole_design_can_be_named():
