@@ -26,8 +26,8 @@ import numpy as np
 import psutil
 import torch
 
-from benchmarks.common import REPOSITORY, print_table, write_json
-from fwlora.experiment.paths import CONFIG_DIR
+from benchmarks.common import print_table, write_json
+from fwlora.experiment.paths import CONFIG_DIR, REPOSITORY
 from fwlora.experiment.settings.hydra_arguments import compose_settings
 from fwlora.experiment.tracking import metrics, task_metrics
 from fwlora.experiment.tracking.metrics import best_name, eval_name, final_name
@@ -149,7 +149,7 @@ def record_runs(results_dir: Path, count: int, steps: int) -> list[str]:
         generator = np.random.default_rng([seed, list(VARIANTS).index(variant)])
         config = make_config(variant, seed)
         run_id = config["run"]["run_id"]
-        settings = WandbSettings(**PLACE, mode="offline")
+        settings = WandbSettings(entity=PLACE["entity"], project=PLACE["project"], mode="offline")
         tracker = settings.open_tracker(run_id=run_id, config=config, directory=results_dir / run_id)
         for row in make_rows(generator, config["run"]["method"], steps):
             tracker.log(row)

@@ -82,7 +82,8 @@ def make_fisher_weighted(model: nn.Module, *, shrinking: bool = False, **options
 def make_naive(model: nn.Module, *, shrinking: bool) -> Variant:
     """The obvious implementation: gradients for all base parameters, norms read one by one, the penalty from dW."""
     pairs = find_adapter_pairs(model)
-    weights = [pair.module.base_layer.weight for pair in pairs]
+    layers: list[Any] = [pair.module for pair in pairs]
+    weights = [layer.base_layer.weight for layer in layers]
     fisher = [1.0 / len(pairs)] * len(pairs)
 
     def penalty() -> Tensor:
@@ -143,7 +144,9 @@ def make_variants(load: Callable[[], nn.Module], rank: int, device: torch.device
     }
 
 
-def draw_batch(length: int, batch_size: int, vocabulary: int, device: torch.device, seed: int) -> tuple[dict, Tensor]:
+def draw_batch(
+    length: int, batch_size: int, vocabulary: int, device: torch.device, seed: int
+) -> tuple[dict[str, Tensor], Tensor]:
     """Random tokens: the time of a step does not depend on which they are."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(5, vocabulary, (batch_size, length), generator=generator)
@@ -155,7 +158,8 @@ def time_rounds(
     variants: dict[str, Variant], rounds: int, batch_size: int, device: torch.device
 ) -> dict[str, np.ndarray]:
     """Seconds per step by variant, shape (rounds,), a round's steps on one batch and in random order."""
-    vocabulary = next(iter(variants.values())).model.config.vocab_size  # type: ignore[union-attr]
+    model: Any = next(iter(variants.values())).model
+    vocabulary = model.config.vocab_size
     order = np.random.default_rng(0)
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for number in track(range(-SETTLING_ROUNDS, rounds), description=f"{rounds} rounds of {len(variants)} steps"):
@@ -187,7 +191,7 @@ def measure_peak_bytes(variant: Variant, batch_size: int, device: torch.device) 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         variant.step(batch, labels)
     current = most = 0
-    for event in profiled.profiler.kineto_results.events():  # type: ignore[union-attr]
+    for event in profiled.profiler.kineto_results.events():
         if event.name() == "[memory]":
             current += event.nbytes()
             most = max(most, current)

@@ -16,7 +16,7 @@ from fwlora.experiment.data.batching import TokenizedSplit
 from fwlora.experiment.engine.options import TrainingOptions
 
 
-class Examples(Dataset):
+class Examples(Dataset[dict[str, Any]]):
     """A split as the Trainer wants it: one dictionary per example."""
 
     def __init__(self, split: TokenizedSplit) -> None:

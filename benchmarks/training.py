@@ -24,13 +24,14 @@ import numpy as np
 import torch
 from rich.progress import track
 
-from benchmarks.common import MINILM, REPOSITORY, RESAMPLES, Interval, print_table, write_json
+from benchmarks.common import MINILM, RESAMPLES, Interval, print_table, write_json
 from benchmarks.overhead import SCHEDULE
 from benchmarks.stepping import SteppedLoop
 from benchmarks.training_loops import backbone_loop, engine_loop, limit_loop, trainer_loop
 from benchmarks.training_profile import compare_precisions, profile_step
 from benchmarks.training_quality import read_runs, summarise
 from fwlora import FisherWeighting
+from fwlora.experiment.paths import REPOSITORY
 
 BATCH_SIZE, RANK = 32, 8
 SETTLING_STEPS = 12

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerCallback
 
 from benchmarks.common import MODELS, TARGET_MODULES, make_lora_method, task_splits
@@ -95,11 +95,11 @@ def make_method(options: dict[str, Any], device: torch.device) -> tuple[nn.Modul
         total_steps = EPOCHS * math.ceil(options["examples"] / options["batch_size"])
         plan = plan_adalora(matrices, rank * sum(matrix.cost for matrix in matrices), float(rank), 1.5)
         schedule = {"tinit": 0, "tfinal": 0, "deltaT": 1, "beta1": 0.85, "beta2": 0.85, "orth_reg_weight": 0.5}
-        model: nn.Module = attach_adalora(
+        adapted = attach_adalora(
             base, matrices, plan, scaling=2.0, dropout=0.1, total_steps=total_steps, schedule=schedule,
             head_modules=["classifier"], task_type="SEQ_CLS",
         ).to(device)  # fmt: skip
-        return model, AdaLoraMethod(AdaLora(model, plan))
+        return adapted, AdaLoraMethod(AdaLora(adapted, plan))
     model, method = make_lora_method(options["model"], options["rank"], device, SEED)
     if name in FISHER:
         return model, FwLoraMethod(FisherWeightedLora(model, FISHER[name]))
@@ -121,7 +121,7 @@ def engine_loop(gate: Gate, options: dict[str, Any]) -> None:
         cuda_graphs=options.get("cuda_graphs", False),
     )
     train(
-        model, Gated(method, gate), train_split, eval_split.select(np.arange(64)), settings, task, engine,
+        model, cast(Method, Gated(method, gate)), train_split, eval_split.select(np.arange(64)), settings, task, engine,
         log=lambda row: None,
     )  # fmt: skip
 
@@ -151,7 +151,7 @@ def backbone_loop(gate: Gate, options: dict[str, Any]) -> None:
     """The model without adapters and without dropout, gradients down to the embeddings, on the engine's batches."""
     keep_freed_memory()
     train_split, _, task, settings, device = load(options)
-    model = MODELS[options["model"]]().to(device).requires_grad_(False).train()
+    model: Any = MODELS[options["model"]]().to(device).requires_grad_(False).train()
     model.classifier.requires_grad_(True)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -184,13 +184,11 @@ def limit_loop(gate: Gate, options: dict[str, Any]) -> None:
     inputs = [[torch.randn(most, weight.shape[1], device=device, dtype=dtype) for weight in row[2:]] for row in weights]
     outputs = [[torch.randn(most, weight.shape[0], device=device, dtype=dtype) for weight in row] for row in weights]
 
-    def multiply(products: Callable[[int, int], tuple[Tensor, Tensor]], places: list[tuple[int, int]]) -> None:
-        for layer, place in places:
-            torch.mm(*products(layer, place))
-
     places = [(layer, place) for layer, row in enumerate(weights) for place in range(len(row))]
     for batch in epoch_batches(train_split, task, settings, device):
         tokens = batch.input_ids.numel()
-        multiply(lambda layer, place, n=tokens: (inputs[layer][max(0, place - 2)][:n], weights[layer][place].T), places)
-        multiply(lambda layer, place, n=tokens: (outputs[layer][place][:n], weights[layer][place]), places[::-1])
+        for layer, place in places:
+            torch.mm(inputs[layer][max(0, place - 2)][:tokens], weights[layer][place].T)
+        for layer, place in reversed(places):
+            torch.mm(outputs[layer][place][:tokens], weights[layer][place])
         gate.step_done()

@@ -162,7 +162,7 @@ class AdaLora:
             P = torch.stack(factors)
             identity = torch.eye(P.shape[1], device=P.device, dtype=P.dtype)
             norms.append(torch.linalg.matrix_norm(P @ P.mT - identity))
-        term = self._config.orth_reg_weight * torch.cat(norms).mean()
+        term: Tensor = self._config.orth_reg_weight * torch.cat(norms).mean()
         self.last_term = term.detach()
         return term
 
@@ -247,7 +247,8 @@ class AdaLora:
         score = self._allocator._element_score
         of_A = score(key_E.replace(".lora_E.", ".lora_A.")).mean(dim=1)
         of_B = score(key_E.replace(".lora_E.", ".lora_B.")).mean(dim=0)
-        return score(key_E).view(-1) + of_A + of_B
+        scores: Tensor = score(key_E).view(-1) + of_A + of_B
+        return scores
 
 
 def keep_orthogonal_term_out_of_evaluation(tuner: AdaLoraModel) -> None:

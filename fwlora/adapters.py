@@ -82,7 +82,7 @@ def find_active_adapter(model: nn.Module) -> str:
         raise ValueError(f"`model` ({type(model).__name__}) has no adapter; wrap it with peft.get_peft_model")
     if len(active) != 1:
         raise ValueError(f"`adapter_name` is not given and {len(active)} adapters are active {active}; name one")
-    return active[0]
+    return str(active[0])
 
 
 def find_adapter_pairs(model: nn.Module, adapter_name: str = "default") -> list[AdapterPair]:

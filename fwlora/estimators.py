@@ -125,7 +125,7 @@ class PassEstimator(GradientEstimator):
     def _make_hook(self, index: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
         # Kept out of torch.compile's graphs: a compiled graph sees the flag alone, so steps that do not measure run
         # without a break.
-        @torch.compiler.disable
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
         def watch(module: nn.Module, inputs: Tensor, output: Tensor) -> None:
             # A deep copy of the model shares this hook and is none of our business; nor is another adapter's pass.
             pair, layer = self._pairs[index], cast(Any, module)

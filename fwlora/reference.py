@@ -64,9 +64,9 @@ def moving_average(squared_norms: Sequence[Matrix], decay: float, every: int = 1
 def importance(F: Matrix, normalization: str) -> Matrix:
     """I: F / sum F, F / max F, min(1, F / (2 mean F)), or 0 everywhere."""
     if normalization == "sum":
-        return F / sum(F)
+        return np.array([f / sum(F) for f in F])
     if normalization == "max":
-        return F / max(F)
+        return np.array([f / max(F) for f in F])
     if normalization == "mean":
         return np.array([min(1.0, f / (2 * sum(F) / len(F))) for f in F])
     return np.zeros_like(F)
@@ -74,7 +74,8 @@ def importance(F: Matrix, normalization: str) -> Matrix:
 
 def penalty(factors: Sequence[tuple[Matrix, Matrix, float]], I: Matrix, strength: float) -> float:  # noqa: E741
     """lambda sum_m (1 - I_m) ||s_m B_m A_m||_F^2 for factors (A_m, B_m, s_m), with dW formed."""
-    return strength * sum((1 - i) * float(((s * B @ A) ** 2).sum()) for (A, B, s), i in zip(factors, I, strict=True))
+    terms = ((1 - i) * float(((s * B @ A) ** 2).sum()) for (A, B, s), i in zip(factors, I, strict=True))
+    return float(strength * sum(terms))
 
 
 def penalty_gradients(A: Matrix, B: Matrix, scaling: float, i: float, strength: float) -> tuple[Matrix, Matrix]:
@@ -86,7 +87,8 @@ def penalty_gradients(A: Matrix, B: Matrix, scaling: float, i: float, strength: 
 def best_approximation(A: Matrix, B: Matrix, rank: int) -> Matrix:
     """The matrix of at most this rank nearest to B A (Eckart-Young), from the whole matrix's singular values."""
     U, singular_values, Vh = np.linalg.svd(B @ A, full_matrices=False)
-    return (U[:, :rank] * singular_values[:rank]) @ Vh[:rank]
+    best: Matrix = (U[:, :rank] * singular_values[:rank]) @ Vh[:rank]
+    return best
 
 
 def proportional_ranks(costs: Sequence[int], shares: Sequence[float], budget: int, caps: Sequence[int]) -> list[int]:

@@ -54,12 +54,15 @@ def launch_training(invocation: Invocation, log_path: Path, environment: Mapping
             env={**environment, **invocation.hand_over()},
         ) as child:
             interrupted = threading.Timer(INTERRUPT_PATIENCE_S, child.send_signal, [signal.SIGINT])
-            handlers = {
-                signal.SIGTERM: lambda number, frame: child.send_signal(number),
+
+            def pass_on(number: int, frame: object) -> None:
+                if number == signal.SIGTERM:
+                    child.send_signal(number)
                 # A terminal interrupts the child too; only a child that was not is told a second time.
-                signal.SIGINT: lambda number, frame: interrupted.is_alive() or interrupted.start(),
-            }
-            previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+                elif not interrupted.is_alive():
+                    interrupted.start()
+
+            previous = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
             try:
                 assert child.stdout is not None
                 for line in child.stdout:

@@ -13,9 +13,10 @@ import torch
 from scipy import stats
 
 from benchmarks import overhead, sketch_quality, stepping, training, training_profile, training_quality
-from benchmarks.common import MODELS, REPOSITORY, median_interval, mixture_interval
+from benchmarks.common import MODELS, median_interval, mixture_interval
 from fwlora import FisherWeighting
 from tests.helpers.family_models import make_base
+from tests.helpers.paths import REPOSITORY
 
 
 def test_intervals_by_hand():

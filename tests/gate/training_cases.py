@@ -87,9 +87,10 @@ def _make_model(num_labels: int) -> RobertaForSequenceClassification:
     torch.manual_seed(0)
     config = RobertaConfig(
         vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=24, type_vocab_size=1, pad_token_id=1, num_labels=num_labels,
-        hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1,
+        max_position_embeddings=24, type_vocab_size=1, pad_token_id=1, hidden_dropout_prob=0.1,
+        attention_probs_dropout_prob=0.1,
     )  # fmt: skip
+    config.num_labels = num_labels
     return RobertaForSequenceClassification(config)
 
 

@@ -241,7 +241,7 @@ def test_elements_are_dropped_with_the_right_probability_and_independently(rate)
     assert (ends - rate).abs().max() < 5 * (scale / 4000) ** 0.5
 
 
-def fallback_reason(model: nn.Module, pairs=None) -> str:
+def fallback_reason(model: nn.Module, pairs=None) -> str | None:
     classifier, remark = make_classifier(
         model, find_adapter_pairs(model) if pairs is None else pairs, "fp32", lambda: None, fast=True
     )

@@ -120,7 +120,7 @@ def test_unusable_server_costs_one_line_and_the_run_goes_on_offline(
     if fault == "stopped":
         server.stop()
     else:
-        server.fault = fault
+        server.fault = fault  # type: ignore[assignment]
     lines: list[str] = []
     started = time.monotonic()
     tracker = start(TARGET.model_copy(update={"entity": entity}), tmp_path, lines=lines, patience_s=1.0)
