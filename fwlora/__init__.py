@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Loaded on first use: importing PEFT takes seconds, which tools that only read settings should not wait for.
+# Loaded on first use: importing PEFT takes seconds, and tools that only read settings do without.
 _HOMES = {
     "AdaLora": "fwlora.adalora",
     "AdaLoraCallback": "fwlora.trainer",

@@ -19,17 +19,17 @@ from fwlora.architectures import stores_transposed
 from fwlora.budget import MatrixShape
 from fwlora.config import wrap_with_peft
 
-# Attributes of PEFT's allocator that training updates: sensitivity and its two moving averages, by parameter name.
+# Attributes of PEFT's allocator: sensitivity and its two moving averages, by parameter name.
 _AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
 
 @dataclass(frozen=True)
 class AdaLoraPlan:
-    """How AdaLoRA meets a parameter budget.
+    """AdaLoRA's initial rank and target within a parameter budget.
 
     PEFT budgets triplets (one singular value with its two vectors), not parameters, and its ``target_r`` is an average,
-    so it cannot hold a parameter budget by itself. Here the target is the number of triplets that the budget affords on
-    average; when the schedule ends, the least important kept triplets are dropped until the real cost fits.
+    which does not bound the parameters. Here the target is the number of triplets that the budget pays for on average;
+    when the schedule ends, the least important kept triplets are dropped until the real cost fits.
 
     Attributes:
         init_rank: rank that every matrix starts with: ceil(factor x mean LoRA rank of the same budget), and at least

@@ -43,15 +43,16 @@ class AdapterPair:
 
     @property
     def rank(self) -> int:
+        """Rows of A."""
         return self.A.shape[0]
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """(A', B) with the update equal to s B A': E is folded into A."""
+        """Return (A', B) with the update equal to s B A': E is folded into A."""
         return (self.A if self.E is None else self.A * self.E), self.B
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside ``torch.compile`` and data-parallel wrappers."""
+    """Return the model inside ``torch.compile`` and data-parallel wrappers."""
     while True:
         if isinstance(model, DistributedDataParallel):
             model = model.module
@@ -62,7 +63,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def adapter_config(model: nn.Module, adapter_name: str) -> Any:
-    """PEFT's configuration of the adapter; None for a model that was adapted without a PeftModel around it."""
+    """Return PEFT's configuration of the adapter; None where no PeftModel is around the model."""
     for module in unwrap(model).modules():
         configs = getattr(module, "peft_config", None)
         if isinstance(configs, dict) and adapter_name in configs:
@@ -71,7 +72,7 @@ def adapter_config(model: nn.Module, adapter_name: str) -> Any:
 
 
 def find_active_adapter(model: nn.Module) -> str:
-    """The name of the one active adapter.
+    """Return the name of the one active adapter.
 
     Raises:
         ValueError: there is no adapter, or several are active.
@@ -86,7 +87,7 @@ def find_active_adapter(model: nn.Module) -> str:
 
 
 def find_adapter_pairs(model: nn.Module, adapter_name: str = "default") -> list[AdapterPair]:
-    """Every matrix of ``model`` that carries the adapter, in model order.
+    """Find every matrix of ``model`` that carries the adapter, in model order.
 
     Raises:
         ValueError: the model has no such adapter, or one whose update is not s B A of two matrices (DoRA, a
@@ -132,10 +133,15 @@ def find_adapter_pairs(model: nn.Module, adapter_name: str = "default") -> list[
 
 @torch.no_grad()
 def resize_adapter(pair: AdapterPair, A: Tensor, B: Tensor) -> None:
-    """Gives a LoRA pair new factors, A (r', d_in) and B (d_out, r'), with the same scaling.
+    """Give a LoRA pair new factors of another rank, with the same scaling.
 
-    Its parameters stay the same objects, so that an optimiser that holds them goes on; their gradients are forgotten.
-    With r' = 0 the matrix loses its adapter: its layer computes the base alone from then on.
+    Its parameters stay the same objects, so an optimizer keeps them; their gradients are dropped. With r' = 0 the
+    matrix loses its adapter: its layer computes the base alone from then on.
+
+    Args:
+        pair: to be changed.
+        A: shape (r', d_in).
+        B: shape (d_out, r').
     """
     layer: Any = pair.module
     name, rank = pair.adapter_name, A.shape[0]
@@ -160,7 +166,7 @@ def resize_adapter(pair: AdapterPair, A: Tensor, B: Tensor) -> None:
 
 
 def record_ranks(model: nn.Module, pairs: Sequence[AdapterPair]) -> None:
-    """Writes the pairs' ranks into the adapter's configuration, so that what is saved can be loaded."""
+    """Write the pairs' ranks into the adapter's configuration, so that a saved adapter can be loaded."""
     config = adapter_config(model, pairs[0].adapter_name)
     if config is None:
         return
@@ -173,7 +179,7 @@ def record_ranks(model: nn.Module, pairs: Sequence[AdapterPair]) -> None:
 
 
 def save_adapter(model: Any, folder: str | Path) -> None:
-    """``model.save_pretrained`` for any method: a matrix that AdaLoRA pruned to rank 0 is no fault."""
+    """Call ``model.save_pretrained``, also where AdaLoRA pruned a matrix to rank 0."""
     with warnings.catch_warnings():
         # PEFT takes empty factors for a sharded export that was not gathered.
         warnings.filterwarnings("ignore", message=r".*LoRA tensor\(s\) have invalid shape")
@@ -182,7 +188,7 @@ def save_adapter(model: Any, folder: str | Path) -> None:
 
 @torch.no_grad()
 def delta_norms(pairs: Sequence[AdapterPair]) -> Tensor:
-    """Frobenius norm of each pair's update s B A', shape (pairs,), from r x r products only."""
+    """Return the Frobenius norm of each pair's update s B A', shape (pairs,), from r x r products only."""
     norms = []
     for pair in pairs:
         A, B = (factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in pair.factors())

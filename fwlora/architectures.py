@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fwlora.budget import MatrixShape
 
-# One product for query, key and value, as ModernBERT, GPT-2, GPT-NeoX and Phi-3 have it.
+# One product for query, key and value, as in ModernBERT, GPT-2, GPT-NeoX and Phi-3.
 FUSED_ATTENTION = ("attn.Wqkv", "attn.c_attn", "query_key_value", "qkv_proj")
 # Names that papers and run files use for the projections of an encoder layer, and what the families call them. The
 # first name that a model has counts; names joined by a space are the parts of one role (a gated feed-forward layer).
@@ -31,11 +31,11 @@ ATTENTION_OUTPUT = "attention.output.dense"
 
 
 class TargetModuleError(ValueError):
-    """A target module name that matches no weight matrix of the encoder."""
+    """A name of target modules that matches no weight matrix of the encoder."""
 
 
 def matrix_features(module: nn.Module) -> tuple[int, int] | None:
-    """(d_in, d_out) of a module that an adapter can be put on, else None."""
+    """Return (d_in, d_out) of a module that can get an adapter, else None."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     if isinstance(module, Conv1D):
@@ -49,7 +49,7 @@ def stores_transposed(model: nn.Module, names: Sequence[str]) -> bool:
 
 
 def head_module_names(model: nn.Module, missing_keys: Sequence[str] = ()) -> list[str]:
-    """Modules that start untrained and therefore train fully: all outside the encoder, and a pooler without weights.
+    """Find the modules that start untrained and train in full: all outside the encoder, and a pooler without weights.
 
     Args:
         model: a transformers model with a task head.
@@ -77,7 +77,7 @@ def head_module_names(model: nn.Module, missing_keys: Sequence[str] = ()) -> lis
 
 
 def encoder_parameter_count(model: Any) -> int:
-    """Parameters of the encoder alone: embeddings and layers, no pooler and no head."""
+    """Count the parameters of the encoder alone: embeddings and layers, no pooler and no head."""
     encoder = getattr(model, getattr(model, "base_model_prefix", ""), model)
     outside = {id(p) for name, child in encoder.named_children() if "pooler" in name for p in child.parameters()}
     if hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is not None:
@@ -88,7 +88,7 @@ def encoder_parameter_count(model: Any) -> int:
 
 
 def find_target_matrices(model: nn.Module, targets: Sequence[str]) -> list[MatrixShape]:
-    """Encoder matrices that ``targets`` name, in model order.
+    """Find the encoder's matrices that ``targets`` name, in model order.
 
     A target is the end of a module path (``query``, ``attention.output.dense``, or a full path), or one of the roles in
     :data:`PROJECTION_ALIASES`. The role ``output`` is the second feed-forward projection; the attention's own output
@@ -115,7 +115,7 @@ def find_target_matrices(model: nn.Module, targets: Sequence[str]) -> list[Matri
 
 
 def present_roles(model: nn.Module) -> list[str]:
-    """The roles of :data:`PROJECTION_ALIASES` that the model has matrices for.
+    """List the roles of :data:`PROJECTION_ALIASES` that the model has matrices for.
 
     Raises:
         TargetModuleError: none of them; the targets have to be named then.
@@ -139,7 +139,7 @@ def _encoder_matrices(model: Any) -> Iterator[tuple[str, MatrixShape]]:
 
 
 def _match_target(target: str, names: Sequence[str]) -> list[str]:
-    """Paths ending in the target, else those of the role it stands for."""
+    """Return the paths that end in the target, else those of the role of that name."""
 
     def ending_in(suffix: str) -> list[str]:
         return [name for name in names if name == suffix or name.endswith(f".{suffix}")]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 
 class BudgetError(ValueError):
-    """The budget cannot be met: what was asked, and the smallest budget that can."""
+    """A budget that cannot be met; the message gives the smallest one that can."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class MatrixShape:
 
 
 def budget_parameters(percent: float, encoder_parameters: int) -> int:
-    """Parameters that ``percent`` per cent of the encoder afford, rounded down.
+    """Return the number of parameters in ``percent`` per cent of the encoder's, rounded down.
 
     Raises:
         BudgetError: ``percent`` is not in (0, 100].
@@ -60,12 +60,12 @@ def budget_parameters(percent: float, encoder_parameters: int) -> int:
         raise BudgetError(
             f"`budget_percent` is {percent!r}; a budget is above 0 and at most 100 per cent of the encoder"
         )
-    # A decimal such as 0.2 is slightly below or above itself in binary: 1e-9 of a parameter must not decide.
+    # A decimal such as 0.2 is rounded in binary: an error of 1e-9 of a parameter must not decide.
     return math.floor(percent * encoder_parameters / 100 + 1e-9)
 
 
 def solve_ranks(matrices: Sequence[MatrixShape], budget: int) -> dict[str, int]:
-    """The allocation that uses most of ``budget`` among those whose ranks differ by at most one.
+    """Solve for ranks that differ by at most one and use as much of ``budget`` as such ranks can.
 
     Every matrix gets the base rank r = floor(budget / sum of costs); what remains raises some of them by one. Which
     costs are raised how often is a subset-sum problem, solved exactly; among equal sums the one nearest to raising the
@@ -102,7 +102,7 @@ def solve_ranks(matrices: Sequence[MatrixShape], budget: int) -> dict[str, int]:
 def reallocate_ranks(
     matrices: Sequence[MatrixShape], importances: Mapping[str, float], budget: int, caps: Mapping[str, int]
 ) -> dict[str, int]:
-    """Ranks whose parameters are shared out in proportion to importance, within a budget.
+    """Share parameters out in proportion to importance, within a budget.
 
     Highest averages (D'Hondt): the next unit of rank goes to the matrix with the largest
     I_m / ((r_m + 1) (d_in + d_out)) among those below their cap that the rest of the budget pays for, ties in the order
@@ -132,7 +132,7 @@ def reallocate_ranks(
     while waiting:
         _, place = heapq.heappop(waiting)
         matrix = matrices[place]
-        # What does not fit now never will: the remainder only shrinks.
+        # A unit that does not fit now never will: the remainder only shrinks.
         if matrix.cost > remaining or ranks[matrix.name] >= caps[matrix.name]:
             continue
         ranks[matrix.name] += 1
@@ -145,12 +145,12 @@ def reallocate_ranks(
 
 
 def adapter_cost(matrices: Sequence[MatrixShape], ranks: Mapping[str, int]) -> int:
-    """Parameters of LoRA adapters with these ranks: sum of r_m (d_in + d_out)."""
+    """Count the parameters of LoRA adapters with these ranks: sum of r_m (d_in + d_out)."""
     return sum(matrix.cost * ranks.get(matrix.name, 0) for matrix in matrices)
 
 
 def _most_costly_counts(class_sizes: Mapping[int, int], limit: int) -> dict[int, int]:
-    """How many of each cost to take so that their sum is the largest not above ``limit``."""
+    """Choose how many of each cost to take so that their sum is the largest not above ``limit``."""
     divisor = math.gcd(*class_sizes)
     limit //= divisor
     costs = sorted(class_sizes, reverse=True)
@@ -177,7 +177,7 @@ def _most_costly_counts(class_sizes: Mapping[int, int], limit: int) -> dict[int,
 
 
 def _spread(group: Sequence[MatrixShape], count: int) -> list[str]:
-    """``count`` names of one cost class: kinds share alike, each kind's picks lie evenly over its depth.
+    """Pick ``count`` names of one cost class: equally many of each kind, evenly over the depth.
 
     Pick i of kind j lies at fraction (i + (j + 1/2) / kinds) / picks of the depth, so that the kinds interleave instead
     of all favouring the same layers.

@@ -32,13 +32,13 @@ DECIDED_BY_BUDGET = (
 
 @dataclass(frozen=True)
 class RankPlan:
-    """Which matrix gets which rank within a budget.
+    """A rank for every matrix within a budget.
 
     Attributes:
         matrices: candidates, in model order.
         ranks: rank by matrix name, 0 for none.
-        encoder_parameters: what a percentage is of.
-        budget: parameters the adapters may have.
+        encoder_parameters: of which a budget is a percentage.
+        budget: parameters that the adapters may have.
     """
 
     matrices: list[MatrixShape]
@@ -48,19 +48,21 @@ class RankPlan:
 
     @property
     def mean_rank(self) -> float:
+        """Mean over all candidates."""
         return sum(self.ranks.values()) / len(self.ranks)
 
     @property
     def cost(self) -> int:
-        """Parameters that these ranks really have."""
+        """Parameters of adapters of these ranks."""
         return adapter_cost(self.matrices, self.ranks)
 
 
 def plan_ranks(model: nn.Module, budget_percent: float, target_modules: Sequence[str] | None = None) -> RankPlan:
-    """Ranks for ``budget_percent`` per cent of the encoder's parameters (embeddings and layers, no pooler, no head).
+    """Plan ranks for ``budget_percent`` per cent of the encoder's parameters: of embeddings and layers.
 
     Args:
-        model: the model to be adapted; a weightless one on the meta device will do.
+        model: the model to be adapted; one without weights, on the meta device, is enough.
+        budget_percent: in (0, 100].
         target_modules: as :func:`fwlora.architectures.find_target_matrices` takes them; None for all projections of
             attention inputs and feed-forward layers that the model has.
 
@@ -77,7 +79,7 @@ def plan_ranks(model: nn.Module, budget_percent: float, target_modules: Sequence
     matrices = find_target_matrices(model, targets)
     encoder_parameters = encoder_parameter_count(model)
     budget = budget_parameters(budget_percent, encoder_parameters)
-    # One parameter more than a rank of LoRA costs, so that AdaLoRA's triplets can be had for it too.
+    # + 1: an AdaLoRA triplet costs d_in + d_out + 1 parameters.
     needed = math.ceil(1e6 * (min(matrix.cost for matrix in matrices) + 1) / encoder_parameters) / 1e4
     try:
         return RankPlan(matrices, solve_ranks(matrices, budget), encoder_parameters, budget)
@@ -89,14 +91,17 @@ def plan_ranks(model: nn.Module, budget_percent: float, target_modules: Sequence
 
 @dataclass
 class FwLoraConfig(FisherWeighting, LoraConfig):
-    """A :class:`peft.LoraConfig` (``peft_type`` stays LORA) that also says how updates are weighted.
+    """A :class:`peft.LoraConfig` (``peft_type`` stays LORA) with the options of :class:`fwlora.FisherWeighting`.
 
     ``get_peft_model(base, config)`` builds an ordinary LoRA model; :class:`fwlora.FisherWeightedLora` and
     :class:`fwlora.trainer.FwLoraCallback` read their settings from it.
 
     Attributes:
-        budget_percent: adapter parameters as a percentage of the encoder's. Only :meth:`for_model` can solve it: a
-            config that names a budget without ranks is refused by :class:`fwlora.FisherWeightedLora`.
+        budget_percent: adapter parameters in per cent of the encoder's. Only :meth:`for_model` solves it:
+            :class:`fwlora.FisherWeightedLora` refuses a config with a budget and without ranks.
+
+    Raises:
+        ValueError: options outside their range, or a variant of LoRA whose update is not s B A.
     """
 
     budget_percent: float | None = field(
@@ -120,7 +125,7 @@ class FwLoraConfig(FisherWeighting, LoraConfig):
         scaling: float = 2.0,
         **options: Any,
     ) -> FwLoraConfig:
-        """The config whose ranks use most of a budget on ``model`` without exceeding it; see :func:`plan_ranks`.
+        """Make the config whose ranks use most of a budget on ``model`` without exceeding it; see :func:`plan_ranks`.
 
         Args:
             model: the model to be adapted.
@@ -148,12 +153,12 @@ class FwLoraConfig(FisherWeighting, LoraConfig):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """PEFT's own keys: what ``adapter_config.json`` may hold without PEFT calling them unknown."""
+        """Return PEFT's own keys, the only ones that PEFT accepts in ``adapter_config.json``."""
         own = {f.name for f in fields(FwLoraConfig)} - {f.name for f in fields(LoraConfig)}
         return {key: value for key, value in super().to_dict().items() if key not in own}
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """PEFT's ``adapter_config.json``, and fwlora's own settings in a file beside it."""
+        """Write PEFT's ``adapter_config.json``, and fwlora's options to a file beside it."""
         super().save_pretrained(str(save_directory), **kwargs)
         content = {**asdict(self.fisher_weighting()), "budget_percent": self.budget_percent}
         path = Path(save_directory) / FILE_NAME
@@ -163,7 +168,7 @@ class FwLoraConfig(FisherWeighting, LoraConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> FwLoraConfig:  # type: ignore[override]
-        """Reads both files of a folder, to train on; an adapter without fwlora's own gets the defaults.
+        """Read both files of a folder, to train on; an adapter without fwlora's file gets the default options.
 
         Raises:
             ValueError: no adapter there, one of another kind, or an unreadable file.
@@ -192,7 +197,7 @@ class FwLoraConfig(FisherWeighting, LoraConfig):
 
 
 def lora_fields(ranks: dict[str, int], scaling: float, *, use_rslora: bool = False) -> dict[str, Any]:
-    """The fields of a LoraConfig that gives every matrix its rank and all the same scaling; rank 0 is left out."""
+    """Return the fields of a LoraConfig with a rank for every matrix and one scaling; rank 0 is left out."""
     used = {name: rank for name, rank in ranks.items() if rank > 0}
     alpha = {name: scaling * (math.sqrt(rank) if use_rslora else rank) for name, rank in used.items()}
     return {
@@ -239,6 +244,6 @@ def attach_lora(
 def wrap_with_peft(model: nn.Module, config: LoraConfig) -> PeftModel:
     """Call ``peft.get_peft_model`` without a warning about a name that PEFT 0.21 still uses."""
     with warnings.catch_warnings():
-        # PEFT 0.21 still asks transformers 5 under the old name; the answer is right.
+        # PEFT 0.21 uses transformers' deprecated `is_gradient_checkpointing`; the result is correct.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         return get_peft_model(model, config)

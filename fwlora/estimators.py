@@ -1,7 +1,7 @@
 """Squared gradient norms of frozen weight matrices, measured without giving any of them a gradient.
 
 For an adapted module with input X (T, d_in) and gradient G (T, d_out) of the loss at its output, the gradient of its
-frozen weight is G^T X. Both pass by during the backward pass; autograd is never asked for the weight's own gradient.
+frozen weight is G^T X. The backward pass has both, so autograd need not compute the weight's own gradient.
 
     exact     ||G^T X||_F^2                                         one weight-gradient product per module
     sketch    ||G^T (X P)||_F^2,  P (d_in, k), E[P P^T] = I         2 k / d of that; unbiased
@@ -28,13 +28,13 @@ from fwlora.adapters import AdapterPair
 
 
 class GradientEstimator(ABC):
-    """Sums one product per adapted matrix while it is measuring; the base of the three estimators.
+    """Sum one product per adapted matrix while measuring; the base of the three estimators.
 
     Args:
         pairs: the adapted matrices; norms come in their order.
 
     Attributes:
-        measuring: whether passing gradients are recorded; hooks stay in place and look here.
+        measuring: whether gradients are recorded; otherwise hooks return early.
     """
 
     def __init__(self, pairs: Sequence[AdapterPair]) -> None:
@@ -44,17 +44,17 @@ class GradientEstimator(ABC):
         self._handles: list[Any] = self._register()
 
     def start(self, step: int) -> None:
-        """Records what passes from now on, for optimiser step ``step``."""
+        """Start to record gradients, for optimizer step ``step``."""
         self.measuring = True
 
     def take_squared_norms(self, loss_scale: float | Tensor = 1.0) -> Tensor:
-        """The estimate of ||grad W||_F^2 per matrix, shape (matrices,), of everything since :meth:`start`.
+        """Return the estimate of ||grad W||_F^2 of everything since :meth:`start`, shape (matrices,).
 
         A matrix that no backward pass reached has the gradient 0. With ``torch.distributed`` initialised this is a
-        collective: every process calls it.
+        collective: every process has to call it.
 
         Args:
-            loss_scale: what the loss was multiplied by (a ``GradScaler``'s scale).
+            loss_scale: factor of the loss, such as a ``GradScaler``'s scale.
 
         Raises:
             RuntimeError: no backward pass reached any matrix.
@@ -72,12 +72,12 @@ class GradientEstimator(ABC):
         self._products = [None] * len(self._pairs)
         self.measuring = False
         products = _average_over_processes(products)
-        # One call for all: on a GPU the norms of all matrices are one kernel.
+        # On a GPU the norms of all matrices are one kernel.
         norms = torch.stack([norm.to(reference.device) for norm in torch._foreach_norm(products)])
         return self._rescale((norms / loss_scale).square())
 
     def close(self) -> None:
-        """Removes the hooks; the modules are as before."""
+        """Remove the hooks; the modules are as before."""
         self.measuring = False
         for handle in self._handles:
             handle.remove()
@@ -85,7 +85,7 @@ class GradientEstimator(ABC):
         self._products = [None] * len(self._pairs)
 
     def _add(self, index: int, product: Tensor) -> None:
-        """Adds to the sum of one matrix; takes ownership of ``product``."""
+        """Add to the sum of one matrix; ``product`` must not be used afterwards."""
         if product.dtype in (torch.bfloat16, torch.float16):
             product = product.float()
         previous = self._products[index]
@@ -93,29 +93,29 @@ class GradientEstimator(ABC):
 
     @abstractmethod
     def _register(self) -> list[Any]:
-        """Puts the hooks in place and returns their handles."""
+        """Place the hooks and return their handles."""
 
     @abstractmethod
     def _shape(self, pair: AdapterPair) -> tuple[int, int]:
-        """Shape of a matrix's product."""
+        """Return the shape of a matrix's product."""
 
     @abstractmethod
     def _rescale(self, squared_norms: Tensor) -> Tensor:
-        """From the products' squared norms to the estimate of ||grad W||_F^2, both of shape (matrices,)."""
+        """Convert the products' squared norms to the estimate of ||grad W||_F^2, both of shape (matrices,)."""
 
 
 class PassEstimator(GradientEstimator):
-    """G^T of what is kept of X, from each pass through an adapted module; the base of ``exact`` and ``sketch``.
+    """Sum G^T times what is kept of X over passes through a module; the base of ``exact`` and ``sketch``.
 
     G is taken at the output of the adapted module: at the base layer alone, autograd computes no gradient where the
-    input needs none, which would miss the first layer's projections. Under gradient checkpointing the first,
-    gradient-free forward is passed over.
+    input needs none, which would miss the first layer's projections. Under gradient checkpointing the first forward
+    pass, which has no gradient, is not recorded.
     """
 
     def observe(self, index: int, inputs: Tensor, output_gradient: Tensor) -> None:
-        """Adds one pass of module ``index``: X (..., d_in) and G (..., d_out).
+        """Add one pass of module ``index``: X (..., d_in) and G (..., d_out).
 
-        The entry for paths that bypass module hooks (a fused adapter layer): they call this themselves.
+        Forward paths that bypass module hooks, such as a fused layer, call this themselves.
         """
         self._accumulate(index, self._compress_input(inputs), output_gradient)
 
@@ -123,11 +123,10 @@ class PassEstimator(GradientEstimator):
         return [pair.module.register_forward_hook(self._make_hook(index)) for index, pair in enumerate(self._pairs)]
 
     def _make_hook(self, index: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-        # Kept out of torch.compile's graphs: a compiled graph sees the flag alone, so steps that do not measure run
-        # without a break.
+        # Outside torch.compile's graphs, which then break in steps that measure alone.
         @torch.compiler.disable  # type: ignore[untyped-decorator]
         def watch(module: nn.Module, inputs: Tensor, output: Tensor) -> None:
-            # A deep copy of the model shares this hook and is none of our business; nor is another adapter's pass.
+            # Ignore deep copies of the model, which share this hook, and passes with another adapter active.
             pair, layer = self._pairs[index], cast(Any, module)
             ours = module is pair.module and pair.adapter_name in layer.active_adapters and not layer.disable_adapters
             if not (ours and torch.is_grad_enabled() and output.requires_grad):
@@ -146,18 +145,18 @@ class PassEstimator(GradientEstimator):
 
     @abstractmethod
     def _compress(self, X: Tensor) -> Tensor:
-        """What to keep of X (T, d_in) until its gradient comes: shape (T, anything)."""
+        """Return what is kept of X (T, d_in) until its gradient is known: shape (T, any)."""
 
     @abstractmethod
     def _product_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Type to multiply in, where G and what is kept of X promote to ``dtype``."""
+        """Return the type to multiply in, where G and what is kept of X promote to ``dtype``."""
 
     def _accumulate(self, index: int, compressed: Tensor, output_gradient: Tensor) -> None:
         if not self.measuring:
             return
         G = output_gradient.detach().reshape(-1, output_gradient.shape[-1])
         dtype = self._product_dtype(torch.promote_types(G.dtype, compressed.dtype))
-        # Transposed: a CPU has a thin result faster by its rows than by its columns.
+        # X^T G, not G^T X: on a CPU a short, wide result is faster than a tall, narrow one.
         left, right = compressed.to(dtype).T, G.to(dtype)
         if torch.is_autocast_enabled(G.device.type):  # a backward pass inside the context
             with torch.autocast(G.device.type, enabled=False):
@@ -167,7 +166,7 @@ class PassEstimator(GradientEstimator):
 
 
 class ExactEstimator(PassEstimator):
-    """||G^T X||_F^2: the reference. Holds every module's input until its backward pass."""
+    """||G^T X||_F^2, the reference; it keeps every module's input until its backward pass."""
 
     def _compress(self, X: Tensor) -> Tensor:
         return X
@@ -199,7 +198,7 @@ class SketchEstimator(PassEstimator):
         self.size, self.seed = size, seed
         self._step = 0
         self._signs: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
-        # Query, key and value read one tensor: its sketch is taken once.
+        # Query, key and value read one tensor, whose sketch is computed once.
         self._latest: tuple[weakref.ref[Tensor], int, Tensor] | None = None
         super().__init__(pairs)
 
@@ -225,12 +224,12 @@ class SketchEstimator(PassEstimator):
         return X @ self._draw_signs(X.shape[-1], X.device, X.dtype)
 
     def _draw_signs(self, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """S for one input width, entries -1 and 1: exact in every floating-point type."""
+        """Draw S for one input width; its entries, -1 and 1, are exact in every floating-point type."""
         key = (width, device, dtype)
         if key not in self._signs:
             digest = hashlib.blake2b(f"{self.seed}:{self._step}:{width}".encode(), digest_size=4).digest()
             generator = torch.Generator(device).manual_seed(int.from_bytes(digest, "big"))
-            # Eight signs a draw: the top bit of every byte of a 64-bit word.
+            # A draw gives eight signs: the top bit of every byte of a 64-bit word.
             words = torch.empty(-(-width * self.size // 8), device=device, dtype=torch.int64)
             words.random_(-(2**63), None, generator=generator)
             signs = words.view(torch.int8)[: width * self.size].bitwise_right_shift(7).bitwise_or(1)
@@ -238,8 +237,8 @@ class SketchEstimator(PassEstimator):
         return self._signs[key]
 
     def _product_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        # bfloat16 has float32's range and fast products, and its rounding drowns in the sketch's variance; float16
-        # would overflow in the sum.
+        # bfloat16 has float32's range, and its rounding is small beside the sketch's variance; float16 would overflow
+        # in the sum.
         return torch.float32 if dtype == torch.float16 else dtype
 
     def _shape(self, pair: AdapterPair) -> tuple[int, int]:
@@ -252,8 +251,8 @@ class SketchEstimator(PassEstimator):
 class AdapterEstimator(GradientEstimator):
     """||dL/dB||_F^2 d_in / (s^2 ||A||_F^2), from the gradient that the adapter gets anyway.
 
-    dL/dB = s grad W A^T, so this is ||grad W||_F^2 if A points nowhere in particular, as it does at the start. Recorded
-    at B as each backward pass adds to it, so that a loop which clips before ``step`` measures unclipped gradients.
+    dL/dB = s grad W A^T, so this is ||grad W||_F^2 in expectation while A is random, as it is at the start. It is
+    recorded at B in each backward pass, so that a loop which clips before ``step`` measures unclipped gradients.
     """
 
     def __init__(self, pairs: Sequence[AdapterPair]) -> None:
@@ -284,8 +283,7 @@ class AdapterEstimator(GradientEstimator):
 class FisherAccumulator:
     """F_m <- beta^n F_m + (1 - beta^n) ||grad W_m||_F^2, one update per measured step, n steps apart.
 
-    A step with a gradient that is not finite is skipped and counted, never averaged in. Nothing here waits for the
-    device.
+    A step with a gradient that is not finite is counted and does not enter F. No call waits for the device.
 
     Args:
         count: matrices.
@@ -295,7 +293,8 @@ class FisherAccumulator:
 
     Attributes:
         values: F, shape (matrices,).
-        measured, skipped: scalar tensors, steps that were averaged in and steps that were not.
+        measured: scalar tensor, steps that entered F.
+        skipped: scalar tensor, steps that did not.
 
     Raises:
         ValueError: ``decay`` outside [0, 1).
@@ -312,7 +311,7 @@ class FisherAccumulator:
         self.skipped = torch.zeros((), device=device, dtype=torch.int64)
 
     def update(self, squared_norms: Tensor) -> None:
-        """Takes one step's squared gradient norms, shape (matrices,)."""
+        """Take one step's squared gradient norms, shape (matrices,)."""
         if self.values.device != squared_norms.device:  # the model was moved after attaching
             tensors = (self.values, self.measured, self.skipped)
             self.values, self.measured, self.skipped = (tensor.to(squared_norms.device) for tensor in tensors)
@@ -324,12 +323,12 @@ class FisherAccumulator:
 
 
 def count_processes() -> int:
-    """Processes that ``torch.distributed`` spans; 1 where it is not initialised."""
+    """Return the number of processes of ``torch.distributed``; 1 where it is not initialized."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _average_over_processes(products: list[Tensor]) -> list[Tensor]:
-    """The mean over processes of every product, in one collective; the products themselves without processes."""
+    """Average every product over processes, in one collective; return them as they are where there is one process."""
     processes = count_processes()
     if processes == 1:
         return products

@@ -9,14 +9,15 @@ from fwlora.options import NORMALIZATIONS, Normalization
 
 
 def normalize_importance(fisher: Tensor, normalization: Normalization = "sum") -> Tensor:
-    """Importance of each matrix.
+    """Return the importance of each matrix.
 
-    ``sum``: I_m = F_m / sum F, the specification's. ``max``: I_m = F_m / max F, which reaches 1 and so frees the most
-    important matrix from shrinkage. ``mean``: I_m = min(1, F_m / (2 mean F)), so that a matrix of average F is shrunk
-    half. ``none``: I_m = 0, uniform shrinkage: the control for whether the weighting does anything.
+    ``sum``: I_m = F_m / sum F, the specification's. ``max``: I_m = F_m / max F, so that the most important matrix is
+    not shrunk. ``mean``: I_m = min(1, F_m / (2 mean F)), so that a matrix of average F gets half of the shrinkage.
+    ``none``: I_m = 0, uniform shrinkage, the control for the weighting.
 
     Args:
         fisher: F, shape (matrices,), not negative.
+        normalization: one of the four.
 
     Returns:
         I in [0, 1], shape (matrices,).

@@ -1,4 +1,4 @@
-"""Options of the method, without torch: each default, range and name is given here and nowhere else."""
+"""Options of the method, without torch; the only place of their defaults, ranges and names."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _number(
         description: help of command lines.
         rule: end of the message about a value outside the range.
         ge: smallest value.
-        lt: bound that no value reaches.
+        lt: exclusive upper bound.
         run_file_name: key in run files of the experiment program; None for the field's own name.
         required: whether run files must give it.
     """
@@ -43,7 +43,7 @@ def _choice(description: str, choices: Sequence[str]) -> dict[str, Any]:
 
 @dataclass
 class FisherWeighting:
-    r"""How importances are measured and what is done with them.
+    r"""Options of :class:`fwlora.FisherWeightedLora`: how importances are measured and used.
 
     Attributes:
         strength: lambda >= 0 of the shrinkage term (``lambda_fw`` in run files); with 0 training is plain LoRA, unless
@@ -58,8 +58,7 @@ class FisherWeighting:
         allocation: ``shrink`` keeps every rank; ``reallocate`` also redistributes the ranks once, when the warm-up
             ends, within the parameters that they cost at the start (:func:`fwlora.budget.reallocate_ranks`).
         max_rank_factor: >= 1, with ``reallocate`` no matrix gets more than this times its initial rank, rounded up.
-        seed: of the sketches and of the directions that a growing matrix is given, in [0, 2^63); training's own random
-            stream is not used.
+        seed: in [0, 2^63), of the sketches and of the rows that reallocation appends; torch's random state is not used.
 
     Raises:
         ValueError: fields outside their range, all of them in one message.

@@ -1,4 +1,4 @@
-"""Changing the rank of a LoRA update while keeping what it does. Pure functions of factors."""
+"""Change the rank of a LoRA update and keep the update. Pure functions of factors."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor
 
 @torch.no_grad()
 def resize_factors(A: Tensor, B: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Factors of the given rank whose product is B A, or its best approximation where the rank is smaller.
+    """Return factors of another rank with the product B A, or its best approximation where the rank is smaller.
 
-    Shrinking keeps the directions of the largest singular values of B A (Eckart-Young). The rows of the new A are
-    orthogonal and as long as those of A are on average (root mean square), so that the factors keep the proportion that
-    LoRA trains them in. Growing leaves A and B as they are and appends rows to A as PEFT initialises them (uniform,
-    variance 1 / (3 d_in)) and zeros to B: the update does not change.
+    A smaller rank keeps the directions of the largest singular values of B A (Eckart and Young, 1936). The rows of the
+    new A are orthogonal, with the root mean square length of those of A, so that the ratio of the factors' norms stays.
+    A larger rank appends rows to A as PEFT initializes them (uniform, variance 1 / (3 d_in)) and zeros to B: the update
+    does not change.
 
     Args:
         A: shape (r, d_in).
         B: shape (d_out, r).
         rank: r' >= 0.
-        generator: for appended rows; on the CPU, whatever the device of A.
+        generator: of appended rows, on the CPU.
 
     Returns:
         A' (r', d_in) and B' (d_out, r'), in the types of A and B.

@@ -1,4 +1,4 @@
-"""Fisher-weighted shrinkage as one object that a training loop holds."""
+"""Fisher-weighted shrinkage for a training loop, as one object."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ from fwlora.reallocation import resize_factors
 from fwlora.shrinkage import BatchedShrinkage, shrinkage_penalty
 from fwlora.state import STATE_FORMAT, match_state
 
-# Which adapters are held, by the layer of their first matrix: a second holder would add the term twice.
+# Live objects by first layer and adapter name: two on one adapter would add the term twice.
 _HOLDERS: weakref.WeakKeyDictionary[nn.Module, dict[str, weakref.ref[FisherWeightedLora]]] = weakref.WeakKeyDictionary()
 
 
 class UnmeasuredError(RuntimeError):
-    """The warm-up ended without a gradient from which importances could be had."""
+    """A warm-up without a finite gradient, from which no importances follow."""
 
 
 class FisherWeightedLora:
-    r"""Measures importances during the warm-up, then shrinks the updates of matrices that matter little.
+    r"""Measure importances during the warm-up, then shrink the updates of unimportant matrices.
 
     .. math:: L = L_{task} + \lambda \sum_m (1 - I_m) \lVert \Delta W_m \rVert_F^2
 
@@ -57,19 +57,19 @@ class FisherWeightedLora:
     adapters' gradients, which equals having added the term to the loss of that step.
 
     Where the term enters: call ``step`` once per optimiser step, after the last ``backward()`` of a gradient
-    accumulation, after ``scaler.unscale_(optimizer)`` where there is a scaler, and before clipping, so that clipping
-    sees the whole gradient. Nothing stands in ``forward``: evaluation losses are the task's alone. A step never waits
-    for the device; the one that freezes does, once.
+    accumulation, after ``scaler.unscale_(optimizer)`` where there is a scaler, and before clipping, so that the whole
+    gradient is clipped. ``forward`` is unchanged, so evaluation losses contain no penalty. No step but the one that
+    freezes waits for the device.
 
     The measured gradients are those of the loss as it was back-propagated: micro-batches, repeated calls of a module
     and the processes of ``torch.distributed`` (where initialised; averaged, as data-parallel training does) are summed
     before the norm, so a loss that is averaged properly gives the value of the joint batch. Every backward pass since
-    the previous ``step`` counts, so do not back-propagate what the step is not to use.
+    the previous ``step`` counts.
 
     Args:
         model: a PEFT model with LoRA adapters, also inside ``DistributedDataParallel`` or ``torch.compile``.
-        options: what to measure and do; None for those of the model's :class:`fwlora.FwLoraConfig`, or the defaults.
-        adapter_name: which adapter; None for the active one.
+        options: None for those of the model's :class:`fwlora.FwLoraConfig`, or the defaults.
+        adapter_name: of the adapter; None for the active one.
 
     Attributes:
         pairs: the adapted matrices, in model order; after a reallocation some may have rank 0.
@@ -146,14 +146,13 @@ class FisherWeightedLora:
         return self._estimator if isinstance(self._estimator, PassEstimator) and self._estimator.measuring else None
 
     def step(self, optimizer: torch.optim.Optimizer | None = None, *, loss_scale: float | Tensor = 1.0) -> None:
-        """Once between ``backward()`` and ``optimizer.step()``: measure, or add the shrinkage gradient.
+        """Measure, or add the shrinkage gradient; call it once between ``backward()`` and ``optimizer.step()``.
 
         Args:
-            optimizer: needed where ranks are reallocated, and only then: the state of a parameter whose shape changes
-                is dropped (it starts anew, with its own step count), all other state is carried.
-            loss_scale: what the loss was multiplied by when it was back-propagated: with a ``GradScaler``, whose
-                ``unscale_`` comes first, its ``get_scale()``. Measurements are divided by it; the shrinkage gradient is
-                added to gradients that are unscaled already.
+            optimizer: needed where ranks are reallocated: the state of a parameter whose shape changes is dropped, all
+                other state is kept.
+            loss_scale: factor of the loss in ``backward()``: with a ``GradScaler``, whose ``unscale_`` comes first, its
+                ``get_scale()``. Measurements are divided by it; gradients are unscaled already.
 
         Raises:
             RuntimeError: called before any backward pass, or after :meth:`close`.
@@ -180,10 +179,10 @@ class FisherWeightedLora:
 
     @torch.no_grad()
     def shrink(self, loss_scale: float | Tensor = 1.0) -> None:
-        """Adds the shrinkage gradient, times ``loss_scale``, to the adapters' gradients, which may still be None.
+        """Add the shrinkage gradient, times ``loss_scale``, to the adapters' gradients, which may still be None.
 
-        What :meth:`step` does after the warm-up, for loops that clip between ``backward()`` and the place where
-        ``step`` could be called: there, call this before the step's first ``backward()``.
+        :meth:`step` does this after the warm-up. Loops that clip before ``step`` could be called, such as transformers'
+        Trainer, call this instead, before the step's first ``backward()``.
 
         Raises:
             RuntimeError: still in the warm-up, or after :meth:`close`.
@@ -197,7 +196,7 @@ class FisherWeightedLora:
             self.last_penalty = self._shrinkage.add_gradients(loss_scale)
 
     def penalty(self) -> Tensor:
-        """The differentiable term lambda sum_m (1 - I_m) ||dW_m||_F^2, a scalar; 0 during the warm-up."""
+        """Return the differentiable term lambda sum_m (1 - I_m) ||dW_m||_F^2, a scalar; 0 during the warm-up."""
         if self._importance is None:
             return torch.zeros_like(self.last_penalty)
         factors = [pair.factors() for pair in self.pairs]
@@ -205,7 +204,7 @@ class FisherWeightedLora:
         return shrinkage_penalty(factors, scalings, 1 - self._importance, self.options.strength)
 
     def importance(self) -> dict[str, float]:
-        """Frozen I_m by module name.
+        """Return the frozen I_m by module name.
 
         Raises:
             RuntimeError: still in the warm-up.
@@ -215,17 +214,17 @@ class FisherWeightedLora:
         return self._by_name(self._importance)
 
     def norms(self) -> dict[str, float]:
-        """||dW_m||_F by module name."""
+        """Return ||dW_m||_F by module name."""
         return self._by_name(delta_norms(self.pairs))
 
     def skipped_steps(self) -> int:
-        """Measured steps whose gradients were not finite and did not enter F. Waits for the device."""
+        """Return the measured steps whose gradients were not finite and did not enter F; wait for the device."""
         return int(self.fisher.skipped)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resume needs beside the model's and the optimiser's state, taken between two optimiser steps.
+        """Return what a resume needs beside the states of model and optimizer; call it between two optimizer steps.
 
-        Lists, numbers and names only, so that JSON and ``torch.load(weights_only=True)`` both carry it exactly.
+        It holds lists, numbers and names only, which JSON and ``torch.load(weights_only=True)`` keep exactly.
         """
         return {
             "format": STATE_FORMAT,
@@ -242,12 +241,12 @@ class FisherWeightedLora:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues where :meth:`state_dict` was taken, inside the warm-up or after it.
+        """Continue where :meth:`state_dict` was taken, inside the warm-up or after it.
 
-        For an exact resume after a reallocation, build the model with its initial ranks, and its optimiser: this call
-        gives it the reallocated ones; load its weights and the optimiser's state afterwards. A model built from a
-        checkpoint that holds the reallocated ranks fits as it is, without the matrices that lost their adapter: their
-        parameters are missing for the optimiser's state, and from the states taken later.
+        For an exact resume after a reallocation, build model and optimizer with the initial ranks: this call changes
+        them to the reallocated ones; load weights and the optimizer's state afterwards. A model that was built from a
+        checkpoint with the reallocated ranks is accepted too. It lacks the matrices that lost their adapter, so the
+        optimizer's state does not fit, and later states lack them.
 
         Raises:
             ValueError: see :func:`fwlora.state.match_state`.
@@ -276,7 +275,7 @@ class FisherWeightedLora:
         self._place_hooks()
 
     def close(self) -> None:
-        """Removes every hook and lets go of the model: another object may be attached to it."""
+        """Remove every hook; another object may then be attached to the model."""
         self._remove_hooks()
         self._closed = True
         _HOLDERS.get(self.pairs[0].module, {}).pop(self.pairs[0].adapter_name, None)
@@ -293,7 +292,7 @@ class FisherWeightedLora:
 
     def _place_hooks(self) -> None:
         self._estimator = self._make_estimator()
-        # An object that is dropped without close() leaves no hook behind.
+        # Hooks of an object that is garbage-collected without close() are removed.
         self._finalizer = weakref.finalize(self, GradientEstimator.close, self._estimator)
         self._start_measuring_when_due()
 

@@ -29,7 +29,7 @@ def squared_delta_norm(A: Tensor, B: Tensor, scaling: float) -> Tensor:
 def shrinkage_penalty(
     factors: Sequence[tuple[Tensor, Tensor]], scalings: Sequence[float], weights: Tensor, strength: float
 ) -> Tensor:
-    """lambda sum_m w_m ||s_m B_m A_m||_F^2, differentiable, a scalar.
+    """Return lambda sum_m w_m ||s_m B_m A_m||_F^2, differentiable, a scalar.
 
     Args:
         factors: (A_m, B_m) of shapes (r_m, d_in) and (d_out, r_m).
@@ -43,7 +43,7 @@ def shrinkage_penalty(
 
 @torch.no_grad()
 def shrinkage_gradients(A: Tensor, B: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Closed-form gradient of c_m ||B_m A_m||_F^2 for matrices of one shape, as one batched product.
+    """Return the gradient of c_m ||B_m A_m||_F^2 for matrices of one shape, in closed form, as one batched product.
 
     Args:
         A: shape (matrices, r, d_in).
@@ -60,7 +60,7 @@ def shrinkage_gradients(A: Tensor, B: Tensor, coefficients: Tensor) -> tuple[Ten
 
 
 class BatchedShrinkage:
-    """Adds the shrinkage gradient to many adapters with one batched product per matrix shape.
+    """Add the shrinkage gradient to many adapters, with one batched product per matrix shape.
 
     Ranks within a shape may differ: factors are copied into stacks that are padded with zeros, which change no product.
     The stacks take as much memory as the adapters themselves.
@@ -92,8 +92,8 @@ class BatchedShrinkage:
 
     @torch.no_grad()
     def add_gradients(self, factor: float | Tensor = 1.0) -> Tensor:
-        """Adds ``factor`` times the gradient to ``grad`` of every factor that trains; returns the term's value."""
-        # Calls over all factors at once: on a GPU each is a single kernel.
+        """Add ``factor`` times the gradient to ``grad`` of every trained factor; return the term's value."""
+        # On a GPU each call over all factors is a single kernel.
         torch._foreach_copy_(self._views, self._parameters)
         results = [shrinkage_gradients(A, B, coefficients * factor) for A, B, coefficients in self._stacks]
         gradients: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""Whether a saved state is whole, and fits the object that is to continue from it."""
+"""Check that a saved state is complete and fits the object that loads it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ STATE_KEYS = (
 
 
 def match_state(state: Mapping[str, Any], options: FisherWeighting, pairs: Sequence[AdapterPair]) -> list[int]:
-    """Where a state's lists hold these matrices: one place each, in the order of ``pairs``. Changes nothing.
+    """Return the index in a state's lists of each matrix, in the order of ``pairs``.
 
     Args:
         state: what :meth:`fwlora.FisherWeightedLora.state_dict` returned, with all matrices of its model.
-        options: of the object that is to take it; they have to agree but for ``strength``.
-        pairs: the matrices there are, with the state's initial or present ranks.
+        options: of the object that loads it; all but ``strength`` have to agree.
+        pairs: the matrices of the object, with the state's initial or present ranks.
 
     Raises:
         ValueError: not a state, a damaged one, or one of other options or of another model.
@@ -56,7 +56,7 @@ def match_state(state: Mapping[str, Any], options: FisherWeighting, pairs: Seque
 
 
 def _find_wrong_entries(state: Mapping[str, Any]) -> list[str]:
-    """Entries of a state that state_dict() cannot have written, in words."""
+    """Describe the entries of a state that state_dict() cannot have written."""
 
     def is_list(name: str, allowed: Callable[[Any], bool]) -> bool:
         values = state[name]
@@ -90,7 +90,7 @@ def _is_whole(value: object) -> bool:
 
 
 def _first_difference(state: Mapping[str, Any], pairs: Sequence[AdapterPair]) -> str:
-    """What tells the state's matrices from the model's, in words."""
+    """Describe the first difference between the state's matrices and the model's."""
     there = dict(zip(state["names"], zip(state["shapes"], state["ranks"], strict=True), strict=True))
     for pair in pairs:
         if pair.name not in there:

@@ -1,4 +1,4 @@
-"""Thin callbacks for ``transformers.Trainer``: all that they do is call the library at the right moment.
+"""Callbacks that run FW-LoRA and AdaLoRA inside ``transformers.Trainer``.
 
 ``Trainer(..., callbacks=[FwLoraCallback()])`` for a model from ``get_peft_model(base, FwLoraConfig(...))``,
 ``Trainer(..., callbacks=[AdaLoraCallback()])`` for one with an ``AdaLoraConfig``.
@@ -20,37 +20,36 @@ from fwlora.regularizer import FisherWeightedLora
 
 
 class FwLoraCallback(TrainerCallback, ExportableState):
-    """Fisher-weighted LoRA in a Trainer: measures during the warm-up, then adds the shrinkage gradient.
+    """Run Fisher-weighted LoRA in a Trainer: measure during the warm-up, then add the shrinkage gradient.
 
-    The Trainer clips before ``on_pre_optimizer_step``. The shrinkage gradient is therefore laid down when a step
-    begins, before its first ``backward()`` adds to it, so that clipping sees the whole gradient; measurements are taken
-    as gradients pass by, and are of unclipped ones. With fp16 both follow the loss scale. Evaluation losses are the
-    task's alone.
+    The Trainer clips before ``on_pre_optimizer_step``. The shrinkage gradient is therefore written when a step begins,
+    before its first ``backward()`` adds to it, so that the whole gradient is clipped; measurements are made in the
+    backward pass, of unclipped gradients. With fp16 both follow the loss scale. Evaluation losses contain no penalty.
 
     The state travels in the checkpoint's ``trainer_state.json``, and ``trainer.train(resume_from_checkpoint=...)``
-    continues exactly, inside the warm-up or after it. One case is beyond it: the Trainer loads weights before any
-    callback may act, so it cannot resume from (nor load at the end) a checkpoint whose ranks are not the model's, as
-    after a reallocation. A loop of one's own can, see :meth:`fwlora.FisherWeightedLora.load_state_dict`.
+    continues exactly, inside the warm-up or after it, but not after a reallocation: the Trainer loads weights before it
+    calls callbacks, so it cannot load a checkpoint whose ranks are not the model's. A loop of your own can, see
+    :meth:`fwlora.FisherWeightedLora.load_state_dict`.
 
     Args:
-        options: what to measure and do; None for those of the model's :class:`fwlora.FwLoraConfig`, or the defaults.
-        adapter_name: which adapter; None for the active one.
+        options: None for those of the model's :class:`fwlora.FwLoraConfig`, or the defaults.
+        adapter_name: of the adapter; None for the active one.
 
     Attributes:
-        fisher_weighted: the object that does the work, from the start of training on; ask it for importances.
+        fisher_weighted: made when training starts; it has the importances.
     """
 
     def __init__(
         self, options: FisherWeighting | dict[str, Any] | None = None, adapter_name: str | None = None
     ) -> None:
-        # A Trainer that restores callbacks builds them from the exported arguments, which are JSON.
+        # A Trainer that restores callbacks makes them from exported arguments, which are JSON.
         self.options = FisherWeighting(**options) if isinstance(options, dict) else options
         self.adapter_name = adapter_name
         self.fisher_weighted: FisherWeightedLora | None = None
         self.exported: dict[str, Any] | None = None
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps; the Trainer calls it when it saves."""
+        """Return what a checkpoint keeps; the Trainer calls it when it saves."""
         held = self.fisher_weighted
         options = None if self.options is None else asdict(self.options)
         return {
@@ -61,7 +60,7 @@ class FwLoraCallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Attaches to the model, anew for every ``train()``; continues from the checkpoint where there is one.
+        """Attach to the model, anew for every ``train()``; continue from the checkpoint where there is one.
 
         Raises:
             ValueError: see :class:`fwlora.FisherWeightedLora`; a warm-up as long as the training; a checkpoint without
@@ -101,7 +100,7 @@ class FwLoraCallback(TrainerCallback, ExportableState):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """After the warm-up: the shrinkage gradient, which the step's backward passes then add to."""
+        """Write the shrinkage gradient, after the warm-up; the step's backward passes add to it."""
         held = self.fisher_weighted
         if held is not None and not held.in_warmup:
             held.shrink(_loss_scale(kwargs["optimizer"]))
@@ -109,20 +108,20 @@ class FwLoraCallback(TrainerCallback, ExportableState):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """During the warm-up: one step of measuring."""
+        """Measure, during the warm-up."""
         held = self.fisher_weighted
         if held is not None and held.in_warmup:
             held.step(kwargs["optimizer"], loss_scale=_loss_scale(kwargs["optimizer"]))
 
 
 class AdaLoraCallback(TrainerCallback):
-    """AdaLoRA's missing piece in a Trainer: ``update_and_allocate`` after every optimiser step, counted from 1.
+    """Run AdaLoRA in a Trainer, which does not call ``update_and_allocate``: after every optimizer step, from 1.
 
-    PEFT adds the orthogonality term to the model's loss in evaluation too; here it enters training alone.
+    PEFT adds the orthogonality term to the loss in evaluation too; with this callback in training alone.
     """
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Keeps the orthogonality term out of evaluation losses from now on, also before and after training.
+        """Keep the orthogonality term out of evaluation losses, also before and after training.
 
         Raises:
             ValueError: the model has no AdaLoRA adapter.
@@ -132,7 +131,7 @@ class AdaLoraCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Checks that the schedule fits the training; covers models that are made only now (``model_init``).
+        """Check that the schedule fits the training; handle models that ``model_init`` made.
 
         Raises:
             ValueError: the schedule is longer than the training, so the budget would never be reached.
@@ -150,7 +149,7 @@ class AdaLoraCallback(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Between ``optimizer.step()`` and ``zero_grad()``: gradients are still there."""
+        """Update scores and masks, while the step's gradients are still there."""
         _find_adalora(kwargs["model"]).update_and_allocate(state.global_step + 1)
 
 
@@ -164,6 +163,6 @@ def _find_adalora(model: Any) -> AdaLoraModel:
 
 
 def _loss_scale(optimizer: Any) -> float:
-    """The factor that fp16 training puts on the loss; 1 without it."""
+    """Return the factor of the loss in fp16 training; 1 without it."""
     scaler = getattr(optimizer, "scaler", None)
     return scaler.get_scale() if scaler is not None else 1.0
