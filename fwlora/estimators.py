@@ -203,10 +203,12 @@ class SketchEstimator(PassEstimator):
         super().__init__(pairs)
 
     def start(self, step: int) -> None:
+        """Start to record gradients; the signs depend on ``step``."""
         super().start(step)
         self._step = step
 
     def take_squared_norms(self, loss_scale: float | Tensor = 1.0) -> Tensor:
+        """Return the estimate, and free what was kept for the step."""
         self._signs.clear()
         self._latest = None
         return super().take_squared_norms(loss_scale)

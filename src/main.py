@@ -1,4 +1,4 @@
-"""Runs one experiment: launches ``src.train`` as a subprocess, keeps its log, and exits with its exit code."""
+"""Run one experiment: launch ``src.train`` as a subprocess, keep its log, and exit with its exit code."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ INTERRUPT_PATIENCE_S = 10.0
 def launch_training(invocation: Invocation, log_path: Path, environment: Mapping[str, str]) -> int:
     """Run ``src.train``, its output on this stdout and appended to the log; return its exit code.
 
-    A request to stop is handed to the child, which then ends by itself.
+    SIGTERM is passed on to the child; SIGINT too, if the child is still running after a while.
 
     Args:
         invocation: what the child is to do.
@@ -58,7 +58,7 @@ def launch_training(invocation: Invocation, log_path: Path, environment: Mapping
             def pass_on(number: int, frame: object) -> None:
                 if number == signal.SIGTERM:
                     child.send_signal(number)
-                # A terminal interrupts the child too; only a child that was not is told a second time.
+                # Ctrl-C reaches the child too; interrupt it only if it is still running after a while.
                 elif not interrupted.is_alive():
                     interrupted.start()
 

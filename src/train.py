@@ -1,4 +1,4 @@
-"""Trains one run: settings -> data -> model and method -> (search) -> training -> record.
+"""Train one run: settings -> data -> model and method -> (search) -> training -> record.
 
 1. Inputs: ranks, data and tokenizer, in the order that finds mistakes earliest; no weight is loaded before.
 2. Search, where ``optuna.n_trials`` is above 0: trials on a part of train, scored on a held-out part of it.
@@ -39,7 +39,7 @@ from fwlora.experiment.run import (
     save_checkpoint,
     summarize_run,
 )
-from fwlora.experiment.search import InfeasibleTrial, SearchResult, search, trial_settings
+from fwlora.experiment.search import InfeasibleTrialError, SearchResult, search, trial_settings
 from fwlora.experiment.settings.hydra_arguments import Invocation, enter_program, run_task
 from fwlora.experiment.settings.resolve import check_schedules, fit_trial_to_data
 from fwlora.experiment.settings.schema import ProgramSettings, RunSettings
@@ -134,7 +134,7 @@ def run_search(run: RunSettings, inputs: RunInputs) -> SearchResult:
                 report=ProgressPrinter(),
             )
         except DivergedError as error:
-            raise InfeasibleTrial(str(error)) from None
+            raise InfeasibleTrialError(str(error)) from None
         return result.last.values[metrics.eval_name(inputs.task.task_metric)]
 
     with engine_errors_name_settings():
@@ -155,7 +155,7 @@ def train_and_record(
     search_time_s: float,
     directory: Path | None,
 ) -> None:
-    """Carry out the training that counts.
+    """Carry out the training that is compared.
 
     Args:
         run: with the values that a search found.

@@ -13,7 +13,7 @@ MISSING_EXTRA = "`fwlora {command}` needs the experiment extra ({name} is missin
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
+    """Make the parser of the command's arguments."""
     parser = argparse.ArgumentParser(prog="fwlora", description="Fisher-Weighted LoRA: rank plans and experiments.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     plan = commands.add_parser("plan", help="which matrix gets which rank within a parameter budget, before training")
@@ -38,7 +38,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+    """Run the command; return the exit code."""
     from fwlora.experiment.errors import user_errors_exit
     from fwlora.experiment.plugins import load_plugins
 

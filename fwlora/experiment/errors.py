@@ -23,7 +23,7 @@ class UserError(ValueError):
 
     @classmethod
     def collect(cls, heading: str, problems: Iterable[str]) -> UserError:
-        """One error that lists every problem found, a line each."""
+        """Make one error that lists every problem, a line each."""
         lines = list(problems)
         if len(lines) == 1:
             return cls(f"{heading}: {lines[0]}")
@@ -47,7 +47,7 @@ def collecting(heading: str) -> Iterator[list[str]]:
 
 
 def describe_validation_error(error: ValidationError, model: Any) -> list[str]:
-    """A line for each mistake that pydantic found: key path, value, what is accepted.
+    """Write a line for each mistake that pydantic found: key path, value, what is accepted.
 
     Args:
         error: of the validation.
@@ -84,7 +84,7 @@ def _describe_item(item: Any, model: Any) -> str:
 
 
 def _models_in(annotation: Any) -> list[Any]:
-    """Pydantic classes that an annotation mentions, at any depth."""
+    """List the pydantic classes in an annotation, at any depth."""
     found = [annotation] if hasattr(annotation, "model_fields") else []
     return found + [model for inner in get_args(annotation) for model in _models_in(inner)]
 
@@ -114,9 +114,9 @@ def _known_keys(parents: Sequence[str], model: Any) -> list[str]:
 
 @contextmanager
 def user_errors_exit() -> Iterator[None]:
-    """Ends the process with the message and :data:`EXIT_USER_ERROR` where the block raises a :class:`UserError`.
+    """End the process with the message and :data:`EXIT_USER_ERROR` where the block raises a :class:`UserError`.
 
-    An interrupt ends it with 130, as shells do, and one word.
+    A KeyboardInterrupt prints "interrupted" and exits with 130 (128 + SIGINT).
     """
     try:
         yield

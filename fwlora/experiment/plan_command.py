@@ -19,7 +19,7 @@ from fwlora.experiment.modeling.pretrained import fetching, resolve_pretrained
 
 
 def plan_pretrained(model_id: str, budget_percent: float, target_modules: Sequence[str] | None) -> RankPlan:
-    """The ranks for a pretrained model, from its configuration alone.
+    """Plan the ranks for a pretrained model, from its configuration alone.
 
     Raises:
         UserError: a model that cannot be fetched, targets that match nothing, a budget that pays for no rank.
@@ -36,7 +36,7 @@ def plan_pretrained(model_id: str, budget_percent: float, target_modules: Sequen
 
 
 def rank_table(plan: RankPlan) -> Table:
-    """A row per kind of matrix, a column per layer; a rank of 0 is a dot."""
+    """Make a table with a row per kind of matrix and a column per layer; a rank of 0 is a dot."""
     ranks: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
     shapes: dict[str, str] = {}
     for matrix in plan.matrices:
@@ -55,7 +55,7 @@ def rank_table(plan: RankPlan) -> Table:
 
 
 def summary_lines(plan: RankPlan, budget_percent: float) -> list[str]:
-    """What the budget is, and what of it the ranks use."""
+    """Write the budget, and how much of it the ranks use."""
     smallest, largest = min(plan.ranks.values()), max(plan.ranks.values())
     ranks = f"rank {smallest}" if smallest == largest else f"ranks {smallest} and {largest}"
     used = math.floor(1000 * plan.cost / plan.budget) / 10
@@ -67,7 +67,7 @@ def summary_lines(plan: RankPlan, budget_percent: float) -> list[str]:
 
 
 def as_json(plan: RankPlan, model_id: str, budget_percent: float) -> str:
-    """The plan for other programs; ``ranks`` fits a LoraConfig's ``rank_pattern`` once its zeros are left out."""
+    """Write the plan for other programs; ``ranks`` fits a LoraConfig's ``rank_pattern`` once its zeros are left out."""
     return json.dumps(
         {
             "model": model_id,

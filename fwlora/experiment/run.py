@@ -1,4 +1,4 @@
-"""One run's input, record and output: what ``src.train`` does that is not the story of a training."""
+"""The parts of ``src.train`` beside the training: inputs, log lines, messages, summary and adapter of a run."""
 
 from __future__ import annotations
 

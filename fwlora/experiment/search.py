@@ -16,7 +16,7 @@ from fwlora.experiment.settings.schema import Categorical, IntRange, LogUniform,
 logger = logging.getLogger(__name__)
 
 
-class InfeasibleTrial(Exception):
+class InfeasibleTrialError(Exception):
     """Sampled values that cannot make a run, with the reason."""
 
 
@@ -39,7 +39,7 @@ class SearchResult:
     dropped_dimensions: dict[str, str] = field(default_factory=dict)
 
     def as_record(self) -> dict[str, Any]:
-        """Plain values for the run's record."""
+        """Return plain values for the run's record."""
         return {
             "best_values": self.best_values,
             "best_objective": self.best_objective,
@@ -50,10 +50,9 @@ class SearchResult:
 
 
 def effective_space(run: RunSettings) -> tuple[dict[str, Any], dict[str, str]]:
-    """(dimensions that are searched, dropped ones with the reason).
+    """Return the dimensions that are searched, and the dropped ones with the reason.
 
-    A leading budget fixes the ranks of every method, so a search over the rank would compare runs of one size under
-    different names.
+    The parameter budget fixes the ranks of every method, so a search over the rank would compare equal runs.
     """
     space = dict(run.optuna.search_space)
     dropped = {}
@@ -69,7 +68,7 @@ def search(run: RunSettings, objective: Callable[[RunSettings], float]) -> Searc
     Args:
         run: settings whose ``optuna`` node says what to do.
         objective: trains with the given settings and returns the metric on held-out data; raises
-            :class:`InfeasibleTrial` where the values cannot make a run.
+            :class:`InfeasibleTrialError` where the values cannot make a run.
 
     Raises:
         UserError: nothing to search, or no trial could be trained.
@@ -89,7 +88,7 @@ def search(run: RunSettings, objective: Callable[[RunSettings], float]) -> Searc
         values = {name: _suggest(trial, name, distribution) for name, distribution in space.items()}
         try:
             value = objective(run.with_values(values))
-        except InfeasibleTrial as reason:
+        except InfeasibleTrialError as reason:
             logger.info("%s infeasible (%s): %s", label, reason, _format(values))
             raise optuna.TrialPruned(str(reason)) from None
         logger.info("%s objective %.4f: %s", label, value, _format(values))
@@ -115,7 +114,7 @@ def trial_settings(candidate: RunSettings, run_examples: int, trial_examples: in
         trial_examples: training examples of a trial.
 
     Raises:
-        InfeasibleTrial: the candidate's schedule does not fit the run, or the trial has a single step.
+        InfeasibleTrialError: the candidate's schedule does not fit the run, or the trial has a single step.
     """
     # Searched epochs are what a trial has to try; otherwise the search's own budget counts.
     searched = "epochs" in candidate.optuna.search_space
@@ -123,11 +122,11 @@ def trial_settings(candidate: RunSettings, run_examples: int, trial_examples: in
     training = candidate.training.model_copy(update={"epochs": epochs, "seed": candidate.optuna.seed})
     run_steps, trial_steps = candidate.training.total_steps(run_examples), training.total_steps(trial_examples)
     if trial_steps < 2:
-        raise InfeasibleTrial(f"a trial of {trial_steps} step has no room for a warm-up or a schedule")
+        raise InfeasibleTrialError(f"a trial of {trial_steps} step has no room for a warm-up or a schedule")
     try:
         rescaled = get_method(candidate.method).rescale(candidate, run_steps, trial_steps)
     except ValueError as error:
-        raise InfeasibleTrial(str(error)) from None
+        raise InfeasibleTrialError(str(error)) from None
     return rescaled.model_copy(update={"training": training})
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from fwlora.experiment.errors import UserError
-from fwlora.experiment.search import InfeasibleTrial, effective_space, search, trial_settings
+from fwlora.experiment.search import InfeasibleTrialError, effective_space, search, trial_settings
 from fwlora.experiment.settings.hydra_arguments import compose_settings
 from fwlora.experiment.settings.schema import RunSettings
 from tests.helpers.paths import CONFIG_DIR
@@ -68,7 +68,7 @@ def test_infeasible_values_are_counted_and_all_infeasible_is_an_error(caplog):
 
     def objective(candidate: RunSettings) -> float:
         if candidate.training.batch_size == 32:
-            raise InfeasibleTrial("too large")
+            raise InfeasibleTrialError("too large")
         return 1.0
 
     result = search(settings("run.optuna.n_trials=12"), objective)
@@ -76,7 +76,7 @@ def test_infeasible_values_are_counted_and_all_infeasible_is_an_error(caplog):
     assert any("infeasible (too large)" in line for line in caplog.messages)
 
     def refuse(candidate: RunSettings) -> float:
-        raise InfeasibleTrial("never")
+        raise InfeasibleTrialError("never")
 
     with pytest.raises(UserError, match="none of 3 trials could be trained"):
         search(settings("run.optuna.n_trials=3"), refuse)
@@ -91,9 +91,9 @@ def test_trials_keep_the_warmups_share_of_the_steps():
     assert trial.training.seed == run.optuna.seed != run.training.seed
     tiny = trial_settings(settings("run.fw_lora.warmup_steps=800"), 8_551, 64)
     assert tiny.fw_lora.warmup_steps == 1
-    with pytest.raises(InfeasibleTrial, match="warmup_steps 804 >= the run's 804 steps"):
+    with pytest.raises(InfeasibleTrialError, match="warmup_steps 804 >= the run's 804 steps"):
         trial_settings(settings("run.fw_lora.warmup_steps=804"), 8_551, 8_000)
-    with pytest.raises(InfeasibleTrial, match="no room for a warm-up"):
+    with pytest.raises(InfeasibleTrialError, match="no room for a warm-up"):
         trial_settings(run, 67_349, 32)
 
 
@@ -104,7 +104,7 @@ def test_adaloras_schedule_keeps_its_share_of_the_steps():
     assert (schedule.tinit, schedule.tfinal) == (int(200 * 250 / 6315), int(1000 * 250 / 6315)) == (7, 39)
     tiny = trial_settings(run, 67_349, 96).adalora
     assert tiny.tinit < 3 - tiny.tfinal and 3 - tiny.tfinal >= 2
-    with pytest.raises(InfeasibleTrial, match="leave no step of the run's 804"):
+    with pytest.raises(InfeasibleTrialError, match="leave no step of the run's 804"):
         trial_settings(run, 8_551, 8_000)
 
 

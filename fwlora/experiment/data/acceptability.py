@@ -2,7 +2,7 @@
 
 Two sentences of a pair differ in one word (two in ``npi_licensing``'s scope frames); the first is acceptable English,
 the second breaks one rule. Most rules are tested both ways round (*said* right and *told* wrong, then the reverse), so
-that single words hardly tell the label; where they do tell it, a model finds its first foothold.
+that single words hardly predict the label.
 
 Manner and phenomena: Warstadt et al. 2020, "BLiMP: The Benchmark of Linguistic Minimal Pairs for English", TACL 8.
 Sentences are this project's own.
@@ -56,7 +56,7 @@ class Frame:
         self.size = math.prod(len(options) for options in slots.values())
 
     def pair(self, number: int) -> tuple[str, str]:
-        """The acceptable and the unacceptable sentence with this number, in ``range(size)``."""
+        """Return the acceptable and the unacceptable sentence with this number, in ``range(size)``."""
         chosen = {}
         for name, options in self._slots.items():
             number, digit = divmod(number, len(options))
@@ -80,12 +80,12 @@ def _form(entries: Sequence[tuple[str, ...]], number: int) -> tuple[str, ...]:
 
 
 def _contrast(entries: Sequence[tuple[str, ...]], good: int, *bad: int) -> tuple[tuple[str, str], ...]:
-    """Every entry's form ``good`` against each of its forms ``bad``."""
+    """Pair every entry's form ``good`` with each of its forms ``bad``."""
     return tuple((entry[good], entry[other]) for other in bad for entry in entries)
 
 
 def _across(good: Sequence[str], bad: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    """Each word of one class against each of the other."""
+    """Pair each word of one class with each of the other."""
     return tuple(product(good, bad))
 
 
@@ -98,7 +98,7 @@ WORKERS = _forms(
 MALES = _forms("boy boys, man men, king kings, father fathers, prince princes, brother brothers")
 FEMALES = _forms("girl girls, woman women, queen queens, mother mothers, princess princesses, sister sisters")
 RELATIVES = MALES + FEMALES
-# Agreement is the hardest rule to learn: few heads, each seen often, bring it within reach of a short training.
+# Few heads, each frequent: agreement is the hardest rule to learn in a short training.
 HEADS, MALE_ANTECEDENTS, FEMALE_ANTECEDENTS = WORKERS[:6], MALES[:3], FEMALES[:3]
 OBJECTS = _forms(
     "lamp lamps, bottle bottles, camera cameras, ring rings, hammer hammers, clock clocks, basket baskets, "
@@ -236,7 +236,7 @@ def _filler_gap() -> Iterator[Frame]:
 
 
 def _auxiliary_form() -> Iterator[Frame]:
-    """Each auxiliary asks for one form of the verb, across an adverb."""
+    """Each auxiliary needs one form of the verb, across an adverb."""
     slots: Slots = {"subject": _form(WORKERS + RELATIVES, 0), "adverb": ADVERBS, "object": _form(OBJECTS, 0)}
     end = "{adverb} {verb} the {object}."
     yield Frame(
@@ -287,7 +287,7 @@ def _index_below(limit: int, generator: random.Random) -> int:
 
 
 def _shuffled_numbers(size: int, generator: random.Random) -> Iterator[int]:
-    """``range(size)`` in random order, without ever holding it (Fisher-Yates on a sparse array)."""
+    """Yield ``range(size)`` in random order without storing it (Fisher-Yates on a sparse array)."""
     moved: dict[int, int] = {}
     for last in range(size - 1, -1, -1):
         position = _index_below(last + 1, generator)
@@ -298,7 +298,7 @@ def _shuffled_numbers(size: int, generator: random.Random) -> Iterator[int]:
 def _draw_pairs(
     frames: Sequence[Frame], count: int, taken: set[str], generator: random.Random
 ) -> list[tuple[str, str]]:
-    """Up to ``count`` pairs, frames equally likely until exhausted; their texts are added to ``taken``."""
+    """Draw up to ``count`` pairs, frames equally likely until exhausted; add their texts to ``taken``."""
     streams = [(frame, _shuffled_numbers(frame.size, generator)) for frame in frames]
     pairs: list[tuple[str, str]] = []
     while len(pairs) < count and streams:
@@ -316,10 +316,10 @@ def _draw_pairs(
 
 
 def _require_at_least(**arguments: tuple[int, int]) -> None:
-    """Every argument is (value, least value).
+    """Check arguments, each (value, least value).
 
     Raises:
-        UserError: naming each argument below its least value.
+        UserError: names each argument below its least value.
     """
     problems = [
         f"`{name}` is {value}; give a whole number of at least {least}"
@@ -331,7 +331,7 @@ def _require_at_least(**arguments: tuple[int, int]) -> None:
 
 
 def generate_split(pairs: int, seed: int, *, exclude: Collection[str] = ()) -> list[Sentence]:
-    """Distinct minimal pairs, spread over the phenomena as evenly as their number allows.
+    """Generate distinct minimal pairs, spread over the phenomena as evenly as their number allows.
 
     Args:
         pairs: how many; the split has twice as many sentences, half of them acceptable.
@@ -342,7 +342,7 @@ def generate_split(pairs: int, seed: int, *, exclude: Collection[str] = ()) -> l
         The sentences in random order of pairs, the two members of a pair next to each other in random order.
 
     Raises:
-        UserError: fewer than one pair, a negative seed, or more pairs than the grammar can give distinct.
+        UserError: fewer than one pair, a negative seed, or more pairs than the grammar has.
     """
     _require_at_least(pairs=(pairs, 1), seed=(seed, 0))
     generator = random.Random(seed)
@@ -370,7 +370,7 @@ def generate_split(pairs: int, seed: int, *, exclude: Collection[str] = ()) -> l
 def generate_task(
     train_pairs: int = DEFAULT_TRAIN_PAIRS, eval_pairs: int = DEFAULT_EVAL_PAIRS, seed: int = 0
 ) -> dict[str, list[Sentence]]:
-    """The task's two splits, ``train`` and ``validation``; no text occurs twice.
+    """Generate the task's two splits, ``train`` and ``validation``; no text occurs twice.
 
     Raises:
         UserError: as :func:`generate_split`.

@@ -1,4 +1,4 @@
-"""Token sequences of unequal length, and which of them share a batch."""
+"""Batches of token sequences of unequal length."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Batches are cut from runs of this many shuffled batches sorted by length: long enough for little padding, short enough
-# that an epoch is still random.
+# Shuffled examples are sorted by length within this many batches: enough for little padding, few enough that an epoch
+# is still random.
 BATCHES_PER_POOL = 50
 
 
@@ -22,7 +22,7 @@ class TokenizedSplit:
         tokens: int32, all examples' token ids one after another.
         segments: int8 like ``tokens``: which segment a token belongs to; None where all are 0.
         offsets: int64, shape (n + 1,); example i is ``tokens[offsets[i]:offsets[i + 1]]``.
-        labels: int64 classes, shape (n,).
+        labels: int64 classes or float32 numbers, shape (n,).
     """
 
     tokens: np.ndarray
@@ -35,11 +35,11 @@ class TokenizedSplit:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens per example, shape (n,)."""
+        """Number of tokens per example, shape (n,)."""
         return np.diff(self.offsets)
 
     def select(self, indices: np.ndarray) -> TokenizedSplit:
-        """The given examples, in the given order."""
+        """Return the examples at ``indices``, in that order."""
         lengths = self.lengths[indices]
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         places = np.repeat(self.offsets[indices] - offsets[:-1], lengths) + np.arange(offsets[-1])
@@ -50,11 +50,14 @@ class TokenizedSplit:
 
 
 def plan_epoch(lengths: np.ndarray, batch_size: int, *, seed: int, epoch: int, by_length: bool) -> list[np.ndarray]:
-    """Batches of one training epoch: every example exactly once, freshly shuffled, the same for equal seed and epoch.
+    """Plan the batches of one training epoch: every example once, shuffled anew, the same for equal seed and epoch.
 
     Args:
         lengths: tokens per example, shape (n,).
-        by_length: batches hold examples of like length; their order is random all the same.
+        batch_size: examples per batch.
+        seed: of the order.
+        epoch: from 0.
+        by_length: whether batches hold examples of like length; their order is random all the same.
     """
     generator = np.random.default_rng([seed, epoch])
     order = generator.permutation(len(lengths))
@@ -67,7 +70,7 @@ def plan_epoch(lengths: np.ndarray, batch_size: int, *, seed: int, epoch: int, b
 
 
 def plan_evaluation(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    """Batches for evaluation: sorted by length, every example exactly once."""
+    """Plan the batches of an evaluation: sorted by length, every example once."""
     order = np.argsort(lengths, kind="stable")
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
@@ -77,18 +80,18 @@ class Padding:
     """How examples of unequal length become one tensor.
 
     Attributes:
-        token_id: what is padded with.
+        token_id: of the padding.
         left: before the tokens, for models that read the last position.
         width: pad every batch to this many tokens; None pads to the longest example of a batch.
-        multiple: round widths up to a multiple of this, for devices that want few shapes.
-        most: never round up to more tokens than this.
+        multiple: round widths up to a multiple of this, for devices that are fast with few shapes.
+        max_width: round up to this many tokens at most.
     """
 
     token_id: int
     left: bool = False
     width: int | None = None
     multiple: int = 1
-    most: int | None = None
+    max_width: int | None = None
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ class Batch:
         return len(self.labels)
 
     def inputs(self) -> dict[str, Tensor]:
-        """What a classifier takes, without what is None."""
+        """Return the inputs of a classifier, without those that are None."""
         named = {
             "input_ids": self.input_ids, "attention_mask": self.attention_mask, "token_type_ids": self.token_type_ids,
         }  # fmt: skip
@@ -121,13 +124,13 @@ class Batch:
 def collate(
     split: TokenizedSplit, batches: Sequence[np.ndarray], padding: Padding, device: torch.device
 ) -> list[Batch]:
-    """Several batches, padded in one go and moved to the device as one tensor each of tokens, masks and labels."""
+    """Pad several batches together and move them to the device, tokens, masks and labels as one tensor each."""
     order = np.concatenate(batches)
     counts = np.array([len(batch) for batch in batches])
     starts, lengths = split.offsets[order], split.lengths[order]
     widths = np.array([padding.width or split.lengths[batch].max() for batch in batches])
     rounded = -(-widths // padding.multiple) * padding.multiple
-    widths = rounded if padding.most is None else np.where(rounded <= padding.most, rounded, widths)
+    widths = rounded if padding.max_width is None else np.where(rounded <= padding.max_width, rounded, widths)
     row_widths = np.repeat(widths, counts)
     row_ends = np.cumsum(row_widths)
     row_starts = row_ends - lengths if padding.left else row_ends - row_widths
@@ -157,7 +160,7 @@ def collate(
 def stage(
     split: TokenizedSplit, batches: Sequence[np.ndarray], padding: Padding, device: torch.device
 ) -> Iterator[Batch]:
-    """Batches in their order, prepared :data:`BATCHES_PER_POOL` at a time: little work per step, bounded memory."""
+    """Yield batches in order, prepared :data:`BATCHES_PER_POOL` at a time: little work per step, bounded memory."""
     for start in range(0, len(batches), BATCHES_PER_POOL):
         yield from collate(split, batches[start : start + BATCHES_PER_POOL], padding, device)
 

@@ -1,4 +1,4 @@
-"""Tokenised splits on disk, so that the runs of a study tokenise once; read back as memory maps, not into memory."""
+"""Tokenised splits on disk, so that the runs of a study tokenise once; they are read as memory maps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from fwlora.experiment.data.batching import TokenizedSplit
 from fwlora.experiment.files import replace_folder
 
-# Part of every key: another layout of the files, or other contents for equal text, is another number.
+# Part of every key; it changes with the layout of the files, or the contents for equal text.
 FORMAT = 1
 _UNREADABLE = (OSError, ValueError, EOFError)
 ARRAYS = ("tokens", "segments", "offsets", "labels")
@@ -23,12 +23,14 @@ ARRAYS = ("tokens", "segments", "offsets", "labels")
 def cached_tokens(
     folder: Path, key_parts: Sequence[Any] | None, tokenize: Callable[[], TokenizedSplit]
 ) -> TokenizedSplit:
-    """The split that ``tokenize`` makes, from disk where it was made before with equal ``key_parts``.
+    """Return the split that ``tokenize`` makes, from disk where one with equal ``key_parts`` was made before.
 
-    A folder that cannot be written, or files in it that cannot be read, cost the time to tokenise and nothing else.
+    Errors of the cache are treated as a miss.
 
     Args:
-        key_parts: everything that the tokens depend on; None where that cannot be told, and nothing is kept.
+        folder: of the cache.
+        key_parts: everything that the tokens depend on; None where that is unknown, and nothing is kept.
+        tokenize: makes the split.
     """
     if key_parts is None:
         return tokenize()
@@ -54,5 +56,5 @@ def _read(place: Path) -> TokenizedSplit:
 def _fill(split: TokenizedSplit, folder: Path) -> None:
     for name in ARRAYS:
         array = getattr(split, name)
-        # No segments are a file too: one that is missing is a fault.
+        # An empty array where there are no segments: a missing file means a damaged entry.
         np.save(folder / f"{name}.npy", np.zeros(0, dtype=np.int8) if array is None else array)

@@ -1,4 +1,4 @@
-"""Forward and backward of a batch shape as one CUDA graph, since a small step on a GPU is bound by kernel launches."""
+"""Forward and backward of a batch shape as one CUDA graph: a small step on a GPU is bound by kernel launches."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class _Captured:
 
 
 class GraphedPasses:
-    """Runs passes eagerly when their shape is new, captures them the second time and replays them from then on.
+    """Run passes of a new shape eagerly, capture them the second time and replay them from then on.
 
-    Gradients have to stay where they are: zero them in place. A pass whose shape of parameters has changed is another
-    pass. Where capturing fails, everything goes on eagerly.
+    Gradients have to be zeroed in place. A pass with other shapes of parameters is another pass. Where capturing fails,
+    all passes are run eagerly.
 
     Args:
         parameters: that receive gradients.
@@ -45,10 +45,12 @@ class GraphedPasses:
         self._working = True
 
     def run(self, batch: Batch, variant: Any, eager: EagerPass) -> Tensor:
-        """``eager(batch)``, or the same by a graph.
+        """Return what ``eager(batch)`` returns, computed by a graph where there is one.
 
         Args:
+            batch: on the device.
             variant: whatever else decides which operations the pass consists of; hashable.
+            eager: runs the pass.
         """
         inputs = batch.inputs()
         shapes = tuple((name, tuple(value.shape)) for name, value in inputs.items())

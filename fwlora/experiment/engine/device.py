@@ -30,8 +30,8 @@ class UnavailableDeviceError(RuntimeError):
 def keep_freed_memory() -> bool:
     """Make the C library keep freed blocks for reuse instead of returning them to the system.
 
-    A training step frees and takes the same megabytes again and again; returned, each page has to be mapped and cleared
-    anew.
+    A training step frees and allocates the same megabytes again and again; a page that was returned has to be mapped
+    and cleared anew.
 
     Returns:
         Whether the C library has such a setting.

@@ -1,7 +1,7 @@
 """Data-parallel processes by torch.distributed, one or several by the same code: those that ``torchrun`` started.
 
-A batch is always the whole batch, of which every process computes its share, so that a run means the same however many
-processes take part.
+A batch is always the whole batch, of which every process computes its share, so that a run gives the same for any
+number of processes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The progress line that a training process prints, and how a parent reads it back."""
+"""The progress line that a training process prints and a parent process parses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LINE = re.compile(r"step (\d+)/(\d+)  epoch (\d+)  loss (\S+)(  fisher warm-up)
 
 @dataclass(frozen=True)
 class Progress:
-    """Where training stands, for people."""
+    """How far a training has come."""
 
     step: int
     total_steps: int
@@ -26,13 +26,13 @@ class Progress:
 
 
 def format_progress(progress: Progress) -> str:
-    """One line, e.g. ``step 40/300  epoch 1  loss 0.6123  fisher warm-up``."""
+    """Write one line, e.g. ``step 40/300  epoch 1  loss 0.6123  fisher warm-up``."""
     line = f"step {progress.step}/{progress.total_steps}  epoch {progress.epoch}  loss {progress.loss:.4f}"
     return line + ("  fisher warm-up" if progress.in_warmup else "")
 
 
 def parse_progress(line: str) -> Progress | None:
-    """Inverse of :func:`format_progress`, None for any other line."""
+    """Parse a line of :func:`format_progress`; return None for any other line."""
     found = _LINE.fullmatch(line.strip())
     if found is None:
         return None
@@ -42,12 +42,13 @@ def parse_progress(line: str) -> Progress | None:
 
 @dataclass
 class ProgressPrinter:
-    """Logs progress at most every :data:`SECONDS_BETWEEN_LINES`, and always the last step."""
+    """Log progress at most every :data:`SECONDS_BETWEEN_LINES` seconds, and always the last step."""
 
     clock: Callable[[], float] = time.monotonic
     _last: float = float("-inf")
 
     def __call__(self, progress: Progress) -> None:
+        """Log the line, if it is due."""
         now = self.clock()
         if now - self._last >= SECONDS_BETWEEN_LINES or progress.step == progress.total_steps:
             self._last = now

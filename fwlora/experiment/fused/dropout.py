@@ -1,9 +1,9 @@
-"""Which elements dropout zeroes, drawn for many tensors at once.
+"""Dropout masks, drawn for many tensors at once.
 
-On a CPU, drawing one number per element takes longer than multiplying by it ever could. Between two dropped elements
-lie G kept ones, and G is geometric: P(G = g) = p (1 - p)^g. Drawing the gaps instead of the elements needs p draws per
-element and gives the same distribution: every element is dropped with probability p, independently. On a GPU, where
-numbers are cheap and positions are not, a mask is drawn.
+On a CPU, drawing a random number per element takes longer than multiplying by it. Between two dropped elements lie G
+kept ones, and G is geometric: P(G = g) = p (1 - p)^g. Drawing the gaps instead of the elements needs p draws per
+element and gives the same distribution: every element is dropped with probability p, independently. On a GPU a mask is
+drawn.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ import torch
 from torch import Tensor
 
 
-class Dropped(Protocol):
+class DropoutMask(Protocol):
     """The dropped elements of one tensor.
 
     Attributes:
-        scale: 1 / (1 - p), what the kept elements are multiplied by; not applied here, so that it can be folded into
-            a product.
+        scale: 1 / (1 - p), the factor of the kept elements; the caller applies it, as a factor of a product.
     """
 
     @property
-    def scale(self) -> float: ...
+    def scale(self) -> float:
+        """1 / (1 - p)."""
 
     def zero_(self, values: Tensor) -> Tensor:
-        """Zeroes the dropped elements of a contiguous tensor in place and returns it."""
+        """Set the dropped elements of a contiguous tensor to zero in place, and return it."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class DroppedPositions:
     scale: float
 
     def zero_(self, values: Tensor) -> Tensor:
+        """Set the dropped elements to zero in place."""
         values.view(-1).index_fill_(0, self.positions, 0.0)
         return values
 
@@ -53,6 +54,7 @@ class KeptMask:
     scale: float
 
     def zero_(self, values: Tensor) -> Tensor:
+        """Set the dropped elements to zero in place."""
         values.view(-1).mul_(self.kept)
         return values
 
@@ -63,18 +65,19 @@ Request = tuple[int, float]
 
 def draw_dropped(
     requests: Mapping[str, Request], device: torch.device, bit_generator: np.random.BitGenerator
-) -> dict[str, Dropped]:
-    """Independent dropouts of several tensors by name; those whose probability is 0 are left out.
+) -> dict[str, DropoutMask]:
+    """Draw independent dropouts of several tensors by name; leave out those whose probability is 0.
 
     Args:
         requests: name -> elements and probability, below 1.
-        bit_generator: of a CPU's draws; on a GPU torch's default generator of the device is drawn from.
+        device: of the tensors.
+        bit_generator: of a CPU's draws; a GPU's come from torch's default generator of the device.
     """
-    drawn: dict[str, Dropped] = {}
+    drawn: dict[str, DropoutMask] = {}
     for probability in dict.fromkeys(p for _, p in requests.values() if p > 0):
         names = [name for name, (_, p) in requests.items() if p == probability]
         sizes = [requests[name][0] for name in names]
-        parts: Sequence[Dropped]
+        parts: Sequence[DropoutMask]
         if device.type == "cpu":
             parts = _draw_positions_of(sizes, probability, bit_generator)
         else:
@@ -85,7 +88,7 @@ def draw_dropped(
 
 
 def draw_positions(count: int, probability: float, bit_generator: np.random.BitGenerator) -> Tensor:
-    """Ascending positions counted from 1, each up to ``count`` present with ``probability``; more follow. int64.
+    """Draw ascending positions from 1, int64, each up to ``count`` with ``probability``; larger ones follow.
 
     G = floor(log U / log(1 - p)), with U uniform in (0, 1], from 32 bits.
     """

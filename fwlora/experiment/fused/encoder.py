@@ -16,13 +16,13 @@ from fwlora.experiment.fused.dropout import draw_dropped
 from fwlora.experiment.fused.layer import FusedLayer, LayerTape
 from fwlora.experiment.fused.linear import Adapters
 
-# Takes a layer's place, the names of matrices with one input X (T, d_in), and the gradients G (names, T, d_out) at
+# Takes a layer's index, the names of matrices with one input X (T, d_in), and the gradients G (names, T, d_out) at
 # their outputs.
 ObserveLayer = Callable[[int, Sequence[str], Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
-class Pass:
+class EncoderCall:
     """One pass of a batch through the layers.
 
     Attributes:
@@ -33,7 +33,7 @@ class Pass:
             without padding.
         seed: of the pass's dropout on a CPU; None in evaluation.
         embedding_dropout: probability of dropout on the layers' input.
-        observe: takes every adapted matrix's input and output gradient; None where nobody measures.
+        observe: takes every adapted matrix's input and output gradient; None where no estimator is recording.
     """
 
     layers: Sequence[FusedLayer]
@@ -46,11 +46,13 @@ class Pass:
 
 
 @torch.no_grad()
-def run_forward(call: Pass, X: Tensor, *, keep: bool) -> tuple[Tensor, list[LayerTape]]:
-    """First tokens' outputs, shape (batch, d), and the layers' tapes, none unless ``keep``.
+def run_forward(call: EncoderCall, X: Tensor, *, keep: bool) -> tuple[Tensor, list[LayerTape]]:
+    """Return the first tokens' outputs, shape (batch, d), and the layers' tapes.
 
     Args:
+        call: the batch and the layers.
         X: embeddings before their dropout, shape (batch x width, d).
+        keep: whether tapes are kept for a backward pass.
     """
     width = X.shape[0] // call.batch
     bits = None if call.seed is None else np.random.SFC64(call.seed)
@@ -69,8 +71,8 @@ def run_forward(call: Pass, X: Tensor, *, keep: bool) -> tuple[Tensor, list[Laye
 
 
 @torch.no_grad()
-def run_backward(call: Pass, G: Tensor, tapes: list[LayerTape]) -> list[dict[str, tuple[Tensor, Tensor]]]:
-    """Gradients of every layer's joint factors by group; empties ``tapes`` as it goes."""
+def run_backward(call: EncoderCall, G: Tensor, tapes: list[LayerTape]) -> list[dict[str, tuple[Tensor, Tensor]]]:
+    """Return the gradients of every layer's joint factors by group; remove every tape from ``tapes`` after its use."""
     gradient: Tensor | None = G
     found: list[dict[str, tuple[Tensor, Tensor]]] = []
     for place in reversed(range(len(call.layers))):
@@ -90,7 +92,8 @@ class EncoderFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, X: Tensor, call: Pass, *factors: Tensor) -> Tensor:
+    def forward(ctx: Any, X: Tensor, call: EncoderCall, *factors: Tensor) -> Tensor:
+        """Return the first tokens' outputs, shape (batch, d)."""
         output, ctx.tapes = run_forward(call, X, keep=True)
         ctx.call = call
         ctx.save_for_backward(*factors)
@@ -99,7 +102,8 @@ class EncoderFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, G: Tensor) -> tuple[Any, ...]:
-        call: Pass = ctx.call
+        """Return the gradients of the factors, from that of the outputs, G (batch, d)."""
+        call: EncoderCall = ctx.call
         factors = iter(ctx.saved_tensors)
         if len(ctx.tapes) != len(call.layers):
             raise RuntimeError("the fused encoder's pass was differentiated a second time; call it again instead")

@@ -11,7 +11,7 @@ from transformers.activations import GELUActivation
 
 from fwlora.adapters import AdapterPair
 from fwlora.estimators import PassEstimator
-from fwlora.experiment.fused.encoder import EncoderFunction, ObserveLayer, Pass, run_forward
+from fwlora.experiment.fused.encoder import EncoderCall, EncoderFunction, ObserveLayer, run_forward
 from fwlora.experiment.fused.families import Family, find_family
 from fwlora.experiment.fused.layer import FusedLayer, LayerWeights, Norm
 from fwlora.experiment.fused.read_model import (
@@ -39,10 +39,12 @@ class PlainClassifier(nn.Module):
         self.model, self.precision = model, precision
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Tensor) -> Tensor:
-        """Logits in float32 or better, shape (batch, classes).
+        """Return logits in float32 or better, shape (batch, classes).
 
         Args:
-            attention_mask: None where no example is padded.
+            input_ids: shape (batch, width).
+            attention_mask: shape (batch, width), 0 at padding; None where no example is padded.
+            **inputs: further tensors that the model takes.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -53,9 +55,9 @@ class PlainClassifier(nn.Module):
 class FastClassifier(nn.Module):
     """The same logits and gradients, for encoders like BERT with a frozen base; ``fused_layer`` says how.
 
-    Base weights, scalings and which adapter is active are read once, here, and must stay: no merging, switching,
-    disabling or change of type afterwards. Adapters and head are the model's own parameters. Dropout is drawn in
-    another way than torch draws it, from the same distribution, while this classifier itself is in training mode.
+    Base weights, scalings and the active adapter are read once, here, and must not change afterwards: no merging,
+    switching, disabling or change of type. Adapters and head are the model's own parameters. While this classifier is
+    in training mode, dropout is drawn from torch's distribution by another algorithm.
 
     Args:
         model: a model of a family in :mod:`fwlora.experiment.fused.families`, adapted or not.
@@ -80,7 +82,7 @@ class FastClassifier(nn.Module):
         if uses_prompt_learning(model):
             raise UnsupportedModelError("learnt prompts")
         self.family = _check_architecture(inner, pairs)
-        # Outside of the module tree: these are no second path to the same parameters.
+        # Outside of the module tree, where they would be a second path to the same parameters.
         self._inner, self._encoder = [inner], [getattr(inner, inner.base_model_prefix)]
         places = {id(pair.module): place for place, pair in enumerate(pairs)}
         layers = self.family.layers(self._encoder[0])
@@ -91,7 +93,7 @@ class FastClassifier(nn.Module):
         for number, module in enumerate(layers):
             found = {name: module.get_submodule(path) for name, path in self.family.linear_paths.items()}
             own = {name: places[id(linear)] for name, linear in found.items() if id(linear) in places}
-            # A matrix that reallocation took the adapter from is a base layer.
+            # A matrix that lost its adapter to a reallocation is a base layer.
             own = {name: place for name, place in own.items() if pairs[place].rank > 0}
             weights = _read_layer(
                 self.family, module, found, {name: pairs[place].scaling for name, place in own.items()}
@@ -106,10 +108,12 @@ class FastClassifier(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
     ) -> Tensor:
-        """Logits in float32 or better, shape (batch, classes).
+        """Return logits in float32 or better, shape (batch, classes).
 
         Args:
+            input_ids: shape (batch, width).
             attention_mask: shape (batch, width), 0 at padding; None where no example is padded.
+            token_type_ids: shape (batch, width); None where all are 0.
         """
         batch, width = input_ids.shape
         factors = [[[pair.factors() for pair in group] for group in layer] for layer in self.pairs]
@@ -126,7 +130,7 @@ class FastClassifier(nn.Module):
             bias = bias.repeat_interleave(self.layers[0].heads, dim=0)
         seed = int(torch.randint(2**62, ())) if self.training else None
         dropout = self._encoder[0].get_submodule(self.family.embeddings_dropout_path).p
-        call = Pass(self.layers, adapters, batch, bias, seed, dropout, self._make_observe())
+        call = EncoderCall(self.layers, adapters, batch, bias, seed, dropout, self._make_observe())
         flat = [factor for layer in factors for group in layer for pair in group for factor in pair]
         if flat and torch.is_grad_enabled():
             first = EncoderFunction.apply(hidden, call, *flat)
@@ -150,7 +154,7 @@ class FastClassifier(nn.Module):
 def make_classifier(
     model: nn.Module, pairs: Sequence[AdapterPair], precision: str, find_estimator: FindEstimator, *, fast: bool
 ) -> tuple[nn.Module, str | None]:
-    """The fast path where it covers the model, else the plain one; and, where fast was wanted, why it is not."""
+    """Return the fast path where it covers the model, else the plain one, and why the fast one is not taken."""
     if not fast:
         return PlainClassifier(model, precision), None
     try:

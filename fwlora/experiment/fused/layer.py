@@ -2,10 +2,9 @@
 
     U = LN1(X + D(attention(X)))        Z = LN2(U + D(W2 gelu(W1 U)))
 
-Autograd would make a new tensor for every residual's gradient and every scaling; here gradients are added into one
-tensor by the products that make them, and scalings are factors of products. Where only the first token of the output
-is needed, only its query, attention output and feed-forward are computed: keys and values are all it takes from the
-other tokens, and their own gradients would be zero.
+Autograd would make a new tensor for every residual's gradient and every scaling; here products add gradients into one
+tensor, and scalings are factors of products. Where only the first token of the output is needed, the other tokens' keys
+and values alone are computed, since the gradients of everything else would be zero.
 """
 
 from __future__ import annotations
@@ -19,29 +18,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fwlora.experiment.fused.dropout import Dropped, draw_dropped
+from fwlora.experiment.fused.dropout import DropoutMask, draw_dropped
 from fwlora.experiment.fused.linear import Adapters, FusedGroup, GroupTape
 from fwlora.experiment.fused.read_model import LinearParts
 
 # Takes the names of matrices with one input X (T, d_in), and the gradients G (names, T, d_out) at their outputs.
 ObserveMatrices = Callable[[Sequence[str], Tensor, Tensor], None]
-# torch's CPU softmax is not vectorised over fewer elements than a vector register holds.
+# torch's CPU softmax is not vectorized below the width of a vector register.
 NARROW = 16
 
 
 @dataclass(frozen=True)
 class Norm:
-    """A frozen layer normalisation."""
+    """A frozen layer normalization; weight and bias have shape (d,)."""
 
     weight: Tensor
     bias: Tensor
     eps: float
 
     def forward(self, X: Tensor) -> tuple[Tensor, NormTape]:
+        """Normalize X (T, d) over d."""
         Y, mean, rstd = torch.native_layer_norm(X, [X.shape[-1]], self.weight, self.bias, self.eps)
         return Y, NormTape(X, mean, rstd)
 
     def backward(self, G: Tensor, tape: NormTape) -> Tensor:
+        """Return dL/dX (T, d) from the gradient at the output, G (T, d)."""
         return torch.ops.aten.native_layer_norm_backward(
             G, tape.X, [G.shape[-1]], tape.mean, tape.rstd, self.weight, self.bias, [True, False, False]
         )[0]
@@ -49,7 +50,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class NormTape:
-    """What the backward pass of a normalisation needs."""
+    """What the backward pass of a normalization needs: X (T, d), mean and rstd (T, 1)."""
 
     X: Tensor
     mean: Tensor
@@ -58,7 +59,7 @@ class NormTape:
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """A layer as it was read from the model.
+    """The weights and settings of a layer.
 
     Attributes:
         linear: ``query``, ``key``, ``value``, ``attention_output``, ``intermediate`` and ``output``.
@@ -93,7 +94,7 @@ class LayerTape:
 
     batch: int
     width: int
-    dropped: Mapping[str, Dropped]
+    dropped: Mapping[str, DropoutMask]
     groups: dict[str, GroupTape] = field(default_factory=dict)
     norms: list[NormTape] = field(default_factory=list)
     attention: AttentionTape | None = None
@@ -106,7 +107,7 @@ class FusedLayer:
     Args:
         weights: of the layer.
         dtype: to multiply in; residuals and normalisations keep the type of the layer's input.
-        first_only: only the first token of every example is wanted of the output.
+        first_only: whether only the first token of every example is needed of the output.
     """
 
     def __init__(self, weights: LayerWeights, dtype: torch.dtype, *, first_only: bool) -> None:
@@ -120,8 +121,10 @@ class FusedLayer:
             for group, names in grouped.items()
         }
 
-    def draw(self, batch: int, width: int, device: torch.device, bits: np.random.BitGenerator) -> dict[str, Dropped]:
-        """The layer's dropouts by where they act: a group's name, ``weights``, ``hidden_0`` or ``hidden_1``."""
+    def draw(
+        self, batch: int, width: int, device: torch.device, bits: np.random.BitGenerator
+    ) -> dict[str, DropoutMask]:
+        """Draw the layer's dropouts by where they act: a group's name, ``weights``, ``hidden_0`` or ``hidden_1``."""
         rows = batch if self.first_only else batch * width
         requests = {
             name: (len(group.adapted) * (batch * width if name == "all" else rows) * group.d_in, group.dropout)
@@ -139,19 +142,20 @@ class FusedLayer:
         batch: int,
         bias: Tensor | None,
         adapters: Mapping[str, Adapters | None],
-        dropped: Mapping[str, Dropped],
+        dropped: Mapping[str, DropoutMask],
         *,
         measured: bool = False,
     ) -> tuple[Tensor, LayerTape]:
-        """The layer's output, shape (batch x width, d), or (batch, d) of the first tokens.
+        """Return the layer's output, shape (batch x width, d), or (batch, d) of the first tokens.
 
         Args:
             X: shape (batch x width, d).
+            batch: examples.
             bias: added to attention scores, shape (batch x heads, 1, width): the type's lowest number at padding; None
                 without padding.
             adapters: of every group.
             dropped: from :meth:`draw`; empty in evaluation.
-            measured: whether the backward pass will be observed.
+            measured: whether the backward pass is to be observed.
         """
         width = X.shape[0] // batch
         tape = LayerTape(batch, width, dropped)
@@ -163,7 +167,7 @@ class FusedLayer:
         Q, K, V = (heads[name] for name in ("query", "key", "value"))
         context, P, kept = attend(Q, K, V, bias, dropped.get("weights"))
         tape.attention = AttentionTape(Q, K, V, P, kept)
-        # The two that follow read what nobody else does, but for those who measure.
+        # The next two groups may overwrite their inputs unless gradients are being recorded.
         consume = not measured
         context = self._merge(context[None], batch)[0]
         U = self._add_and_normalise(0, "attention_output", context, wanted, adapters, tape, consume=consume)
@@ -181,15 +185,19 @@ class FusedLayer:
         *,
         needs_input: bool,
     ) -> tuple[Tensor | None, dict[str, tuple[Tensor, Tensor]]]:
-        """dL/dX, or None where it is not needed, and the gradients of every group's joint factors.
+        """Return dL/dX, or None where it is not needed, and the gradients of every group's joint factors.
 
         Args:
             G: gradient at the layer's output; may be changed in place.
+            tape: of the forward pass.
+            adapters: of every group.
+            observe: takes every adapted matrix's input and output gradient; None where no estimator is recording.
+            needs_input: whether dL/dX is needed.
         """
         found: dict[str, tuple[Tensor, Tensor]] = {}
 
         def through(name: str, G: Tensor, into: Tensor | None = None, *, needed: bool = True) -> Tensor | None:
-            """The gradient at a group's input, added to ``into``: in the products where types agree, else after."""
+            """Return the gradient at a group's input, added to ``into`` by the products where types agree."""
             group, group_tape = self.groups[name], tape.groups[name]
             if observe is not None and group.adapted:
                 observe(group.adapted, group_tape.inputs, G[: len(group.adapted)])
@@ -238,7 +246,7 @@ class FusedLayer:
         *,
         consume: bool = False,
     ) -> Tensor:
-        """The group's outputs, shape (members, T, d_out)."""
+        """Return the group's outputs, shape (members, T, d_out)."""
         group = self.groups[name]
         dropped = tape.dropped.get(name)
         Y, tape.groups[name] = group.forward(X.to(self.dtype), adapters[name], dropped, multiple, consume=consume)
@@ -255,7 +263,7 @@ class FusedLayer:
         *,
         consume: bool,
     ) -> Tensor:
-        """LN(residual + D(group(X))): the product is made in the dropout's scale."""
+        """Return LN(residual + D(group(X))); the product has the dropout's scale as a factor."""
         dropped = tape.dropped.get(f"hidden_{place}")
         scale = 1.0 if dropped is None else dropped.scale
         Y = self._forward_group(name, X, adapters, tape, scale, consume=consume)[0]
@@ -270,25 +278,29 @@ class FusedLayer:
         return G.to(self.dtype) if dropped is None else dropped.zero_((G * dropped.scale).to(self.dtype))
 
     def _split(self, X: Tensor, batch: int) -> Tensor:
-        """(n, batch x width, d) to (n, batch x heads, width, d / heads), contiguous."""
+        """Reshape (n, batch x width, d) to (n, batch x heads, width, d / heads), contiguous."""
         count, rows, size = X.shape
         parts = X.view(count, batch, rows // batch, self.heads, size // self.heads).transpose(2, 3)
         return parts.reshape(count, batch * self.heads, rows // batch, size // self.heads)
 
     def _merge(self, X: Tensor, batch: int) -> Tensor:
-        """The inverse of :meth:`_split`."""
+        """Invert :meth:`_split`."""
         count, _, width, size = X.shape
         parts = X.view(count, batch, self.heads, width, size).transpose(2, 3)
         return parts.reshape(count, batch * width, self.heads * size)
 
 
 def attend(
-    Q: Tensor, K: Tensor, V: Tensor, bias: Tensor | None, dropped: Dropped | None
+    Q: Tensor, K: Tensor, V: Tensor, bias: Tensor | None, dropped: DropoutMask | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """softmax(Q K^T / sqrt(d) + bias) V, and the weights before and after dropout, the latter unscaled.
+    """Return softmax(Q K^T / sqrt(d) + bias) V, and the weights before and after dropout, the latter unscaled.
 
     Args:
-        Q, K, V: shape (batch x heads, queries or width, d).
+        Q: shape (batch x heads, queries, d).
+        K: shape (batch x heads, width, d).
+        V: shape (batch x heads, width, d).
+        bias: shape (batch x heads, 1, width), or None.
+        dropped: of the weights, or None.
     """
     scores = torch.baddbmm(
         Q.new_empty(1, 1, 1) if bias is None else bias,
@@ -304,11 +316,14 @@ def attend(
     return torch.baddbmm(V.new_empty(1, 1, 1), kept, V, beta=0.0, alpha=dropped.scale), P, kept
 
 
-def attend_backward(G: Tensor, tape: AttentionTape, dropped: Dropped | None, out: Mapping[str, Tensor]) -> Tensor:
-    """Writes dK and dV into ``out["key"]`` and ``out["value"]``; returns dQ, which is ``out["query"]`` if that exists.
+def attend_backward(G: Tensor, tape: AttentionTape, dropped: DropoutMask | None, out: Mapping[str, Tensor]) -> Tensor:
+    """Write dK and dV into ``out["key"]`` and ``out["value"]``; return dQ, which is ``out["query"]`` if that exists.
 
     Args:
         G: dL/d(context), shape (batch x heads, queries, d).
+        tape: of the forward pass.
+        dropped: of the weights, or None.
+        out: tensors to write to, by name.
     """
     Q, K, V, P, kept = tape
     scale = 1.0 if dropped is None else dropped.scale

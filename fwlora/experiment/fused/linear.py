@@ -2,9 +2,9 @@
 
     Y_i = a (X W_i^T + b_i + s_i D_i(X) A_i^T B_i^T)
 
-with D_i the adapter's dropout and a a factor that the caller folds in. Autograd over PEFT's layer passes over whole
+with D_i the adapter's dropout and a a factor of the caller's. Autograd over PEFT's layer reads and writes whole
 activations for the dropout, the up-projection, its multiple by s, the sum, and each of these backward; here s and a are
-factors of products that add to their output, and query, key and value go down and up in one product each.
+factors of products that add to their output, and query, key and value share one product down and one up.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fwlora.experiment.fused.dropout import Dropped
+from fwlora.experiment.fused.dropout import DropoutMask
 from fwlora.experiment.fused.read_model import LinearParts
 
 
 @dataclass(frozen=True)
 class Adapters:
-    """The adapters of a group in one piece, padded to the group's largest rank.
+    """The adapters of a group, stacked and padded to the group's largest rank.
 
     Attributes:
         A: s_i A_i, shape (n, r, d_in).
@@ -46,7 +46,7 @@ class GroupTape:
     inputs: Tensor
     kept: Tensor | None
     down: Tensor | None
-    dropped: Dropped | None
+    dropped: DropoutMask | None
 
 
 class FusedGroup:
@@ -70,9 +70,9 @@ class FusedGroup:
         self.d_out, self.d_in = self.weights[0].shape
 
     def gather(self, factors: Sequence[tuple[Tensor, Tensor]]) -> Adapters | None:
-        """The members' A (r, d_in) and B (d_out, r), in the order of ``adapted``, in one piece; None at rank 0.
+        """Stack the members' A (r, d_in) and B (d_out, r), in the order of ``adapted``; return None at rank 0.
 
-        A member whose rank is 0 has lost its adapter, and is padded like any other.
+        A member of rank 0 has lost its adapter and is padded like the others.
         """
         ranks = {A.shape[0] for A, _ in factors}
         if not factors or ranks == {0}:
@@ -92,16 +92,19 @@ class FusedGroup:
         self,
         X: Tensor,
         adapters: Adapters | None,
-        dropped: Dropped | None,
+        dropped: DropoutMask | None,
         multiple: float = 1.0,
         *,
         consume: bool = False,
     ) -> tuple[Tensor, GroupTape]:
-        """Y with a = ``multiple``, shape (members, T, d_out), and the tape.
+        """Return Y with a = ``multiple``, shape (members, T, d_out), and the tape.
 
         Args:
             X: shape (T, d_in), of the group's type.
-            consume: X may be changed: nobody needs it afterwards.
+            adapters: of the group, or None.
+            dropped: the adapters' dropout, or None.
+            multiple: a.
+            consume: whether X may be overwritten.
         """
         Y = X.new_empty(len(self.names), X.shape[0], self.d_out)
         for place, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
@@ -122,11 +125,14 @@ class FusedGroup:
     def backward(
         self, G: Tensor, tape: GroupTape, adapters: Adapters | None, into: Tensor | None, *, needs_input: bool
     ) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
-        """dL/dX, added to ``into`` where that is given, and the gradients of the joint factors.
+        """Return dL/dX, added to ``into`` where that is given, and the gradients of the joint factors.
 
         Args:
             G: gradients at the layers' outputs (Y with a = 1), shape (members, T, d_out).
+            tape: of the forward pass.
+            adapters: of the group, or None.
             into: shape (T, d_in), changed in place.
+            needs_input: whether dL/dX is needed.
 
         Returns:
             dL/dX (T, d_in), None where it is not needed; (dL/dA, dL/dB) for the A and B of :class:`Adapters` before
@@ -139,7 +145,7 @@ class FusedGroup:
             part = G[:count]
             g = torch.bmm(part, adapters.B).mul_(factor)
             dA = torch.bmm(g.mT, tape.kept)
-            # Transposed: a CPU has a thin result faster by its rows than by its columns.
+            # X^T G, not G^T X: on a CPU a short, wide result is faster than a tall, narrow one.
             dB = torch.bmm((tape.down * factor).mT, part).mT
             gradients = (dA, dB)
             if needs_input:
@@ -159,7 +165,7 @@ class FusedGroup:
     def scatter(
         self, gradients: tuple[Tensor, Tensor], factors: Sequence[tuple[Tensor, Tensor]]
     ) -> list[tuple[Tensor, Tensor]]:
-        """The gradients of the single factors, in the factors' own types."""
+        """Return the gradients of the single factors, in the factors' own types."""
         joint_A, joint_B = gradients
         self._scale_(joint_A)
         return [
@@ -168,7 +174,7 @@ class FusedGroup:
         ]
 
     def _scale_(self, joint_A: Tensor) -> Tensor:
-        """Multiplies every member's part by its s, in place."""
+        """Multiply every member's part by its s, in place."""
         if len(set(self.scalings)) == 1:
             return joint_A.mul_(self.scalings[0])
         return joint_A.mul_(joint_A.new_tensor(self.scalings)[:, None, None])

@@ -1,4 +1,4 @@
-"""What a model computes, read for the fused forward pass: its linear layers, adapted or not, and its type."""
+"""Read a model for the fused forward pass: its linear layers, adapted or not, and its type."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from fwlora.adapters import unwrap
 
 
 class UnsupportedModelError(ValueError):
-    """A module uses something that a shortcut does not compute."""
+    """A model that the fused path does not compute; the message says why."""
 
 
 @dataclass(frozen=True)
 class LinearParts:
-    """What a linear layer, adapted or not, computes with: y = W x + b, plus the adapter of its pair.
+    """The parts of a linear layer, adapted or not: y = W x + b, plus the adapter of its pair.
 
     Attributes:
         weight: W, shape (d_out, d_in).
@@ -36,24 +36,24 @@ class LinearParts:
 
 
 def inner_model(model: nn.Module) -> nn.Module:
-    """The transformers model inside a PeftModel; a model without adapters is its own."""
+    """Return the transformers model inside a PeftModel; a model without adapters as it is."""
     model = unwrap(model)
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def uses_prompt_learning(model: nn.Module) -> bool:
-    """Whether PEFT puts learnt tokens before the input."""
+    """Return whether PEFT puts learnt tokens before the input."""
     model = unwrap(model)
     return isinstance(model, PeftModel) and any(config.is_prompt_learning for config in model.peft_config.values())
 
 
 def module_type(module: nn.Module) -> type[nn.Module]:
-    """The module's type; where PEFT trains it in full and keeps it with the adapter, that of the wrapped module."""
+    """Return the module's type; of one that PEFT trains in full the type of the wrapped module."""
     return type(module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module)
 
 
 def read_linear(module: nn.Module) -> LinearParts:
-    """The parts of ``nn.Linear``, or of PEFT's LoRA or AdaLoRA layer around one.
+    """Read the parts of ``nn.Linear``, or of PEFT's LoRA or AdaLoRA layer around one.
 
     Raises:
         UnsupportedModelError: the layer computes anything else: the message says what.

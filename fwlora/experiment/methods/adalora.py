@@ -93,7 +93,7 @@ class AdaLoraSpec(MethodSpec):
     variants = (Variant("adalora", "AdaLoRA", "baseline", 1),)
 
     def variant(self, run: RunSettings) -> Variant:
-        """AdaLoRA, a baseline."""
+        """Return AdaLoRA, a baseline."""
         return self.variants[0]
 
     def attach(
@@ -147,7 +147,7 @@ class AdaLoraSpec(MethodSpec):
         return run.with_method_settings(tinit=0, tfinal=0, deltaT=1)
 
     def changes_ranks(self, run: RunSettings) -> bool:
-        """Always: it prunes triplets by their importance."""
+        """Return True: it prunes triplets by their importance."""
         return True
 
 

@@ -63,7 +63,7 @@ class AdapterTable:
 
 
 class Method:
-    """What a training loop calls; as it stands, plain LoRA, or a head alone where there is no pair.
+    """What a training loop calls; its defaults are plain LoRA, or a head alone where there is no pair.
 
     Per optimizer step a loop calls, in this order: :meth:`loss_term` (its value is added to the loss), ``backward()``,
     :meth:`after_backward`, clipping and ``optimizer.step()``, :meth:`after_step` with steps counted from 1,
@@ -251,11 +251,11 @@ def unregister_method(name: str) -> None:
 
 
 def known_methods() -> dict[str, MethodSpec]:
-    """All registered methods by name, the built-in ones first."""
+    """Return all registered methods by name, the built-in ones first."""
     modules = [f"fwlora.experiment.methods.{module}" for module in _BUILT_IN]
     for module in modules:
         import_module(module)
-    # Whoever imports a method's module alone registers it earlier.
+    # A built-in method that was imported alone is registered before the others.
     order = {module: index for index, module in enumerate(modules)}
     return dict(sorted(_METHODS.items(), key=lambda item: order.get(type(item[1]).__module__, len(order))))
 
@@ -266,7 +266,7 @@ def method_nodes() -> dict[str, MethodSpec]:
 
 
 def find_method(name: str) -> MethodSpec | None:
-    """The method that ``run.method`` names; None for one that is not registered in this process."""
+    """Return the method that ``run.method`` names; None for one that is not registered in this process."""
     return known_methods().get(name)
 
 

@@ -70,7 +70,7 @@ class FwLoraMethod(Method):
 
     @property
     def estimator(self) -> PassEstimator | None:
-        """The estimator while this step is measured from what passes through modules."""
+        """The estimator while this step is measured in the passes through modules."""
         return self.fisher_weighted.pass_estimator
 
     def after_backward(self, optimizer: Optimizer) -> None:
@@ -111,7 +111,7 @@ class FwLoraSpec(MethodSpec):
     control_settings = ("fw_lora.warmup_steps", "fw_lora.allocation")
 
     def variant(self, run: RunSettings) -> Variant:
-        """FW-LoRA, or uniform shrinkage."""
+        """Return FW-LoRA, or uniform shrinkage."""
         proposed, control = self.variants
         return control if run.method_settings and weighting_of(run).importance == "none" else proposed
 
@@ -163,7 +163,7 @@ class FwLoraSpec(MethodSpec):
         return run.with_method_settings(warmup_steps=1)
 
     def changes_ranks(self, run: RunSettings) -> bool:
-        """Only where ranks are reallocated after the Fisher warm-up."""
+        """Return whether ranks are reallocated after the Fisher warm-up."""
         return run.method_settings is not None and weighting_of(run).allocation == "reallocate"
 
 

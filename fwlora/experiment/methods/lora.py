@@ -26,7 +26,7 @@ class LoraSpec(MethodSpec):
     variants = (Variant("lora", "LoRA", "baseline", 0),)
 
     def variant(self, run: RunSettings) -> Variant:
-        """LoRA, a baseline."""
+        """Return LoRA, a baseline."""
         return self.variants[0]
 
     def attach(

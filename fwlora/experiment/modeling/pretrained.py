@@ -1,4 +1,4 @@
-"""Where pretrained models come from, and what a user is told when one does not come."""
+"""Fetch pretrained models, with one message where one cannot be fetched."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ PACKAGE_PREFIX = "package:"
 
 
 def resolve_pretrained(pretrained_id: str, setting: str) -> str:
-    """A folder or a Hub id; ``package:<module>/<folder>`` is a folder inside an installed Python package.
+    """Return a folder or a Hub id; ``package:<module>/<folder>`` is a folder inside an installed Python package.
 
     Args:
-        setting: what the user gave it as, for messages.
+        pretrained_id: a Hub id, a folder, or ``package:<module>/<folder>``.
+        setting: that the user gave it by, for messages.
 
     Raises:
         UserError: the package is not installed or has no such folder.
@@ -47,7 +48,7 @@ def resolve_pretrained(pretrained_id: str, setting: str) -> str:
 
 @contextmanager
 def fetching(pretrained_id: str, setting: str) -> Iterator[None]:
-    """Turns whatever a loader raises into one message, and keeps its chatter off the terminal."""
+    """Turn every error of a loader into one message, and keep its warnings off the terminal."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -70,9 +71,10 @@ def fetching(pretrained_id: str, setting: str) -> Iterator[None]:
 
 
 def fingerprint_weights(model: nn.Module, excluded: Sequence[str] = ()) -> str:
-    """Hash of names and values of all parameters: whether two runs started from the same encoder.
+    """Hash names and values of all parameters, equal for runs that start from the same encoder.
 
     Args:
+        model: whose parameters are hashed.
         excluded: modules to leave out, such as a head that starts at random.
     """
     digest = hashlib.sha256()

@@ -173,20 +173,26 @@ class _Range(SettingsNode):
 
     @property
     def bounds(self) -> list[Any]:
-        """The values that the setting itself must accept."""
+        """Values that the setting itself must accept."""
         return [self.low, self.high]
 
 
 class LogUniform(_Range):
+    """A number whose logarithm is uniform between those of ``low`` and ``high``."""
+
     type: Literal["loguniform"]
     low: float = Field(gt=0)
 
 
 class Uniform(_Range):
+    """A number, uniform between ``low`` and ``high``."""
+
     type: Literal["uniform"]
 
 
 class IntRange(_Range):
+    """A whole number from ``low`` to ``high`` in steps of ``step``."""
+
     type: Literal["int"]
     low: int
     high: int
@@ -194,12 +200,14 @@ class IntRange(_Range):
 
 
 class Categorical(SettingsNode):
+    """One of ``choices``."""
+
     type: Literal["categorical"]
     choices: list[int | float | str | bool] = Field(min_length=1)
 
     @property
     def bounds(self) -> list[Any]:
-        """The values that the setting itself must accept."""
+        """Values that the setting itself must accept."""
         return list(self.choices)
 
 

@@ -1,4 +1,4 @@
-"""How the progress of a study is shown: lines for logs, a bar per run for terminals."""
+"""Show the progress of a study: lines for logs, a bar per run for terminals."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class LaunchContext:
 
     Attributes:
         repository: the checkout that runs are started in.
-        show_line: takes a run and a line that it printed, from any thread; a launcher without the output calls it not.
+        show_line: takes a run and a line that it printed, from any thread; optional for a launcher.
     """
 
     repository: Path

@@ -13,7 +13,7 @@ RECORDED_PACKAGES = ("fwlora", "torch", "peft", "transformers", "datasets", "opt
 
 
 def describe_environment(repository: Path, device: str, threads: int | None = None) -> dict[str, Any]:
-    """Commit, versions and hardware as plain values.
+    """Return commit, versions and hardware as plain values.
 
     Args:
         repository: a checkout.
@@ -50,7 +50,7 @@ def _git(repository: Path, *arguments: str) -> str | None:
 
 
 def name_cpu() -> str:
-    """The processor's name as its maker gives it, where the system tells it."""
+    """Return the processor's name as its maker gives it, where the system has it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

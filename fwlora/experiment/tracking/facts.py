@@ -1,4 +1,4 @@
-"""What a program finds out about a run and evaluation needs, beside the settings: ``config["resolved"]``."""
+"""What evaluation needs of a run beside the settings: ``config["resolved"]``."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ class RunFacts:
         label_names: one per class, in order of the class numbers; empty where labels are numbers.
         primary_metric: name of the evaluation metric that is compared, such as ``eval_accuracy``.
         precision: ``bf16`` or ``fp32``.
-        train_examples, eval_examples: of the splits.
-        train_fingerprint, eval_fingerprint: hashes of the splits' texts and labels.
+        train_examples: number of training examples.
+        eval_examples: number of evaluation examples.
+        train_fingerprint: hash of the training split's texts and labels.
+        eval_fingerprint: hash of the evaluation split's texts and labels.
         command: that made the run.
         environment: commit, versions, hardware; see :mod:`fwlora.experiment.tracking.environment`.
     """
@@ -34,7 +36,7 @@ class RunFacts:
     environment: Mapping[str, Any] = field(default_factory=dict)
 
     def as_record(self) -> dict[str, Any]:
-        """Plain values for the run's record."""
+        """Return plain values for the run's record."""
         return {**asdict(self), "label_names": list(self.label_names)}
 
     @classmethod

@@ -1,4 +1,4 @@
-"""What is kept of a run, as plain data: the form in which evaluation sees every run, wherever it came from."""
+"""A recorded run as plain data: the one form in which evaluation reads runs of every source."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import numpy as np
 from fwlora.experiment.errors import UserError
 from fwlora.experiment.tracking import metrics
 
-# As the tracker saw it: ended with exit code 0; ended with another; not ended; its process is gone without an end.
+# Ended with exit code 0; ended with another; not ended; its process is gone without an end.
 RunState = Literal["finished", "failed", "running", "crashed"]
 
-LARGEST_INTEGER = 2**53  # beyond it services keep whole numbers as floats, some of them in other digits
+LARGEST_INTEGER = 2**53  # services keep larger whole numbers as floats, some of them rounded
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,12 @@ class RunRecord:
 
     @property
     def finished(self) -> bool:
+        """Whether it ended with exit code 0."""
         return self.state == "finished"
 
     @property
     def resolved(self) -> Mapping[str, Any]:
-        """What the program found out; empty where nothing was recorded."""
+        """The recorded :class:`RunFacts`, as plain values; empty where nothing was recorded."""
         return self.config.get("resolved") or {}
 
     @property
@@ -75,7 +76,7 @@ class UnreadableRunsError(UserError):
 
 
 def pack_classes(classes: np.ndarray, num_classes: int) -> dict[str, Any]:
-    """Classes of a split in data-set order, as small as a summary should be.
+    """Pack the classes of a split in data-set order, for a small summary.
 
     Args:
         classes: integers in ``[0, num_classes)``, shape ``(n,)``.
@@ -142,7 +143,7 @@ def make_record(
     state: RunState,
     source: str,
 ) -> RunRecord:
-    """A record in its one form, which does not tell by which way its values came: see :func:`canonicalise`.
+    """Make a record in its one form, equal for equal values of any source; see :func:`canonicalise`.
 
     Args:
         run_id: the id it was started under.
@@ -158,10 +159,10 @@ def make_record(
 
 
 def canonicalise(value: Any) -> Any:
-    """A deep copy in which equal values are spelled equally, whatever service kept them and how often.
+    """Return a deep copy in which equal values have one form, whatever service kept them.
 
     Names are in order, tuples are lists, whole numbers are ``int`` (``float`` beyond 2**53), and a name whose mapping
-    is empty is left out: JSON as services keep it tells neither 1 from 1.0 nor nothing from an empty mapping.
+    is empty is left out: services do not preserve 1 vs 1.0, or a missing name vs an empty mapping.
     """
     if isinstance(value, float):
         return int(value) if value.is_integer() and abs(value) <= LARGEST_INTEGER else value
@@ -174,7 +175,7 @@ def canonicalise(value: Any) -> Any:
 
 
 def deduplicate_history(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of one training pass, each step once.
+    """Return the rows of one training pass, each step once.
 
     A run that was started again under its id appends to its history. A row whose ``global_step`` does not advance
     starts over from there, so all earlier rows at or beyond that step belong to the abandoned pass; rows of the same

@@ -1,4 +1,4 @@
-"""The record of one run: what writes it, what reads it back, and what can be recorded at all."""
+"""Interfaces that write the record of a run and read it, and the check of what can be recorded."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def check_entries(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_name(name: object) -> None:
-    """Trackers read a dot as nesting and keep names with a leading underscore for themselves."""
+    """Refuse dots, which trackers read as nesting, and leading underscores, which mark their own names."""
     if not isinstance(name, str) or not name or name.startswith("_") or "." in name:
         raise ValueError(f"{name!r} cannot name a metric: a string without dots or a leading underscore is needed")
 
@@ -101,7 +101,7 @@ def spell_non_finite(value: Any) -> Any:
 
 
 def restore_non_finite(value: Any) -> Any:
-    """Inverse of :func:`spell_non_finite`."""
+    """Invert :func:`spell_non_finite`."""
     if isinstance(value, str):
         return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
     if isinstance(value, Mapping):
@@ -110,7 +110,7 @@ def restore_non_finite(value: Any) -> Any:
 
 
 class NullTracker(Tracker):
-    """Keep nothing, but refuse what a tracker could not keep, so that a trial takes the path of a recorded run."""
+    """Check entries as other trackers do, and keep nothing."""
 
     def log(self, values: Mapping[str, float | int]) -> None:
         """Check one history row; see :func:`check_row`."""

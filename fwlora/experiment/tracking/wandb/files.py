@@ -1,4 +1,4 @@
-"""Reading runs from the folders that W&B's client makes on this machine."""
+"""Read runs from the folders that W&B's client makes on this machine."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from fwlora.experiment.tracking.records import RunRecord
-from fwlora.experiment.tracking.wandb.raw_run import RawRun, Unavailable
+from fwlora.experiment.tracking.wandb.raw_run import RawRun, RunUnavailableError
 from fwlora.experiment.tracking.wandb.transaction_log import read_payloads
 
 RECORDS_AFTER_END = 100  # there are a few at most
-LIVE_S = 60.0  # W&B's client adds to the log of a run that is under way more often than this
+LIVE_S = 60.0  # W&B's client writes to the log of a run that is under way more often than this
 
 _Items = dict[tuple[str, ...], Any]  # protocol buffer items by path into nested mappings
 
 
 def find_run_folders(directory: Path, run_id: str) -> list[Path]:
-    """Folders that W&B made for a run, oldest first; a second one of the same second gets a suffix."""
+    """List the folders that W&B made for a run, oldest first; a second one of the same second has a suffix."""
     pattern = re.compile(rf"(?:offline-)?run-(\d{{8}}_\d{{6}})-{re.escape(run_id)}(?:-(\d+))?")
     dated = []
     for folder in directory.glob("wandb/*"):
@@ -35,23 +35,22 @@ def find_run_folders(directory: Path, run_id: str) -> list[Path]:
 
 
 def read_files(run_id: str, results_dir: Path) -> RunRecord:
-    """The latest attempt that ended with exit code 0, otherwise the latest, on top of those before it.
+    """Read the latest attempt that ended with exit code 0, otherwise the latest, on top of those before it.
 
-    Rows of the attempts before it count as far as it did not repeat them: one that resumed from a checkpoint does not
-    hold the run's first steps. So do config entries, while each attempt has its own summary. The server makes up a
-    resumed run in the same way.
+    Rows of earlier attempts count unless it repeated them: an attempt that resumed from a checkpoint does not have the
+    run's first steps. So do config entries, while each attempt has its own summary. The server does the same.
 
     Raises:
-        Unavailable: there is no readable file.
+        RunUnavailableError: there is no readable file.
     """
     folders = find_run_folders(results_dir / run_id, run_id)
     try:
         read = [read_attempt(folder, run_id) for folder in folders]
     except OSError as error:
-        raise Unavailable(f"{error.filename} cannot be read ({error.strerror})") from error
+        raise RunUnavailableError(f"{error.filename} cannot be read ({error.strerror})") from error
     attempts = [attempt for attempt in read if attempt.config or attempt.rows]
     if not attempts:
-        raise Unavailable(_explain_missing(run_id, results_dir, bool(folders)))
+        raise RunUnavailableError(_explain_missing(run_id, results_dir, bool(folders)))
     complete = [index for index, attempt in enumerate(attempts) if attempt.state == "finished"]
     chosen = complete[-1] if complete else len(attempts) - 1
     run = replace(attempts[chosen], config={}, rows=[])
@@ -62,7 +61,7 @@ def read_files(run_id: str, results_dir: Path) -> RunRecord:
 
 
 def has_end(file: Path) -> bool:
-    """Whether a log holds the run's end; little more than the time it takes to read the file."""
+    """Return whether a log holds the run's end, by a fast scan of the file."""
     from wandb.proto import wandb_internal_pb2
 
     parse: Any = wandb_internal_pb2.Record.FromString  # type: ignore[attr-defined]
@@ -71,7 +70,7 @@ def has_end(file: Path) -> bool:
 
 
 def read_attempt(folder: Path, run_id: str) -> RawRun:
-    """What a run folder's log holds, as far as it is intact."""
+    """Read the log of a run folder, as far as it is intact."""
     from google.protobuf.message import DecodeError
     from wandb.proto import wandb_internal_pb2
 
@@ -79,7 +78,7 @@ def read_attempt(folder: Path, run_id: str) -> RawRun:
     file = folder / f"run-{run_id}.wandb"
     attempt = RawRun(str(folder), state="running" if time.time() - file.stat().st_mtime < LIVE_S else "crashed")
     summary: _Items = {}
-    with suppress(DecodeError, ValueError):  # damage that the checksum did not see ends the log as well
+    with suppress(DecodeError, ValueError):  # damage that the checksum missed ends the log as well
         for payload in read_payloads(file):
             record = parse(payload)
             kind = record.WhichOneof("record_type")
@@ -100,13 +99,13 @@ def read_attempt(folder: Path, run_id: str) -> RawRun:
 def _read_row(items: Sequence[Any]) -> dict[str, Any]:
     names = [sys.intern(item.key or ".".join(item.nested_key)) for item in items]
     texts = [item.value_json for item in items]
-    # One call of the decoder a row takes less time than one a value.
+    # One call of the decoder per row is faster than one per value.
     values = json.loads(f"[{','.join(texts)}]") if all(texts) else map(_decode_typed, items)
     return dict(zip(names, values, strict=True))
 
 
 def _decode_typed(item: Any) -> Any:
-    """A history value in any of the forms that W&B's client can write."""
+    """Decode a history value in any of the forms that W&B's client writes."""
     kind = "value_json" if item.value_json else item.WhichOneof("value")
     if kind in ("value_json", "json"):
         return json.loads(getattr(item, kind))
@@ -114,7 +113,7 @@ def _decode_typed(item: Any) -> Any:
 
 
 def _note_summary(entries: _Items, change: Any) -> None:
-    """Keep items as they come; only the last ones are decoded, as every row sets all of its values again."""
+    """Keep items undecoded; only the last ones are decoded, as every row sets all values again."""
     for item in change.update:
         entries[(item.key,) if item.key else tuple(item.nested_key)] = item
     for item in change.remove:
@@ -122,7 +121,7 @@ def _note_summary(entries: _Items, change: Any) -> None:
 
 
 def _change_config(config: dict[str, Any], change: Any) -> None:
-    """Set entries as W&B does: a mapping joins the one that is there."""
+    """Set entries as W&B does: a mapping is merged into the existing one."""
     for item in change.update:
         _join(config, _as_mapping(item))
     for item in change.remove:

@@ -1,4 +1,4 @@
-"""A run as a source of records gives it, before it has the one form that evaluation sees."""
+"""A run as its source has it, before it is converted to a :class:`RunRecord`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from fwlora.experiment.tracking import tracker as tracking
 from fwlora.experiment.tracking.records import RunRecord, RunState, make_record
 
 
-class Unavailable(Exception):
-    """A source cannot give a run; the message says why."""
+class RunUnavailableError(Exception):
+    """A run that cannot be read; the message says why."""
 
 
 @dataclass
@@ -35,7 +35,7 @@ class RawRun:
     state: RunState = "crashed"
 
     def to_record(self, run_id: str) -> RunRecord:
-        """Without W&B's own entries, non-finite numbers restored, each step once; the same from every source."""
+        """Drop W&B's own entries, restore non-finite numbers, keep each step once; the same for every source."""
         rows = (_clean(row) for row in _order_attempts(self.rows))
         return make_record(run_id, _clean(self.config), _clean(self.summary), rows, self.state, self.source)
 
@@ -45,10 +45,10 @@ def _clean(entries: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _order_attempts(rows: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
-    """Rows as they were logged, for a run of several attempts that reached the server in another order.
+    """Sort rows of several attempts that reached the server in another order than they were logged in.
 
-    What a dead server missed of the first attempt is sent after the second one. The clock says which came first; it is
-    not asked where steps ascend anyway, as it may be set back while a run is under way.
+    Rows of the first attempt that a dead server missed are sent after the second attempt. Rows are sorted by timestamp
+    only if steps are not already ascending: clocks may jump.
     """
     given = (row.get(metrics.GLOBAL_STEP) for row in rows)
     steps = [step if isinstance(step, int | float) else 0 for step in given]

@@ -12,7 +12,7 @@ from fwlora.experiment.tracking.records import RunRecord, RunState, UnreadableRu
 from fwlora.experiment.tracking.registry import SourceChoice
 from fwlora.experiment.tracking.tracker import RecordSource
 from fwlora.experiment.tracking.wandb.files import read_files
-from fwlora.experiment.tracking.wandb.raw_run import RawRun, Unavailable
+from fwlora.experiment.tracking.wandb.raw_run import RawRun, RunUnavailableError
 from fwlora.experiment.tracking.wandb.session import end_session, explain, one_line, open_session
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ STATES: dict[str, RunState] = {"finished": "finished", "failed": "failed", "runn
 
 @dataclass(frozen=True)
 class WandbSource(RecordSource):
-    """Runs in W&B's files on this machine, on its server, or both; from either as the same records.
+    """Read runs in W&B's files on this machine, on its server, or both; the records are equal.
 
     Attributes:
         results_dir: holds ``<run_id>/wandb`` for runs of this machine, online ones too.
@@ -49,7 +49,7 @@ class WandbSource(RecordSource):
         """
         reading = _Reading(list(dict.fromkeys(run_ids)))
         if self.source != "api":
-            # One thread: all the work is Python's own.
+            # One thread: the work is in Python.
             reading.collect(lambda run_id: read_files(run_id, self.results_dir), reading.run_ids, threads=1)
         missing = [run_id for run_id in reading.run_ids if not reading.has_finished(run_id)]
         notes: list[str] = []
@@ -57,7 +57,7 @@ class WandbSource(RecordSource):
             try:
                 api = _connect(f"{self.entity}/{self.project}", self.timeout_s)
                 reading.collect(lambda run_id: self._read_server(api, run_id), missing, PARALLEL_READS)
-            except Unavailable as reason:
+            except RunUnavailableError as reason:
                 notes.append(f"W&B could not be asked: {reason}")
         unread = reading.explain_unread()
         if unread:
@@ -75,7 +75,7 @@ class WandbSource(RecordSource):
             text = one_line(error)
             if "Could not find run" in text:
                 text = f"W&B has no run {path} (are WANDB_ENTITY and WANDB_PROJECT right?)"
-            raise Unavailable(text) from error
+            raise RunUnavailableError(text) from error
 
 
 class _Reading:
@@ -96,7 +96,7 @@ class _Reading:
         def read_one(run_id: str) -> None:
             try:
                 self.records[run_id] = read(run_id)
-            except Unavailable as reason:
+            except RunUnavailableError as reason:
                 self._reasons[run_id].append(str(reason))
 
         with ThreadPoolExecutor(threads) as pool:
@@ -122,4 +122,4 @@ def _connect(place: str, timeout_s: int) -> wandb.Api:
     except Exception as error:
         reason = explain(error, place, timeout_s)
         end_session()  # otherwise the process waits at its end for the service, which still asks the server
-        raise Unavailable(reason) from error
+        raise RunUnavailableError(reason) from error

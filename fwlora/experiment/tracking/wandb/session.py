@@ -1,4 +1,4 @@
-"""W&B's client as this process uses it: opened without questions, ended even where no server answers."""
+"""Start and end W&B's client without prompts, also where no server answers."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def open_session(mode: Literal["online", "offline"]) -> None:
 
 
 def explain(error: Exception, place: str, timeout_s: float) -> str:
-    """One line on why W&B could not be used."""
+    """Say in one line why W&B could not be used."""
     import wandb
 
     text = one_line(error)
@@ -70,11 +70,12 @@ def explain(error: Exception, place: str, timeout_s: float) -> str:
 
 
 def one_line(error: Exception) -> str:
+    """Write an error's message in one line, or its type where it has none."""
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
 def find_upload_error(log: Path) -> str | None:
-    """Why W&B's client stopped sending a run before all was sent; it says so nowhere but in its own log.
+    """Find in the client's log why it stopped sending a run before all was sent; it reports that nowhere else.
 
     Args:
         log: the client's log of the run, ``debug-internal.log``, a JSON object per line.

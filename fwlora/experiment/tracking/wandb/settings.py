@@ -1,4 +1,4 @@
-"""The node ``wandb``: where W&B keeps a run, and how the program reaches it."""
+"""The node ``wandb``: entity, project and mode."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""W&B's transaction log, ``run-<id>.wandb``: what a run's client wrote, record by record, whether or not it was sent.
+"""W&B's transaction log, ``run-<id>.wandb``: all records that a run's client wrote, sent or not.
 
 The file starts with ``:W&B``, 0xBEE1 (16 bits, little endian) and a version byte, 0. After it LevelDB's log format:
 blocks of 32 KiB (the first one counts the header) that hold chunks of
@@ -25,7 +25,7 @@ FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 
 def read_payloads(path: Path) -> Iterator[bytes]:
-    """Records of a log in the order written, ending at the first damage: what follows it would hide a gap.
+    """Yield the records of a log in the order written, up to the first damage: later ones would hide a gap.
 
     A file that is cut off, empty, still being written or of another kind is no error.
 

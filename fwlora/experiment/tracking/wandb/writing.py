@@ -178,7 +178,7 @@ class _WandbTracker(tracking.Tracker):
             )
 
     def _await_log(self) -> None:
-        """W&B's client writes the end of its log a moment after it says that the run has finished."""
+        """Wait for the end of the log, which W&B's client writes a moment after it reports the end of the run."""
         deadline = time.monotonic() + LOG_TIMEOUT_S
         with suppress(OSError):
             while not has_end(self.folder / f"run-{self._run.id}.wandb") and time.monotonic() < deadline:
