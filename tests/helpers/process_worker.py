@@ -1,6 +1,6 @@
-"""One of the two processes of tests/library/test_processes.py: trains on its share of every batch, saves its result.
+"""One of the two processes of tests/library/test_processes.py: train on its share of every batch, save the result.
 
-Started as ``python -m tests.helpers.process_worker RANK PORT FOLDER ESTIMATOR KIND``.
+Started as ``torchrun --nproc-per-node 2 -m tests.helpers.process_worker FOLDER ESTIMATOR KIND``.
 """
 
 from __future__ import annotations
@@ -50,13 +50,12 @@ def train_loop(model, inner, rank: int, world: int, estimator: str) -> dict:
 
 
 def main() -> None:
-    rank, port, folder, estimator, kind = int(sys.argv[1]), *sys.argv[2:]
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    rank, (folder, estimator, kind) = int(os.environ["RANK"]), sys.argv[1:]
     torch.set_num_threads(1)
     if kind == "trainer":
         result = train_with_trainer(Path(folder))
     else:
-        dist.init_process_group("gloo", rank=rank, world_size=2)
+        dist.init_process_group("gloo")
         inner = make_adapted()
         result = train_loop(DistributedDataParallel(inner), inner, rank, 2, estimator)
     torch.save(result, Path(folder) / f"{rank}.pt")

@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from packaging.version import Version
 from peft import PeftModel, get_peft_model
 from torch import nn
 
@@ -148,7 +149,9 @@ def test_compiled_models(attach_first, estimator):
         results.append((fw.fisher.values, [pair.B.detach() for pair in fw.pairs], list(fw.importance())))
     torch.testing.assert_close(results[0][:2], results[1][:2], rtol=1e-9, atol=1e-15)
     assert results[0][2] == results[1][2]
-    # Measuring breaks the graph; a step without it is one graph, compiled once, and stays after the hooks are gone.
+    # Measuring breaks the graph; a step without it is compiled once, and stays after the hooks are gone.
     new = [after - before for before, after in itertools.pairwise(graphs[6:])]
-    assert new[0] >= 1 and new[1] == 1 and new[2:] == [0, 0, 0]
+    assert new[0] >= 1 and new[-1] == 0
+    if Version(torch.__version__) >= Version("2.11"):  # older ones compile more graphs before they settle
+        assert new[1] == 1 and new[2:] == [0, 0, 0]
     torch._dynamo.reset()

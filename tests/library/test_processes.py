@@ -2,42 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.helpers.paths import REPOSITORY
 from tests.helpers.process_worker import train_loop, train_with_trainer
 from tests.helpers.small_models import make_adapted
+from tests.helpers.torchrun import torchrun
 
 WORKER = "tests.helpers.process_worker"
 
 
 def run_two(folder: Path, estimator: str, kind: str) -> list[dict]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-m", WORKER, str(rank), port, str(folder), estimator, kind],
-            env={
-                **os.environ,
-                "PYTHONPATH": str(REPOSITORY),
-                **({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"} if kind == "trainer" else {}),
-            },
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]  # fmt: skip
-    errors = [worker.communicate(timeout=200)[1] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(errors)
+    torchrun("-m", WORKER, str(folder), estimator, kind)
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 

@@ -76,8 +76,8 @@ def test_collate_pads_to_the_longest_or_to_a_width():
     assert left.input_ids.tolist() == [[99, 6], [1, 2]] and left.attention_mask.tolist() == [[0, 1], [1, 1]]
     assert one([1], width=5).input_ids.tolist() == [[3, 4, 5, 99, 99]]
     assert one([1, 2], multiple=4).input_ids.tolist() == [[3, 4, 5, 99], [6, 99, 99, 99]]
-    capped = one([1, 2], multiple=4, most=3)
-    assert capped.input_ids.shape == (2, 3) and one([2], multiple=2, most=2).input_ids.shape == (1, 2)
+    capped = one([1, 2], multiple=4, max_width=3)
+    assert capped.input_ids.shape == (2, 3) and one([2], multiple=2, max_width=2).input_ids.shape == (1, 2)
     assert one([1]).attention_mask is None and "attention_mask" not in one([1]).inputs()
 
 
