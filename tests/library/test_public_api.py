@@ -53,7 +53,9 @@ METHODS = {
     "FisherWeighting.fisher_weighting": "",
     "FwLoraConfig.for_model": "model budget_percent target_modules scaling options",
 }
-STATE = "format options steps names ranks initial_ranks fisher measured skipped importance"  # of FisherWeightedLora
+STATE = (
+    "format options names shapes initial_ranks ranks steps fisher measured skipped importance"  # of FisherWeightedLora
+)
 
 
 def find_public(name: str) -> object:
