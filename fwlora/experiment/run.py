@@ -26,6 +26,7 @@ from fwlora.experiment.engine.options import EngineOptions
 from fwlora.experiment.engine.task import Task, make_task
 from fwlora.experiment.errors import UserError
 from fwlora.experiment.files import replace_folder
+from fwlora.experiment.json_types import JsonObject
 from fwlora.experiment.modeling.build import AdaptedModel, final_adapter_parameters
 from fwlora.experiment.settings.schema import ProgramSettings
 from fwlora.experiment.tracking import metrics
@@ -174,7 +175,7 @@ def engine_errors_name_settings() -> Iterator[None]:
 
 def summarize_run(
     result: TrainingResult, adapted: AdaptedModel, inputs: RunInputs, eval_split: TokenizedSplit, search_time_s: float
-) -> dict[str, Any]:
+) -> JsonObject:
     """Return the run's final values, by the names of :mod:`fwlora.experiment.tracking.metrics`.
 
     Args:
@@ -187,7 +188,7 @@ def summarize_run(
     table = adapted.method.adapter_table()
     final_parameters = final_adapter_parameters(adapted.method)
     classes, times = inputs.task.num_classes, result.times_s
-    summary: dict[str, Any] = {
+    summary: JsonObject = {
         metrics.PRIMARY_METRIC: metrics.eval_name(inputs.task.task_metric),
         metrics.TRAINING_TIME_S: times["warmup"] + times["train"],
         metrics.TIME_WARMUP_S: times["warmup"],
@@ -217,7 +218,7 @@ def summarize_run(
     return summary
 
 
-def log_outcome(summary: dict[str, Any]) -> None:
+def log_outcome(summary: JsonObject) -> None:
     """Log the value that is compared, the training's time and its size."""
     primary = summary[metrics.PRIMARY_METRIC]
     logger.info(

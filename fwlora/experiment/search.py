@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import optuna
 
 from fwlora.experiment.errors import UserError
+from fwlora.experiment.json_types import JsonMapping, JsonObject
 from fwlora.experiment.methods import get_method
 from fwlora.experiment.settings.schema import Categorical, IntRange, LogUniform, RunSettings
 
@@ -32,13 +33,13 @@ class SearchResult:
         dropped_dimensions: names in the search space that were not searched, with the reason.
     """
 
-    best_values: dict[str, Any]
+    best_values: JsonObject
     best_objective: float
     completed_trials: int
     infeasible_trials: int
     dropped_dimensions: dict[str, str] = field(default_factory=dict)
 
-    def as_record(self) -> dict[str, Any]:
+    def as_record(self) -> JsonObject:
         """Return plain values for the run's record."""
         return {
             "best_values": self.best_values,
@@ -49,7 +50,7 @@ class SearchResult:
         }
 
 
-def effective_space(run: RunSettings) -> tuple[dict[str, Any], dict[str, str]]:
+def effective_space(run: RunSettings) -> tuple[JsonObject, dict[str, str]]:
     """Return the dimensions that are searched, and the dropped ones with the reason.
 
     The parameter budget fixes the ranks of every method, so a search over the rank would compare equal runs.
@@ -138,5 +139,5 @@ def _suggest(trial: optuna.Trial, name: str, distribution: Any) -> Any:
     return trial.suggest_float(name, distribution.low, distribution.high, log=isinstance(distribution, LogUniform))
 
 
-def _format(values: Mapping[str, Any]) -> str:
+def _format(values: JsonMapping) -> str:
     return ", ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items())

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
 from fwlora.experiment.errors import UserError
+from fwlora.experiment.json_types import JsonMapping, JsonObject
 from fwlora.experiment.methods.base import Method, MethodSpec, Variant, peft_options, register_method
 from fwlora.experiment.settings.base import Searchable, SettingsNode
 
@@ -41,7 +42,7 @@ class AdaLoraSettings(SettingsNode):
     beta2: float = Field(default=0.85, gt=0, lt=1)
     orth_reg_weight: Annotated[float, Field(ge=0), Searchable()] = 0.5
 
-    def peft_schedule(self) -> dict[str, Any]:
+    def peft_schedule(self) -> JsonObject:
         """Return the keys that PEFT's AdaLoraConfig takes."""
         return self.model_dump(exclude={"init_rank_factor"})
 
@@ -75,11 +76,11 @@ class AdaLoraMethod(Method):
         """Return the triplets in use, one number per pair."""
         return self.adalora.active_ranks()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> JsonObject:
         """Return scores and masks."""
         return self.adalora.state_dict()
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: JsonMapping) -> None:
         """Continue where :meth:`state_dict` was taken."""
         self.adalora.load_state_dict(state)
 

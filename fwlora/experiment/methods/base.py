@@ -6,9 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from fwlora.experiment.errors import UserError
+from fwlora.experiment.json_types import JsonMapping, JsonObject
 from fwlora.experiment.settings.base import SettingsNode
 
 if TYPE_CHECKING:
@@ -124,11 +125,11 @@ class Method:
         norms = delta_norms(self.pairs).tolist() if self.pairs else []
         return AdapterTable([pair.name for pair in self.pairs], self.active_ranks(), self.importances(), norms)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> JsonObject:
         """Return what a resume needs beside the weights of the model and the state of the optimizer."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: JsonMapping) -> None:
         """Continue where :meth:`state_dict` was taken."""
 
 
@@ -149,7 +150,7 @@ class MethodSpec(ABC):
     settings_node: ClassVar[str | None] = None
     Settings: ClassVar[type[SettingsNode] | None] = None
     variants: ClassVar[tuple[Variant, ...]] = ()
-    claimed_settings: ClassVar[Mapping[str, Any]] = {}
+    claimed_settings: ClassVar[JsonMapping] = {}
     strength_settings: ClassVar[tuple[str, ...]] = ()
     control_settings: ClassVar[tuple[str, ...]] = ()
 
@@ -218,7 +219,7 @@ class MethodSpec(ABC):
         return False
 
 
-def peft_options(run: RunSettings, head_modules: Sequence[str]) -> dict[str, Any]:
+def peft_options(run: RunSettings, head_modules: Sequence[str]) -> JsonObject:
     """Return the arguments that every method hands to PEFT: scaling, dropout, head and kind of task."""
     lora = run.model.lora
     return {

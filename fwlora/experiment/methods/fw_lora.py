@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_type_hints
 import pydantic
 
 from fwlora.experiment.errors import UserError
+from fwlora.experiment.json_types import JsonMapping, JsonObject
 from fwlora.experiment.methods.base import Method, MethodSpec, Variant, peft_options, register_method
 from fwlora.experiment.settings.base import Searchable, SettingsNode
 from fwlora.options import FisherWeighting
@@ -35,7 +36,7 @@ def _run_file_name(option: Field[Any]) -> str:
 def _derive_settings() -> type[SettingsNode]:
     """Make the node ``fw_lora`` of run files from :class:`fwlora.FisherWeighting`, without its seed."""
     types = get_type_hints(FisherWeighting)
-    keys: dict[str, Any] = {}
+    keys: JsonObject = {}
     for option in fields(FisherWeighting):
         if option.name == "seed":
             continue
@@ -85,11 +86,11 @@ class FwLoraMethod(Method):
         """Return I_m, one per pair; None during the warm-up."""
         return super().importances() if self.in_warmup else [*self.fisher_weighted.importance().values()]
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> JsonObject:
         """Return measurements, importances and ranks; see :meth:`fwlora.FisherWeightedLora.state_dict`."""
         return {**self.fisher_weighted.state_dict(), "last_penalty": float(self.fisher_weighted.last_penalty)}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: JsonMapping) -> None:
         """Continue where :meth:`state_dict` was taken; load weights and the optimizer's state afterwards."""
         self.fisher_weighted.load_state_dict({key: value for key, value in state.items() if key != "last_penalty"})
         penalty = self.fisher_weighted.last_penalty

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from fwlora.experiment.json_types import JsonMapping, JsonObject
 
 
 class SettingsNode(BaseModel):
@@ -15,7 +17,7 @@ class SettingsNode(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
 
     @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> Self:
+    def from_record(cls, record: JsonMapping) -> Self:
         """Read recorded values without validation, so that runs of older programs can be read.
 
         Args:
@@ -24,7 +26,7 @@ class SettingsNode(BaseModel):
         Raises:
             AttributeError: a section that is not a mapping.
         """
-        values: dict[str, Any] = {}
+        values: JsonObject = {}
         for name, field in cls.model_fields.items():
             value = record.get(name)
             section = _find_section(field.annotation)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from pydantic import ValidationError
 
 from fwlora.experiment.errors import UserError, describe_validation_error
+from fwlora.experiment.json_types import JsonMapping, JsonObject
 from fwlora.experiment.methods import get_method, method_nodes
 from fwlora.experiment.settings.schema import ProgramSettings, RunSettings, program_settings_class
 from fwlora.experiment.tracking import DEFAULT_TRACKER, known_trackers
@@ -15,7 +15,7 @@ from fwlora.experiment.tracking import DEFAULT_TRACKER, known_trackers
 TRIAL_BATCHES = 2
 
 
-def resolve_settings(composed: Mapping[str, Any], *, file_id: str, file_seed: int | None) -> ProgramSettings:
+def resolve_settings(composed: JsonMapping, *, file_id: str, file_seed: int | None) -> ProgramSettings:
     """Validate the composed configuration and apply what follows from it.
 
     A seed other than the file's is added to the run id, so that two seeds never share a folder or a W&B run; nodes of
@@ -95,7 +95,7 @@ def check_schedules(run: RunSettings, total_steps: int) -> None:
     get_method(run.method).check(run, total_steps)
 
 
-def _drop_foreign_nodes(run: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def _drop_foreign_nodes(run: JsonMapping) -> tuple[JsonObject, list[str]]:
     """Drop the nodes of other methods, which hold their defaults.
 
     Returns:
@@ -115,13 +115,13 @@ def _drop_foreign_nodes(run: Mapping[str, Any]) -> tuple[dict[str, Any], list[st
     return {key: value for key, value in run.items() if key not in foreign}, problems
 
 
-def _keep_tracker_node(composed: Mapping[str, Any], tracker: str) -> dict[str, Any]:
+def _keep_tracker_node(composed: JsonMapping, tracker: str) -> JsonObject:
     """Drop the nodes of other trackers; add an empty one where the tracker has none, for its defaults."""
     kept = {key: value for key, value in composed.items() if key == tracker or key not in known_trackers()}
     return {tracker: {}, **kept} if tracker in known_trackers() else kept
 
 
-def _normalize_search_space(optuna: Mapping[str, Any]) -> dict[str, Any]:
+def _normalize_search_space(optuna: JsonMapping) -> JsonObject:
     space = optuna.get("search_space") or {}
     if not isinstance(space, Mapping):
         return dict(optuna)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
 from typing import Annotated, Any, Literal, Self
@@ -11,6 +10,7 @@ from pydantic import Field, ValidationError, create_model, field_validator, mode
 from pydantic_core import PydanticCustomError
 
 from fwlora.experiment.engine.options import TrainingOptions
+from fwlora.experiment.json_types import JsonMapping, JsonObject
 from fwlora.experiment.methods.base import find_method, known_methods, method_nodes
 from fwlora.experiment.settings.base import Fraction, Searchable, Seed, SettingsNode, find_searchable
 from fwlora.experiment.tracking import DEFAULT_TRACKER, TrackerSettings, known_trackers
@@ -284,7 +284,7 @@ class RunSettings(SettingsNode):
         """Pickle by the class's nodes, since the class itself is made at run time; figures are drawn in processes."""
         return _restore_run, (self.__dict__, self.model_fields_set)
 
-    def with_values(self, values: Mapping[str, Any]) -> Self:
+    def with_values(self, values: JsonMapping) -> Self:
         """Put searched values in their places and validate again.
 
         Args:
@@ -314,13 +314,11 @@ def run_settings_class() -> type[RunSettings]:
 
 @cache
 def _add_nodes(nodes: tuple[tuple[str, type[SettingsNode]], ...]) -> type[RunSettings]:
-    fields: dict[str, Any] = {
-        name: (node | None, None) for name, node in nodes if name is not None and node is not None
-    }
+    fields: JsonObject = {name: (node | None, None) for name, node in nodes if name is not None and node is not None}
     return create_model("RunSettings", __base__=RunSettings, __module__=__name__, **fields)
 
 
-def _restore_run(values: dict[str, Any], fields_set: set[str]) -> RunSettings:
+def _restore_run(values: JsonObject, fields_set: set[str]) -> RunSettings:
     return run_settings_class().model_construct(fields_set, **values)
 
 
@@ -404,7 +402,7 @@ class ProgramSettings(SettingsNode):
         node: TrackerSettings = getattr(self, self.tracker)
         return node
 
-    def as_record(self) -> dict[str, Any]:
+    def as_record(self) -> JsonObject:
         """Return plain values for the run's record."""
         record = self.model_dump()
         engine = record.pop("engine")
@@ -424,5 +422,5 @@ def program_settings_class(tracker: str = DEFAULT_TRACKER) -> type[ProgramSettin
 def _complete_program(
     run_class: type[RunSettings], tracker: str, node: type[TrackerSettings] | None
 ) -> type[ProgramSettings]:
-    fields: dict[str, Any] = {"run": (run_class, ...), **({} if node is None else {tracker: (node, ...)})}
+    fields: JsonObject = {"run": (run_class, ...), **({} if node is None else {tracker: (node, ...)})}
     return create_model("ProgramSettings", __base__=ProgramSettings, __module__=__name__, **fields)

@@ -7,12 +7,13 @@ import os
 import platform
 import subprocess
 from pathlib import Path
-from typing import Any
+
+from fwlora.experiment.json_types import JsonObject
 
 RECORDED_PACKAGES = ("fwlora", "torch", "peft", "transformers", "datasets", "optuna", "wandb", "numpy", "scikit-learn")
 
 
-def describe_environment(repository: Path, device: str, threads: int | None = None) -> dict[str, Any]:
+def describe_environment(repository: Path, device: str, threads: int | None = None) -> JsonObject:
     """Return commit, versions and hardware as plain values.
 
     Args:

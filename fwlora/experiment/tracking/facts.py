@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+
+from fwlora.experiment.json_types import JsonMapping, JsonObject
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,14 @@ class RunFacts:
     train_fingerprint: str | None = None
     eval_fingerprint: str | None = None
     command: str | None = None
-    environment: Mapping[str, Any] = field(default_factory=dict)
+    environment: JsonMapping = field(default_factory=dict)
 
-    def as_record(self) -> dict[str, Any]:
+    def as_record(self) -> JsonObject:
         """Return plain values for the run's record."""
         return {**asdict(self), "label_names": list(self.label_names)}
 
     @classmethod
-    def from_record(cls, recorded: Mapping[str, Any] | None) -> RunFacts:
+    def from_record(cls, recorded: JsonMapping | None) -> RunFacts:
         """Read what was recorded; unknown entries are ignored, missing ones keep their defaults."""
         known = {item.name for item in fields(cls)}
         values = {name: value for name, value in (recorded or {}).items() if name in known and value is not None}

@@ -6,11 +6,12 @@ import base64
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from fwlora.experiment.errors import UserError
+from fwlora.experiment.json_types import JsonMapping, JsonObject, JsonValue
 from fwlora.experiment.tracking import metrics
 
 # Ended with exit code 0; ended with another; not ended; its process is gone without an end.
@@ -34,9 +35,9 @@ class RunRecord:
     """
 
     run_id: str
-    config: Mapping[str, Any]
-    summary: Mapping[str, Any]
-    history: Sequence[Mapping[str, Any]]
+    config: JsonMapping
+    summary: JsonMapping
+    history: Sequence[JsonMapping]
     state: RunState
     source: str
 
@@ -46,12 +47,12 @@ class RunRecord:
         return self.state == "finished"
 
     @property
-    def resolved(self) -> Mapping[str, Any]:
+    def resolved(self) -> JsonMapping:
         """The recorded :class:`RunFacts`, as plain values; empty where nothing was recorded."""
         return self.config.get("resolved") or {}
 
     @property
-    def environment(self) -> Mapping[str, Any]:
+    def environment(self) -> JsonMapping:
         """Commit, versions and hardware it ran with; see :mod:`fwlora.experiment.tracking.environment`."""
         return self.resolved.get("environment") or {}
 
@@ -75,7 +76,7 @@ class UnreadableRunsError(UserError):
         self.reasons: dict[str, str] = dict(reasons)
 
 
-def pack_classes(classes: np.ndarray, num_classes: int) -> dict[str, Any]:
+def pack_classes(classes: np.ndarray, num_classes: int) -> JsonObject:
     """Pack the classes of a split in data-set order, for a small summary.
 
     Args:
@@ -101,7 +102,7 @@ def pack_classes(classes: np.ndarray, num_classes: int) -> dict[str, Any]:
     }
 
 
-def pack_values(values: np.ndarray, num_classes: int) -> dict[str, Any]:
+def pack_values(values: np.ndarray, num_classes: int) -> JsonObject:
     """Pack classes as :func:`pack_classes` does, or numbers, of which 4 bytes are kept each.
 
     Args:
@@ -114,7 +115,7 @@ def pack_values(values: np.ndarray, num_classes: int) -> dict[str, Any]:
     return {"encoding": "float32", "count": int(raw.size), "data": base64.b64encode(raw.tobytes()).decode("ascii")}
 
 
-def unpack_values(packed: Mapping[str, Any]) -> np.ndarray:
+def unpack_values(packed: JsonMapping) -> np.ndarray:
     """Unpack what :func:`pack_values` made: int64 classes or float32 numbers of shape ``(n,)``.
 
     Raises:
@@ -137,9 +138,9 @@ def unpack_values(packed: Mapping[str, Any]) -> np.ndarray:
 
 def make_record(
     run_id: str,
-    config: Mapping[str, Any],
-    summary: Mapping[str, Any],
-    rows: Iterable[Mapping[str, Any]],
+    config: JsonMapping,
+    summary: JsonMapping,
+    rows: Iterable[JsonMapping],
     state: RunState,
     source: str,
 ) -> RunRecord:
@@ -158,7 +159,7 @@ def make_record(
     return RunRecord(run_id, canonicalise(config), canonicalise(given), history, state, source)
 
 
-def canonicalise(value: Any) -> Any:
+def canonicalise(value: JsonValue) -> JsonValue:
     """Return a deep copy in which equal values have one form, whatever service kept them.
 
     Names are in order, tuples are lists, whole numbers are ``int`` (``float`` beyond 2**53), and a name whose mapping
@@ -174,14 +175,14 @@ def canonicalise(value: Any) -> Any:
     return [canonicalise(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def deduplicate_history(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def deduplicate_history(rows: Iterable[JsonMapping]) -> list[JsonObject]:
     """Return the rows of one training pass, each step once.
 
     A run that was started again under its id appends to its history. A row whose ``global_step`` does not advance
     starts over from there, so all earlier rows at or beyond that step belong to the abandoned pass; rows of the same
     step within a pass (step values, then epoch values) are merged.
     """
-    merged: list[dict[str, Any]] = []
+    merged: list[JsonObject] = []
     for row in rows:
         step = row.get(metrics.GLOBAL_STEP)
         if not isinstance(step, int | float):

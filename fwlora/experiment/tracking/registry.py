@@ -5,9 +5,10 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal, Self, get_args
 
 from fwlora.experiment.errors import UserError
+from fwlora.experiment.json_types import JsonMapping
 from fwlora.experiment.settings.base import SettingsNode
 from fwlora.experiment.tracking.tracker import NullTracker, RecordSource, Tracker, check_entries
 
@@ -38,7 +39,7 @@ class TrackerSettings(SettingsNode):
         return self
 
     @abstractmethod
-    def open_tracker(self, *, run_id: str, config: Mapping[str, Any], directory: Path) -> Tracker:
+    def open_tracker(self, *, run_id: str, config: JsonMapping, directory: Path) -> Tracker:
         """Start to record a run.
 
         Args:
@@ -108,7 +109,7 @@ def text_keys() -> set[str]:
     }
 
 
-def open_tracker(settings: ProgramSettings, *, run_id: str, config: Mapping[str, Any], directory: Path) -> Tracker:
+def open_tracker(settings: ProgramSettings, *, run_id: str, config: JsonMapping, directory: Path) -> Tracker:
     """Start to record a run with the tracker that the settings choose; a trial is checked, not recorded.
 
     Args:

@@ -6,8 +6,8 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+from fwlora.experiment.json_types import JsonMapping, JsonObject, JsonValue
 from fwlora.experiment.tracking import metrics
 from fwlora.experiment.tracking.records import RunRecord
 
@@ -20,11 +20,11 @@ class Tracker(ABC):
         """Add one history row, which holds its own ``global_step``; see :func:`check_row`."""
 
     @abstractmethod
-    def update_config(self, values: Mapping[str, Any]) -> None:
+    def update_config(self, values: JsonMapping) -> None:
         """Set top-level config entries, replacing those of the same name; see :func:`check_entries`."""
 
     @abstractmethod
-    def set_summary(self, values: Mapping[str, Any]) -> None:
+    def set_summary(self, values: JsonMapping) -> None:
         """Set final values, replacing those of the same name; see :func:`check_entries`."""
 
     @abstractmethod
@@ -61,7 +61,7 @@ def check_row(values: Mapping[str, float | int]) -> dict[str, float | int]:
     return dict(values)
 
 
-def check_entries(values: Mapping[str, Any]) -> dict[str, Any]:
+def check_entries(values: JsonMapping) -> JsonObject:
     """Return a deep copy of config or summary entries in the types of JSON (tuples become lists; NaN is allowed).
 
     Raises:
@@ -78,7 +78,7 @@ def _check_name(name: object) -> None:
         raise ValueError(f"{name!r} cannot name a metric: a string without dots or a leading underscore is needed")
 
 
-def _to_json(value: Any, path: str) -> Any:
+def _to_json(value: JsonValue, path: str) -> JsonValue:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple):
@@ -91,7 +91,7 @@ def _to_json(value: Any, path: str) -> Any:
     raise ValueError(f"`{path}` is a {type(value).__name__}, which JSON has no type for")
 
 
-def spell_non_finite(value: Any) -> Any:
+def spell_non_finite(value: JsonValue) -> JsonValue:
     """Replace non-finite floats by ``"NaN"``, ``"Infinity"``, ``"-Infinity"``: JSON has no such numbers."""
     if isinstance(value, float) and not math.isfinite(value):
         return json.dumps(value)
@@ -100,7 +100,7 @@ def spell_non_finite(value: Any) -> Any:
     return [spell_non_finite(item) for item in value] if isinstance(value, list) else value
 
 
-def restore_non_finite(value: Any) -> Any:
+def restore_non_finite(value: JsonValue) -> JsonValue:
     """Invert :func:`spell_non_finite`."""
     if isinstance(value, str):
         return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
@@ -116,11 +116,11 @@ class NullTracker(Tracker):
         """Check one history row; see :func:`check_row`."""
         check_row(values)
 
-    def update_config(self, values: Mapping[str, Any]) -> None:
+    def update_config(self, values: JsonMapping) -> None:
         """Check config entries; see :func:`check_entries`."""
         check_entries(values)
 
-    def set_summary(self, values: Mapping[str, Any]) -> None:
+    def set_summary(self, values: JsonMapping) -> None:
         """Check summary entries; see :func:`check_entries`."""
         check_entries(values)
 

@@ -7,15 +7,15 @@ cell that record the same settings except for the seed. Names of runs do not mat
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from fwlora.experiment.evaluation.compare.runs import Budget, EvaluatedRun
 from fwlora.experiment.evaluation.compare.settings import list_distinct, shorten_setting
+from fwlora.experiment.json_types import JsonMapping
 from fwlora.experiment.methods import Side, Variant
 from fwlora.experiment.tracking import metrics
 
@@ -42,7 +42,7 @@ class Group:
         return self.variant.role
 
     @property
-    def settings(self) -> Mapping[str, Any]:
+    def settings(self) -> JsonMapping:
         """What all its runs have in common; see :class:`EvaluatedRun`."""
         return self.runs[0].settings
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -12,6 +11,7 @@ from fwlora.experiment.evaluation.compare.cells import Cell, Group
 from fwlora.experiment.evaluation.compare.results import ComparisonWarning
 from fwlora.experiment.evaluation.compare.runs import EvaluatedRun, as_finite
 from fwlora.experiment.evaluation.compare.settings import list_distinct, shorten_setting
+from fwlora.experiment.json_types import JsonObject
 from fwlora.experiment.methods import find_method, method_nodes
 from fwlora.experiment.tracking import metrics, task_metrics
 
@@ -92,7 +92,7 @@ def find_unequal_facts(runs: Sequence[EvaluatedRun], kinds: Sequence[str] | None
     return found
 
 
-def _read_facts(run: EvaluatedRun) -> dict[str, Any]:
+def _read_facts(run: EvaluatedRun) -> JsonObject:
     config, summary = run.record.config, run.record.summary
     facts, environment = run.facts, run.facts.environment
     fingerprints = {"eval_fingerprint": facts.eval_fingerprint, "train_fingerprint": facts.train_fingerprint}

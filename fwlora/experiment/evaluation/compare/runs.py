@@ -13,6 +13,7 @@ import numpy as np
 from fwlora.experiment.errors import UserError
 from fwlora.experiment.evaluation.compare.settings import flatten_settings, list_distinct
 from fwlora.experiment.evaluation.compare.variants import find_variant
+from fwlora.experiment.json_types import JsonMapping, JsonObject
 from fwlora.experiment.methods import Variant
 from fwlora.experiment.settings.schema import RunSettings, run_settings_class, searchable_paths
 from fwlora.experiment.tracking import metrics, task_metrics
@@ -105,8 +106,8 @@ class EvaluatedRun:
     seed: int
     variant: Variant
     facts: RunFacts
-    recorded: Mapping[str, Any]
-    settings: Mapping[str, Any]
+    recorded: JsonMapping
+    settings: JsonMapping
     cell_key: CellKey
     primary: str
     values: Mapping[str, float]
@@ -278,7 +279,7 @@ def _searched_names(run: RunSettings) -> set[str]:
     return set(run.optuna.search_space or {}) if run.optuna.n_trials else set()
 
 
-def _comparable_settings(run: RunSettings, recorded: Mapping[str, Any]) -> dict[str, Any]:
+def _comparable_settings(run: RunSettings, recorded: JsonMapping) -> JsonObject:
     # What a search found is a result of the run, not a setting: it may differ between seeds of one group.
     names = _searched_names(run)
     if not run.model.ranks_are_fixed:

@@ -5,22 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
+from fwlora.experiment.json_types import JsonMapping, JsonObject, JsonValue
 from fwlora.experiment.tracking.records import canonicalise
 
 _MAX_LABEL_LENGTH = 24  # characters
 Value = TypeVar("Value")
 
 
-def flatten_settings(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten_settings(node: JsonMapping, prefix: str = "") -> JsonObject:
     """Flatten a node to values by dotted key; null counts as absent, the search space as one value.
 
     Args:
         node: mappings of mappings.
         prefix: of all keys.
     """
-    flat: dict[str, Any] = {}
+    flat: JsonObject = {}
     for key, value in node.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and name != "optuna.search_space":
@@ -30,12 +31,12 @@ def flatten_settings(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any
     return flat
 
 
-def format_setting(value: Any) -> str:
+def format_setting(value: JsonValue) -> str:
     """Write a setting as JSON, 1.0 as 1; a missing one as ``None``."""
     return "None" if value is None else json.dumps(canonicalise(value), sort_keys=True, ensure_ascii=False)
 
 
-def shorten_setting(value: Any) -> str:
+def shorten_setting(value: JsonValue) -> str:
     """Write a setting for a label: a long one by its hash, a missing one as ``unset``."""
     if value is None:
         return "unset"

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from fwlora.experiment.evaluation.compare.cells import Cell
 from fwlora.experiment.evaluation.compare.comparisons import improvement_rate
 from fwlora.experiment.evaluation.compare.results import ComparisonWarning
 from fwlora.experiment.evaluation.compare.runs import COST_NAMES
+from fwlora.experiment.json_types import JsonObject
 from fwlora.experiment.tracking import metrics, task_metrics
 
 _BEST_KEYS = ("best_proposed", "best_baseline", "gap", "improvement_rate")
 
 
-def aggregate(cells: Sequence[Cell], warnings: Sequence[ComparisonWarning]) -> dict[str, Any]:
+def aggregate(cells: Sequence[Cell], warnings: Sequence[ComparisonWarning]) -> JsonObject:
     """Build ``aggregated_metrics.json``.
 
     ``best_*`` is the highest final primary metric of a single run, the control counted among the baselines; ``gap`` is
@@ -40,13 +40,13 @@ def aggregate(cells: Sequence[Cell], warnings: Sequence[ComparisonWarning]) -> d
     }
 
 
-def _describe_best(cell: Cell) -> dict[str, Any]:
-    best: list[dict[str, Any] | None] = []
+def _describe_best(cell: Cell) -> JsonObject:
+    best: list[JsonObject | None] = []
     for wanted in (True, False):
         runs = [run for group in cell.groups if group.is_proposed is wanted for run in group.runs]
         run = min(runs, key=lambda run: (-cell.read(run), run.run_id), default=None)
         best.append({"run_id": run.run_id, "value": cell.read(run)} if run else None)
-    described: dict[str, Any] = dict(zip(_BEST_KEYS, (*best, None, None), strict=True))
+    described: JsonObject = dict(zip(_BEST_KEYS, (*best, None, None), strict=True))
     if best[0] and best[1]:
         described["gap"] = best[0]["value"] - best[1]["value"]
         described["improvement_rate"] = improvement_rate(best[0]["value"], best[1]["value"])

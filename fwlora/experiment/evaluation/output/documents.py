@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 
@@ -22,6 +21,7 @@ from fwlora.experiment.evaluation.compare.results import (
     TimeRatio,
 )
 from fwlora.experiment.evaluation.compare.runs import EvaluatedRun, as_finite
+from fwlora.experiment.json_types import JsonMapping, JsonObject, JsonValue
 from fwlora.experiment.tracking import metrics, task_metrics
 
 _PACKED = (metrics.EVAL_PREDICTIONS, metrics.EVAL_LABELS)
@@ -34,7 +34,7 @@ _MODULE_LISTS = (
 _SIGNIFICANT_DIGITS = 6
 
 
-def to_json(document: Mapping[str, Any]) -> bytes:
+def to_json(document: JsonMapping) -> bytes:
     """Write UTF-8 JSON, a line per top-level key to keep diffs readable; numbers that are not finite are null."""
     lines = [
         f"{json.dumps(key)}: {json.dumps(_without_non_finite(value), allow_nan=False, ensure_ascii=False)}"
@@ -43,7 +43,7 @@ def to_json(document: Mapping[str, Any]) -> bytes:
     return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
 
 
-def describe_run(run: EvaluatedRun) -> dict[str, Any]:
+def describe_run(run: EvaluatedRun) -> JsonObject:
     """Build a run's ``metrics.json``: settings, summary, epochs, confusion matrix (null for numbers), modules."""
     config, summary = run.record.config, run.record.summary
     kept = {key: value for key, value in sorted(summary.items()) if key not in (*_PACKED, *_MODULE_LISTS)}
@@ -62,7 +62,7 @@ def describe_run(run: EvaluatedRun) -> dict[str, Any]:
     }
 
 
-def _describe_confusion(run: EvaluatedRun) -> dict[str, Any]:
+def _describe_confusion(run: EvaluatedRun) -> JsonObject:
     return {
         "label_names": list(run.label_names),
         "rows": "gold",
@@ -70,19 +70,19 @@ def _describe_confusion(run: EvaluatedRun) -> dict[str, Any]:
     }
 
 
-def describe_history(run: EvaluatedRun) -> dict[str, Any]:
+def describe_history(run: EvaluatedRun) -> JsonObject:
     """Build a run's ``history.json``: every logged row."""
     return {"run_id": run.run_id, "history": [dict(row) for row in run.record.history]}
 
 
-def epoch_rows(run: EvaluatedRun) -> list[dict[str, Any]]:
+def epoch_rows(run: EvaluatedRun) -> list[JsonObject]:
     """List the rows that end an epoch, without values of single steps."""
     rows = [row for row in run.record.history if as_finite(row.get(metrics.eval_name(run.primary))) is not None]
     step_only = (metrics.GRADIENT_NORM, metrics.FISHER_WARMUP, metrics.LEARNING_RATE, metrics.TRAIN_LOSS)
     return [{key: value for key, value in row.items() if key not in step_only} for row in rows]
 
 
-def describe_comparison(comparison: Comparison, cells: Sequence[Cell]) -> dict[str, Any]:
+def describe_comparison(comparison: Comparison, cells: Sequence[Cell]) -> JsonObject:
     """Build ``statistics.json``, which ``statistics.schema.json`` beside this file describes."""
     return {
         "difference": "first minus second, as fractions",
@@ -98,7 +98,7 @@ def describe_comparison(comparison: Comparison, cells: Sequence[Cell]) -> dict[s
     }
 
 
-def describe_cells(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+def describe_cells(cells: Sequence[Cell]) -> list[JsonObject]:
     """List means and standard deviations over seeds of every group, per cell."""
     return [
         {
@@ -110,7 +110,7 @@ def describe_cells(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     ]
 
 
-def _describe_group(cell: Cell, group: Group) -> dict[str, Any]:
+def _describe_group(cell: Cell, group: Group) -> JsonObject:
     metric = cell.primary_eval_name
     return {
         "method": group.label,
@@ -129,7 +129,7 @@ def _describe_group(cell: Cell, group: Group) -> dict[str, Any]:
     }
 
 
-def _describe_pooled(entry: PooledComparison) -> dict[str, Any]:
+def _describe_pooled(entry: PooledComparison) -> JsonObject:
     return {
         "first": entry.first,
         "second": entry.second,
@@ -146,8 +146,8 @@ def _describe_pooled(entry: PooledComparison) -> dict[str, Any]:
     }
 
 
-def _describe_pair(pair: PairComparison) -> dict[str, Any]:
-    measured: dict[str, Any] = {}
+def _describe_pair(pair: PairComparison) -> JsonObject:
+    measured: JsonObject = {}
     if pair.training_time_ratio is not None:
         measured["improvement_rate"] = pair.improvement_rate
         measured["training_time_ratio"] = _describe_time_ratio(pair.training_time_ratio)
@@ -165,12 +165,12 @@ def _describe_pair(pair: PairComparison) -> dict[str, Any]:
     }
 
 
-def _describe_time_ratio(time: TimeRatio) -> dict[str, Any]:
+def _describe_time_ratio(time: TimeRatio) -> JsonObject:
     described = asdict(time)
     return described if time.reason else {key: value for key, value in described.items() if key != "reason"}
 
 
-def _describe_mean(difference: MeanDifference) -> dict[str, Any]:
+def _describe_mean(difference: MeanDifference) -> JsonObject:
     return {
         **asdict(difference.tests),
         "low": difference.low,
@@ -179,7 +179,7 @@ def _describe_mean(difference: MeanDifference) -> dict[str, Any]:
     }
 
 
-def _describe_seed(seed: SeedComparison) -> dict[str, Any]:
+def _describe_seed(seed: SeedComparison) -> JsonObject:
     return {
         "seed": seed.seed,
         "first_run_id": seed.first_run_id,
@@ -189,11 +189,11 @@ def _describe_seed(seed: SeedComparison) -> dict[str, Any]:
     }
 
 
-def _describe_corrections(comparison: Comparison) -> dict[str, list[dict[str, Any]]]:
+def _describe_corrections(comparison: Comparison) -> dict[str, list[JsonObject]]:
     """List each family of tests with p-values before and after Holm's correction."""
-    families: dict[str, list[dict[str, Any]]] = {"headline": [], "paired_t": [], "sign_flip": [], "mcnemar": []}
+    families: dict[str, list[JsonObject]] = {"headline": [], "paired_t": [], "sign_flip": [], "mcnemar": []}
 
-    def note(family: str, names: Mapping[str, Any], p_value: float | None, p_value_holm: float | None) -> None:
+    def note(family: str, names: JsonMapping, p_value: float | None, p_value_holm: float | None) -> None:
         if p_value is not None:
             families[family].append({**names, "p_value": p_value, "p_value_holm": p_value_holm})
 
@@ -211,12 +211,12 @@ def _describe_corrections(comparison: Comparison) -> dict[str, list[dict[str, An
     return families
 
 
-def describe_claim_results(results: Sequence[ClaimResult]) -> dict[str, Any]:
+def describe_claim_results(results: Sequence[ClaimResult]) -> JsonObject:
     """Build ``claims.json``: per claim the verdict and its findings, whose values are points or ratios."""
     return {result.claim_id: _describe_claim_result(result) for result in results}
 
 
-def _describe_claim_result(result: ClaimResult) -> dict[str, Any]:
+def _describe_claim_result(result: ClaimResult) -> JsonObject:
     claim = result.claim
     return {
         "verdict": result.verdict,
@@ -228,7 +228,7 @@ def _describe_claim_result(result: ClaimResult) -> dict[str, Any]:
     }
 
 
-def _describe_finding(finding: Finding) -> dict[str, Any]:
+def _describe_finding(finding: Finding) -> JsonObject:
     described = {
         "cells": finding.cells,
         "seeds": finding.seeds,
@@ -247,7 +247,7 @@ def _describe_finding(finding: Finding) -> dict[str, Any]:
     return {key: value for key, value in described.items() if value is not None}
 
 
-def _without_non_finite(value: Any) -> Any:
+def _without_non_finite(value: JsonValue) -> JsonValue:
     if isinstance(value, Mapping):
         return {str(key): _without_non_finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -257,5 +257,5 @@ def _without_non_finite(value: Any) -> Any:
     return value
 
 
-def _round_floats(values: Sequence[Any]) -> list[Any]:
+def _round_floats(values: Sequence[JsonValue]) -> list[JsonValue]:
     return [float(f"{value:.{_SIGNIFICANT_DIGITS}g}") if isinstance(value, float) else value for value in values]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -47,6 +46,7 @@ from fwlora.experiment.evaluation.report.text import (
     split_name,
     typeset,
 )
+from fwlora.experiment.json_types import JsonMapping
 from fwlora.experiment.methods import Variant
 from fwlora.experiment.tracking import metrics
 
@@ -63,7 +63,7 @@ class ReportOrigin:
     """
 
     command: str
-    environment: Mapping[str, Any]
+    environment: JsonMapping
 
 
 @dataclass(frozen=True)

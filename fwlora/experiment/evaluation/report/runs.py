@@ -12,6 +12,7 @@ from fwlora.experiment.evaluation.compare.bootstrap import confusion_matrix
 from fwlora.experiment.evaluation.compare.cells import Cell, Group
 from fwlora.experiment.evaluation.compare.runs import EvaluatedRun, as_finite
 from fwlora.experiment.evaluation.compare.settings import flatten_settings, format_setting
+from fwlora.experiment.json_types import JsonMapping
 from fwlora.experiment.tracking import metrics
 
 NOT_RECORDED = "not recorded"
@@ -184,7 +185,7 @@ def collect_facts(runs: Sequence[EvaluatedRun]) -> list[FactTable]:
 
     Data are compared within a data set, encoders within a pretrained model: elsewhere they are meant to differ.
     """
-    kinds: list[tuple[str, dict[str, list[EvaluatedRun]], Callable[[Sequence[EvaluatedRun]], Mapping[str, Any]]]] = [
+    kinds: list[tuple[str, dict[str, list[EvaluatedRun]], Callable[[Sequence[EvaluatedRun]], JsonMapping]]] = [
         ("Code, versions and hardware", {"": list(runs)}, _environment_facts),
         ("Data", _split(runs, lambda run: run.cell_key.data), _data_facts),
         ("Model", _split(runs, lambda run: run.cell_key.pretrained), _model_facts),
@@ -200,7 +201,7 @@ def collect_facts(runs: Sequence[EvaluatedRun]) -> list[FactTable]:
     return collected
 
 
-def describe_commit(environment: Mapping[str, Any]) -> str:
+def describe_commit(environment: JsonMapping) -> str:
     """Return the commit, with ``DIRTY`` behind it if the code had uncommitted changes."""
     commit = environment.get("commit") or NOT_RECORDED
     return f"{commit}, DIRTY" if environment.get("dirty") else str(commit)
@@ -211,7 +212,7 @@ def is_dirty(run: EvaluatedRun) -> bool:
     return bool(run.facts.environment.get("dirty"))
 
 
-def describe_environment_facts(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
+def describe_environment_facts(environment: JsonMapping) -> list[tuple[str, str]]:
     """List names and values of one environment, the commit first."""
     packages = environment.get("packages") or {}
     return [
@@ -266,12 +267,12 @@ def _model_facts(runs: Sequence[EvaluatedRun]) -> dict[str, Callable[[EvaluatedR
     return {"encoder fingerprint": lambda run: _show(run.record.summary.get(metrics.ENCODER_FINGERPRINT))}
 
 
-def _read_numbers(summary: Mapping[str, Any], names: Mapping[str, str]) -> list[tuple[str, float]]:
+def _read_numbers(summary: JsonMapping, names: Mapping[str, str]) -> list[tuple[str, float]]:
     found = [(shown, as_finite(summary.get(name))) for name, shown in names.items()]
     return [(shown, value) for shown, value in found if value is not None]
 
 
-def _read_scores(summary: Mapping[str, Any]) -> list[Score]:
+def _read_scores(summary: JsonMapping) -> list[Score]:
     prefix = metrics.final_name("")
     names = [name.removeprefix(prefix) for name in sorted(summary) if name.startswith(prefix)]
     return [

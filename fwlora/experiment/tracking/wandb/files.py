@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fwlora.experiment.json_types import JsonObject
 from fwlora.experiment.tracking.records import RunRecord
 from fwlora.experiment.tracking.wandb.raw_run import RawRun, RunUnavailableError
 from fwlora.experiment.tracking.wandb.transaction_log import read_payloads
@@ -96,7 +97,7 @@ def read_attempt(folder: Path, run_id: str) -> RawRun:
     return attempt
 
 
-def _read_row(items: Sequence[Any]) -> dict[str, Any]:
+def _read_row(items: Sequence[Any]) -> JsonObject:
     names = [sys.intern(item.key or ".".join(item.nested_key)) for item in items]
     texts = [item.value_json for item in items]
     # One call of the decoder per row is faster than one per value.
@@ -120,7 +121,7 @@ def _note_summary(entries: _Items, change: Any) -> None:
         entries.pop((item.key,) if item.key else tuple(item.nested_key), None)
 
 
-def _change_config(config: dict[str, Any], change: Any) -> None:
+def _change_config(config: JsonObject, change: Any) -> None:
     """Set entries as W&B does: a mapping is merged into the existing one."""
     for item in change.update:
         _join(config, _as_mapping(item))
@@ -128,7 +129,7 @@ def _change_config(config: dict[str, Any], change: Any) -> None:
         config.pop(item.key, None)
 
 
-def _join(place: dict[str, Any], entries: dict[str, Any]) -> None:
+def _join(place: JsonObject, entries: JsonObject) -> None:
     for name, value in entries.items():
         if isinstance(value, dict) and isinstance(place.get(name), dict):
             _join(place[name], value)
@@ -136,14 +137,14 @@ def _join(place: dict[str, Any], entries: dict[str, Any]) -> None:
             place[name] = value
 
 
-def _decode_entries(entries: _Items) -> dict[str, Any]:
-    decoded: dict[str, Any] = {}
+def _decode_entries(entries: _Items) -> JsonObject:
+    decoded: JsonObject = {}
     for item in entries.values():
         _join(decoded, _as_mapping(item))
     return decoded
 
 
-def _as_mapping(item: Any) -> dict[str, Any]:
+def _as_mapping(item: Any) -> JsonObject:
     value = json.loads(item.value_json)
     for name in reversed((item.key,) if item.key else tuple(item.nested_key)):
         value = {name: value}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
 
+from fwlora.experiment.json_types import JsonMapping, JsonObject
 from fwlora.experiment.tracking import metrics
 from fwlora.experiment.tracking import tracker as tracking
 from fwlora.experiment.tracking.records import RunRecord, RunState, make_record
@@ -29,9 +29,9 @@ class RawRun:
     """
 
     source: str
-    config: dict[str, Any] = field(default_factory=dict)
-    summary: dict[str, Any] = field(default_factory=dict)
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    config: JsonObject = field(default_factory=dict)
+    summary: JsonObject = field(default_factory=dict)
+    rows: list[JsonObject] = field(default_factory=list)
     state: RunState = "crashed"
 
     def to_record(self, run_id: str) -> RunRecord:
@@ -40,11 +40,11 @@ class RawRun:
         return make_record(run_id, _clean(self.config), _clean(self.summary), rows, self.state, self.source)
 
 
-def _clean(entries: Mapping[str, Any]) -> dict[str, Any]:
+def _clean(entries: JsonMapping) -> JsonObject:
     return {name: tracking.restore_non_finite(v) for name, v in entries.items() if not name.startswith("_")}
 
 
-def _order_attempts(rows: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+def _order_attempts(rows: Sequence[JsonObject]) -> Sequence[JsonObject]:
     """Sort rows of several attempts that reached the server in another order than they were logged in.
 
     Rows of the first attempt that a dead server missed are sent after the second attempt. Rows are sorted by timestamp

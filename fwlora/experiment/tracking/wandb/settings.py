@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field
 
+from fwlora.experiment.json_types import JsonMapping
 from fwlora.experiment.tracking.registry import SourceChoice, TrackerSettings, register_tracker
 from fwlora.experiment.tracking.tracker import RecordSource, Tracker
 
@@ -38,7 +39,7 @@ class WandbSettings(TrackerSettings):
         """Disable W&B."""
         return self.model_copy(update={"mode": "disabled", "required": False})
 
-    def open_tracker(self, *, run_id: str, config: Mapping[str, Any], directory: Path) -> Tracker:
+    def open_tracker(self, *, run_id: str, config: JsonMapping, directory: Path) -> Tracker:
         """Start a W&B run; see :func:`fwlora.experiment.tracking.wandb.writing.start_tracker`."""
         from fwlora.experiment.tracking.wandb.writing import start_tracker
 

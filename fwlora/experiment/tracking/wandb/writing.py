@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fwlora.experiment.errors import UserError
+from fwlora.experiment.json_types import JsonMapping, JsonObject
 from fwlora.experiment.tracking import metrics
 from fwlora.experiment.tracking import tracker as tracking
 from fwlora.experiment.tracking.wandb.files import find_run_folders, has_end
@@ -34,7 +35,7 @@ def start_tracker(
     settings: WandbSettings,
     *,
     run_id: str,
-    config: Mapping[str, Any],
+    config: JsonMapping,
     directory: Path,
     init_timeout_s: float = INIT_TIMEOUT_S,
     finish_timeout_s: float = FINISH_TIMEOUT_S,
@@ -85,7 +86,7 @@ def _init_run(
     settings: WandbSettings,
     mode: Literal["online", "offline"],
     run_id: str,
-    config: Mapping[str, Any],
+    config: JsonMapping,
     directory: Path,
     init_timeout_s: float,
     finish_timeout_s: float,
@@ -95,7 +96,7 @@ def _init_run(
     directory.mkdir(parents=True, exist_ok=True)
     open_session(mode)
     # An experimental setting, which another version of the client may not have.
-    flush: dict[str, Any] = {_FLUSH_SETTING: FLUSH_INTERVAL_S} if _FLUSH_SETTING in wandb.Settings.model_fields else {}
+    flush: JsonObject = {_FLUSH_SETTING: FLUSH_INTERVAL_S} if _FLUSH_SETTING in wandb.Settings.model_fields else {}
     client_settings = wandb.Settings(
         silent=True,
         console="off",
@@ -145,14 +146,14 @@ class _WandbTracker(tracking.Tracker):
     def log(self, values: Mapping[str, float | int]) -> None:
         self._guard(lambda: self._run.log(tracking.check_row(values)))
 
-    def update_config(self, values: Mapping[str, Any]) -> None:
+    def update_config(self, values: JsonMapping) -> None:
         self._guard(
             lambda: self._run.config.update(
                 tracking.spell_non_finite(tracking.check_entries(values)), allow_val_change=True
             )
         )
 
-    def set_summary(self, values: Mapping[str, Any]) -> None:
+    def set_summary(self, values: JsonMapping) -> None:
         self._guard(lambda: self._run.summary.update(tracking.spell_non_finite(tracking.check_entries(values))))
 
     def finish(self, exit_code: int = 0) -> None:
