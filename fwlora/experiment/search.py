@@ -12,7 +12,8 @@ import optuna
 from fwlora.experiment.errors import UserError
 from fwlora.experiment.json_types import JsonMapping, JsonObject
 from fwlora.experiment.methods import get_method
-from fwlora.experiment.settings.schema import Categorical, IntRange, LogUniform, RunSettings
+from fwlora.experiment.settings.schema import RunSettings
+from fwlora.experiment.settings.search_space import Categorical, IntRange, LogUniform
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from fwlora.experiment.engine.loop import EvaluationResult, TrainingResult, eval
 from fwlora.experiment.errors import UserError
 from fwlora.experiment.fused.forward import PlainClassifier
 from fwlora.experiment.settings.hydra_arguments import compose_settings, known_run_ids
-from fwlora.experiment.settings.schema import Categorical, IntRange
+from fwlora.experiment.settings.search_space import Categorical, IntRange
 from fwlora.experiment.tracking import metrics
 from fwlora.experiment.tracking.records import unpack_values
 from src.model import build_model, plan_adapters
