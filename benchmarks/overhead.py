@@ -166,10 +166,10 @@ def time_rounds(
         length = BATCH_LENGTHS[number % len(BATCH_LENGTHS)]
         batch, labels = draw_batch(length, batch_size, vocabulary, device, seed=number + SETTLING_ROUNDS)
         for name in order.permutation(list(variants)):
-            _synchronise(device)
+            _synchronize(device)
             started = time.perf_counter()
             variants[name].step(batch, labels)
-            _synchronise(device)
+            _synchronize(device)
             if number >= 0:
                 seconds[name].append(time.perf_counter() - started)
     return {name: np.array(values) for name, values in seconds.items()}
@@ -185,7 +185,7 @@ def measure_peak_bytes(variant: Variant, batch_size: int, device: torch.device) 
         torch.cuda.reset_peak_memory_stats(device)
         variant.step(batch, labels)
         return torch.cuda.max_memory_allocated(device)
-    # Nothing else is alive: parameters, optimiser state, and whatever a method keeps.
+    # Nothing else is alive: parameters, optimizer state, and whatever a method keeps.
     tensors = [held for held in gc.get_objects() if type(held) in (Tensor, nn.Parameter)]
     held = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
@@ -198,7 +198,7 @@ def measure_peak_bytes(variant: Variant, batch_size: int, device: torch.device) 
     return held + most
 
 
-def summarise(seconds: dict[str, np.ndarray]) -> dict[str, Interval]:
+def summarize(seconds: dict[str, np.ndarray]) -> dict[str, Interval]:
     """Ratios to plain LoRA: per kind of step, and for the warm-up and the whole run that they make up."""
     ratios = {name: values / seconds["lora"] for name, values in seconds.items()}
     found = {name: median_interval(values) for name, values in ratios.items() if name != "lora"}
@@ -240,7 +240,7 @@ def main() -> None:
     seconds = time_rounds(
         {name: make() for name, make in constructors.items()}, arguments.rounds, arguments.batch_size, device
     )
-    found = summarise(seconds)
+    found = summarize(seconds)
     rows = [
         ["lora", f"{1e3 * np.median(seconds['lora']):.1f}", "1", f"{memory['lora'] / 2**20:.1f}", "1"],
         *(
@@ -279,7 +279,7 @@ def main() -> None:
         write_json(arguments.json, device, settings, results)
 
 
-def _synchronise(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

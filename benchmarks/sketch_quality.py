@@ -33,7 +33,7 @@ TARGET_SPEARMAN = 0.98
 
 
 def watch_training(seed: int, glue: str, steps: int, batch_size: int, learning_rate: float) -> dict[str, np.ndarray]:
-    """F by estimator, shape (matrices,), after ``steps`` optimiser steps."""
+    """F by estimator, shape (matrices,), after ``steps`` optimizer steps."""
     torch.manual_seed(seed)
     model = make_lora(load_minilm, 8, torch.device("cpu")).train()
     pairs = find_adapter_pairs(model)

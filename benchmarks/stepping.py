@@ -20,11 +20,11 @@ class Gate:
     Args:
         connection: to the process that measures.
         settle: steps that are taken before the first measured one, without a word.
-        synchronise: waits for the device.
+        synchronize: waits for the device.
     """
 
-    def __init__(self, connection: Connection, settle: int, synchronise: Callable[[], None]) -> None:
-        self._connection, self._settle, self._synchronise = connection, settle, synchronise
+    def __init__(self, connection: Connection, settle: int, synchronize: Callable[[], None]) -> None:
+        self._connection, self._settle, self._synchronize = connection, settle, synchronize
         self._started: float | None = None
 
     def step_done(self) -> None:
@@ -33,7 +33,7 @@ class Gate:
             self._settle -= 1
             if self._settle > 0:
                 return
-        self._synchronise()
+        self._synchronize()
         elapsed = None if self._started is None else time.perf_counter() - self._started
         self._connection.send(elapsed)
         if self._connection.recv() == "stop":
@@ -86,9 +86,9 @@ def _run(loop: Loop, connection: Connection, settle: int, options: dict[str, Any
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import torch
 
-    synchronise = torch.cuda.synchronize if options["device"] == "cuda" else lambda: None
+    synchronize = torch.cuda.synchronize if options["device"] == "cuda" else lambda: None
     try:
-        loop(Gate(connection, settle, synchronise), options)
+        loop(Gate(connection, settle, synchronize), options)
         connection.send("the loop ended by itself")
     except (StopStepping, EOFError):
         return

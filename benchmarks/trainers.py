@@ -1,4 +1,4 @@
-"""transformers' Trainer with PEFT as people run it, on our tokenised splits."""
+"""transformers' Trainer with PEFT as people run it, on our tokenized splits."""
 
 from __future__ import annotations
 

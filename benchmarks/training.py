@@ -29,7 +29,7 @@ from benchmarks.overhead import SCHEDULE
 from benchmarks.stepping import SteppedLoop
 from benchmarks.training_loops import backbone_loop, engine_loop, limit_loop, trainer_loop
 from benchmarks.training_profile import compare_precisions, profile_step
-from benchmarks.training_quality import read_runs, summarise
+from benchmarks.training_quality import read_runs, summarize
 from fwlora import FisherWeighting
 from fwlora.experiment.paths import REPOSITORY
 
@@ -93,7 +93,7 @@ def whole_run(seconds: dict[str, np.ndarray]) -> np.ndarray:
     )
 
 
-def summarise_speed(seconds: dict[str, np.ndarray], batch_size: int) -> dict[str, Any]:
+def summarize_speed(seconds: dict[str, np.ndarray], batch_size: int) -> dict[str, Any]:
     """Examples per second and the ratios that have targets."""
     seconds = {**seconds, "engine, FW-LoRA, whole run": whole_run(seconds)}
     rows = {}
@@ -249,9 +249,9 @@ def main() -> None:
     if "profile" in arguments.parts:
         results["profile"] = {**profile_step(), "bf16_to_fp32": compare_precisions()}
     if "speed" in arguments.parts:
-        results["speed"] = summarise_speed(time_rounds(options, arguments.rounds), BATCH_SIZE)
+        results["speed"] = summarize_speed(time_rounds(options, arguments.rounds), BATCH_SIZE)
     if arguments.quality_runs:
-        results["quality"] = summarise(read_runs(arguments.quality_runs))
+        results["quality"] = summarize(read_runs(arguments.quality_runs))
     show(results)
     if arguments.json:
         settings = {**options, "glue": "SST-2", "rounds": arguments.rounds, "threads": torch.get_num_threads()}

@@ -24,10 +24,10 @@ BATCHED = {"bmm", "baddbmm", "baddbmm_"}
 DROPPING, ATTENTION = "drawing what is dropped", "attention"
 NAMED = {
     **dict.fromkeys(("gelu", "gelu_backward"), "activation"),
-    **dict.fromkeys(("native_layer_norm", "native_layer_norm_backward"), "normalisation"),
+    **dict.fromkeys(("native_layer_norm", "native_layer_norm_backward"), "normalization"),
     **dict.fromkeys(("cumsum", "log_"), DROPPING),
     **dict.fromkeys(("amax", "exp_", "div_", "sum", "addcmul_", "_softmax", "_softmax_backward_data"), ATTENTION),
-    "_fused_adamw_": "optimiser",
+    "_fused_adamw_": "optimizer",
     "index_fill_": "zeroing what is dropped",
 }
 

@@ -2,7 +2,7 @@
 
     uv run python -m benchmarks.training_quality --glue FOLDER --runs PATH [--tasks sst2 cola]
 
-Both start from the same head and adapters (seed), with the same optimiser, schedule and number of steps. The Trainer
+Both start from the same head and adapters (seed), with the same optimizer, schedule and number of steps. The Trainer
 draws batches at random and computes through PEFT; the engine draws batches of like length and computes by its fused
 path. Every finished run is appended to PATH as a line of JSON; what PATH holds already is not run again.
 """
@@ -81,7 +81,7 @@ def run_missing(glue: str, tasks: list[str], path: Path) -> None:
                 print(run, flush=True)
 
 
-def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def summarize(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Per task: both loops' means, and the mean paired difference with its 95 % t interval, in points."""
     rows = []
     for task in dict.fromkeys(run["task"] for run in runs):

@@ -180,7 +180,7 @@ def _spread(group: Sequence[MatrixShape], count: int) -> list[str]:
     """Pick ``count`` names of one cost class: equally many of each kind, evenly over the depth.
 
     Pick i of kind j lies at fraction (i + (j + 1/2) / kinds) / picks of the depth, so that the kinds interleave instead
-    of all favouring the same layers.
+    of all favoring the same layers.
     """
     kinds: dict[str, list[MatrixShape]] = defaultdict(list)
     for matrix in group:

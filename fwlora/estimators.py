@@ -50,7 +50,7 @@ class GradientEstimator(ABC):
     def take_squared_norms(self, loss_scale: float | Tensor = 1.0) -> Tensor:
         """Return the estimate of ||grad W||_F^2 of everything since :meth:`start`, shape (matrices,).
 
-        A matrix that no backward pass reached has the gradient 0. With ``torch.distributed`` initialised this is a
+        A matrix that no backward pass reached has the gradient 0. With ``torch.distributed`` initialized this is a
         collective: every process has to call it.
 
         Args:

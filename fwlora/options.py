@@ -11,7 +11,7 @@ EstimatorName = Literal["exact", "sketch", "adapter"]
 Normalization = Literal["sum", "max", "mean", "none"]
 Allocation = Literal["shrink", "reallocate"]
 NORMALIZATIONS: tuple[str, ...] = get_args(Normalization)
-_STEPS = "give optimiser steps, a whole number of at least 1"
+_STEPS = "give optimizer steps, a whole number of at least 1"
 
 
 def _number(
@@ -76,12 +76,12 @@ class FisherWeighting:
     )
     warmup_steps: int = field(
         default=500,
-        metadata=_number("optimiser steps of measuring, >= 1", _STEPS, ge=1, required=True),
+        metadata=_number("optimizer steps of measuring, >= 1", _STEPS, ge=1, required=True),
     )
     decay: float = field(
         default=0.98,
         metadata=_number(
-            "factor of the moving average per optimiser step, in [0, 1)",
+            "factor of the moving average per optimizer step, in [0, 1)",
             "an averaging factor is in [0, 1)",
             ge=0,
             lt=1,
@@ -98,7 +98,7 @@ class FisherWeighting:
     )
     fisher_every: int = field(
         default=4,
-        metadata=_number("optimiser steps from one measurement to the next, >= 1", _STEPS, ge=1),
+        metadata=_number("optimizer steps from one measurement to the next, >= 1", _STEPS, ge=1),
     )
     importance: Normalization = field(
         default="sum", metadata=_choice("sum, max, mean or none (uniform shrinkage)", NORMALIZATIONS)

@@ -56,13 +56,13 @@ class FisherWeightedLora:
     alone; the last of them freezes I_m = F_m / sum F. Every later call adds the shrinkage term's gradient to the
     adapters' gradients, which equals having added the term to the loss of that step.
 
-    Where the term enters: call ``step`` once per optimiser step, after the last ``backward()`` of a gradient
+    Where the term enters: call ``step`` once per optimizer step, after the last ``backward()`` of a gradient
     accumulation, after ``scaler.unscale_(optimizer)`` where there is a scaler, and before clipping, so that the whole
     gradient is clipped. ``forward`` is unchanged, so evaluation losses contain no penalty. No step but the one that
     freezes waits for the device.
 
     The measured gradients are those of the loss as it was back-propagated: micro-batches, repeated calls of a module
-    and the processes of ``torch.distributed`` (where initialised; averaged, as data-parallel training does) are summed
+    and the processes of ``torch.distributed`` (where initialized; averaged, as data-parallel training does) are summed
     before the norm, so a loss that is averaged properly gives the value of the joint batch. Every backward pass since
     the previous ``step`` counts.
 
@@ -320,7 +320,7 @@ class FisherWeightedLora:
         if missing:
             raise ValueError(
                 f"`optimizer` ({type(optimizer).__name__}) does not hold both factors of {len(missing)} matrices, the "
-                f"first {missing[0]!r}; with allocation='reallocate' one optimiser has to hold all adapters"
+                f"first {missing[0]!r}; with allocation='reallocate' one optimizer has to hold all adapters"
             )
 
     def _require_gradients(self) -> None:

@@ -77,7 +77,7 @@ class FwLoraCallback(TrainerCallback, ExportableState):
         options = self.fisher_weighted.options
         if options.warmup_steps >= state.max_steps:
             raise ValueError(
-                f"`warmup_steps` is {options.warmup_steps}, but the Trainer takes {state.max_steps} optimiser steps: "
+                f"`warmup_steps` is {options.warmup_steps}, but the Trainer takes {state.max_steps} optimizer steps: "
                 f"importances would never be used and FW-LoRA would be LoRA; set it below {state.max_steps}"
             )
         if options.allocation == "reallocate" and args.load_best_model_at_end:
@@ -142,7 +142,7 @@ class AdaLoraCallback(TrainerCallback):
         total_step = config.total_step
         if total_step > state.max_steps:
             raise ValueError(
-                f"`AdaLoraConfig.total_step` is {total_step}, but the Trainer takes {state.max_steps} optimiser steps: "
+                f"`AdaLoraConfig.total_step` is {total_step}, but the Trainer takes {state.max_steps} optimizer steps: "
                 f"the budget would never be reached; set total_step={state.max_steps}"
             )
 

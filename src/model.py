@@ -32,7 +32,7 @@ from fwlora.experiment.modeling.build import (
 from fwlora.experiment.modeling.pretrained import fingerprint_weights
 from fwlora.experiment.settings.schema import ModelSettings, RunSettings
 
-# A separate seed for adapter initialisation, so that the head is the same for every method.
+# A separate seed for adapter initialization, so that the head is the same for every method.
 ADAPTER_SEED_OFFSET = 1_000_003
 
 

@@ -108,7 +108,7 @@ def choose_text_columns(dataset: DatasetSettings, available: Sequence[str]) -> t
 
 
 def tokenize_task(data: TaskData, tokenizer: Any, dataset: DatasetSettings) -> tuple[TokenizedSplit, TokenizedSplit]:
-    """Tokenise what the run trains on and what it is evaluated on.
+    """Tokenize what the run trains on and what it is evaluated on.
 
     A pair of texts becomes one sequence, in the tokenizer's own form for pairs.
 
@@ -119,7 +119,7 @@ def tokenize_task(data: TaskData, tokenizer: Any, dataset: DatasetSettings) -> t
 
 
 def tokenize_search_task(data: TaskData, tokenizer: Any, run: RunSettings) -> tuple[TokenizedSplit, TokenizedSplit]:
-    """Tokenise what the trials of a search train on and what they are scored on: two parts of the training split.
+    """Tokenize what the trials of a search train on and what they are scored on: two parts of the training split.
 
     Raises:
         UserError: too few examples of some class, or see :func:`tokenize_task`.

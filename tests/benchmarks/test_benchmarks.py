@@ -34,7 +34,7 @@ def test_a_whole_run_is_the_schedules_mixture_of_steps():
     lora = generator.uniform(0.9, 1.1, 50)
     factors = dict.fromkeys(overhead.make_variants(lambda: None, 8, None), 1.0)
     factors |= {"sketch, measured step": 1.08, "unmeasured step": 1.01, "shrinkage step": 1.005}
-    found = overhead.summarise({name: factor * lora for name, factor in factors.items()})
+    found = overhead.summarize({name: factor * lora for name, factor in factors.items()})
     every = FisherWeighting().fisher_every
     warm = 1.08 / every + 1.01 * (1 - 1 / every)
     assert found[f"sketch, warm-up step (1 of {every} measured)"].estimate == pytest.approx(warm)
@@ -75,7 +75,7 @@ def test_ratios_of_sums_and_their_intervals():
     assert paired.low == pytest.approx(2.0) and paired.high == pytest.approx(2.0)
 
 
-def test_speed_is_summarised_with_the_ratios_that_have_targets():
+def test_speed_is_summarized_with_the_ratios_that_have_targets():
     generator = np.random.default_rng(0)
     lora = generator.uniform(0.09, 0.11, 60)
     seconds = {name: lora.copy() for name in training.LOOPS}
@@ -85,7 +85,7 @@ def test_speed_is_summarised_with_the_ratios_that_have_targets():
         "Trainer grouped by length, LoRA": 2.5 * lora, "Trainer grouped by length, AdaLoRA": 4 * lora,
         "engine, AdaLoRA": 2 * lora,
     }  # fmt: skip
-    found = training.summarise_speed(seconds, 32)
+    found = training.summarize_speed(seconds, 32)
     estimates = [target["estimate"] for target in found["targets"].values()]
     every = FisherWeighting().fisher_every
     warm = 1.08 / every + 1.01 * (1 - 1 / every)
@@ -102,7 +102,7 @@ def test_quality_is_the_paired_difference_of_seeds_that_both_have(tmp_path):
     ]
     path = tmp_path / "runs.jsonl"
     path.write_text("".join(json.dumps(run) + "\n" for run in runs))
-    (row,) = training_quality.summarise(training_quality.read_runs(path))
+    (row,) = training_quality.summarize(training_quality.read_runs(path))
     differences = np.array([0.5, -0.5, 0.5])
     half = stats.t.ppf(0.975, 2) * differences.std(ddof=1) / 3**0.5
     assert row["seeds"] == 3 and row["difference"]["estimate"] == pytest.approx(differences.mean())

@@ -42,7 +42,7 @@ FAILING_STEP = 10
 def compose(
     method: str, seed: int, mode: str, results_dir: Path, tiny_roberta: Path, tiny_glue: Path
 ) -> ProgramSettings:
-    """A full run of a tiny model on CoLA-like data, ``STEPS`` optimiser steps."""
+    """A full run of a tiny model on CoLA-like data, ``STEPS`` optimizer steps."""
     arguments = [
         f"run={METHODS[method]}-roberta-base-110M--CoLA-GLUE-s{seed}", "mode=full", f"results_dir={results_dir}",
         f"wandb.entity={TARGET.entity}", f"wandb.project={TARGET.project}", f"wandb.mode={mode}",

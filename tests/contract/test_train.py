@@ -243,7 +243,7 @@ def test_leading_rank(tiny_roberta, tiny_glue, recorded):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["run.fw_lora.warmup_steps=30"], "run.fw_lora.warmup_steps is 30, but the run has 30 optimiser steps"),
+        (["run.fw_lora.warmup_steps=30"], "run.fw_lora.warmup_steps is 30, but the run has 30 optimizer steps"),
         (
             ["run.model.parameter_budget_percent=0.01"],
             r"run\.model\.parameter_budget_percent: 0\.01 % of .* use at least 0\.1887 %",
@@ -277,7 +277,7 @@ def test_mistakes_are_found_before_any_weight_is_loaded(arguments, expected, tin
 
 
 def test_adalora_without_room_for_its_schedule(tiny_roberta, tiny_glue, recorded):
-    with pytest.raises(UserError, match=r"tinit = 20 and tfinal = 10 of 30 optimiser steps leave AdaLoRA no steps"):
+    with pytest.raises(UserError, match=r"tinit = 20 and tfinal = 10 of 30 optimizer steps leave AdaLoRA no steps"):
         full_run("adalora", tiny_roberta, tiny_glue, recorded, "run.adalora.tinit=20", "run.adalora.tfinal=10")
     assert not recorded, "found before the run is recorded"
 
@@ -290,9 +290,9 @@ def test_a_diverging_run_is_recorded_as_failed(method, tiny_roberta, tiny_glue, 
 
 
 def test_a_schedule_that_cannot_be_made_names_its_settings(tiny_roberta, tiny_glue, recorded):
-    options = ["run.training.lr_scheduler=cosine", "run.training.lr_scheduler_options={colour: 1}"]
+    options = ["run.training.lr_scheduler=cosine", "run.training.lr_scheduler_options={color: 1}"]
     expected = (
-        r"run\.training\.lr_scheduler = cosine, run\.training\.lr_scheduler_options = \{'colour': 1\} with .*colour"
+        r"run\.training\.lr_scheduler = cosine, run\.training\.lr_scheduler_options = \{'color': 1\} with .*color"
     )
     with pytest.raises(UserError, match=expected):
         full_run("baseline_lora", tiny_roberta, tiny_glue, recorded, *options)

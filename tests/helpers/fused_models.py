@@ -27,7 +27,7 @@ def make_base(family: str = "roberta", dropout: float = 0.0, **options) -> nn.Mo
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = AutoModelForSequenceClassification.from_config(config)
-    # Weights far from their initialisation, or normalisation and biases would hide mistakes.
+    # Weights far from their initialization, or normalization and biases would hide mistakes.
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     return model

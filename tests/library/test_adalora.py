@@ -81,7 +81,7 @@ def test_dropping_continues_until_the_real_cost_fits():
     model, method, _ = make(plan)
     train_steps(model, method, 12)
     assert 300 - 41 < nonzero_cost(method) <= 300
-    # The pattern holds through the final phase, although the optimiser goes on moving all singular values.
+    # The pattern holds through the final phase, although the optimizer goes on moving all singular values.
     assert sum(method.active_ranks()) < 10
 
 

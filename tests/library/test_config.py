@@ -38,7 +38,7 @@ def test_every_mistake_of_the_fields_in_one_message():
         )  # fmt: skip
     message = str(caught.value)
     for told in (
-        "`strength` is -1; lambda is at least 0", "`warmup_steps` is 0; give optimiser steps", "`decay` is 1.0",
+        "`strength` is -1; lambda is at least 0", "`warmup_steps` is 0; give optimizer steps", "`decay` is 1.0",
         "`estimator` is 'hessian'; choose one of exact, sketch, adapter", "`sketch_size` is 0", "`fisher_every` is 1.5",
         "`importance` is 'softmax'; choose one of sum, max, mean, none", "`allocation` is 'grow'",
         "`max_rank_factor` is 0.5", "`seed` is -3",

@@ -1,4 +1,4 @@
-"""Ranks redistributed when the warm-up ends: budget, directions, optimiser state, what is saved."""
+"""Ranks redistributed when the warm-up ends: budget, directions, optimizer state, what is saved."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_reallocation_follows_the_measurement_within_the_same_budget():
             torch.testing.assert_close(
                 pair.module.get_delta_weight("default").detach(), torch.from_numpy(expected), rtol=1e-9, atol=1e-12
             )
-        # The rule for the optimiser: state goes where the shape does, and stays otherwise.
+        # The rule for the optimizer: state goes where the shape does, and stays otherwise.
         assert (pair.A in optimizer.state) == (pair not in changed) == (pair.B in optimizer.state)
         assert (pair.B.grad is None) if pair in changed else (pair.B.grad is gradients[pair.name])
     optimizer.step()
@@ -144,7 +144,7 @@ def test_caps_are_rounded_up_and_the_seed_decides_new_directions():
     assert torch.equal(rows[0], rows[1]) and not torch.equal(rows[0], rows[2])
 
 
-def test_reallocation_checks_its_optimiser_and_its_processes(monkeypatch):
+def test_reallocation_checks_its_optimizer_and_its_processes(monkeypatch):
     model, (batch,) = make_adapted(), make_batches(1)
     fw = attach(model, allocation="reallocate", warmup_steps=100)
     loss_of(model, batch).backward()
@@ -182,7 +182,7 @@ def test_reallocated_adapters_are_saved_and_loaded_by_peft(tmp_path):
     torch.testing.assert_close(merged(x), loaded(x), rtol=1e-12, atol=0)
 
 
-def test_reallocation_needs_the_optimiser_from_the_first_step_on():
+def test_reallocation_needs_the_optimizer_from_the_first_step_on():
     model, (batch,) = make_adapted(), make_batches(1)
     fw = attach(model, allocation="reallocate", warmup_steps=100)
     loss_of(model, batch).backward()

@@ -151,7 +151,7 @@ def test_growing_a_rank_changes_no_update():
     assert torch.equal(resize_factors(A, B, 2, torch.Generator())[0], A)
 
 
-def test_new_rows_are_spread_as_peft_initialises_them():
+def test_new_rows_are_spread_as_peft_initializes_them():
     rows = resize_factors(torch.zeros(0, 64), torch.zeros(8, 0), 500, torch.Generator().manual_seed(0))[0]
     assert float(rows.var()) == pytest.approx(1 / (3 * 64), rel=0.03)
 

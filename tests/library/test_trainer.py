@@ -106,7 +106,7 @@ def test_a_checkpoint_made_without_the_callback_is_refused(tmp_path):
 
 
 class ScaledOptimizer:
-    """What Accelerate hands to callbacks under fp16: an optimiser with its gradient scaler."""
+    """What Accelerate hands to callbacks under fp16: an optimizer with its gradient scaler."""
 
     class scaler:
         get_scale = staticmethod(lambda: 64.0)
@@ -131,7 +131,7 @@ def test_under_fp16_both_phases_follow_the_loss_scale(tmp_path):
 
 
 def test_trainings_that_cannot_work_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=f"`warmup_steps` is {STEPS}, but the Trainer takes {STEPS} optimiser steps"):
+    with pytest.raises(ValueError, match=f"`warmup_steps` is {STEPS}, but the Trainer takes {STEPS} optimizer steps"):
         make_trainer(make_model(warmup_steps=STEPS), tmp_path, [FwLoraCallback()]).train()
     best = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 3}
     with pytest.raises(ValueError, match="`load_best_model_at_end` is True, but with allocation='reallocate'"):

@@ -1,4 +1,4 @@
-"""Labelled text: the splits of a task before they are tokenised, and the parts that are drawn from them."""
+"""Labelled text: the splits of a task before they are tokenized, and the parts that are drawn from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokenised splits on disk, so that the runs of a study tokenise once; they are read as memory maps."""
+"""Tokenized splits on disk, so that the runs of a study tokenize once; they are read as memory maps."""
 
 from __future__ import annotations
 

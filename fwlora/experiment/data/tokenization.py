@@ -19,7 +19,7 @@ from fwlora.experiment.settings.schema import DatasetSettings
 
 
 def tokenize(split: TextSplit, tokenizer: Any, dataset: DatasetSettings) -> TokenizedSplit:
-    """Tokenise every example, cut at ``max_length`` where truncation is on; the tokens are kept in ``.cache/tokens``.
+    """Tokenize every example, cut at ``max_length`` where truncation is on; the tokens are kept in ``.cache/tokens``.
 
     Args:
         split: the texts.
@@ -36,7 +36,7 @@ def tokenize(split: TextSplit, tokenizer: Any, dataset: DatasetSettings) -> Toke
 
 
 def encode_texts(split: TextSplit, tokenizer: Any, dataset: DatasetSettings) -> TokenizedSplit:
-    """Tokenise every example, without a cache.
+    """Tokenize every example, without a cache.
 
     Raises:
         UserError: see :func:`tokenize`.

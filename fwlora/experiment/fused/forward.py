@@ -62,7 +62,7 @@ class FastClassifier(nn.Module):
     Args:
         model: a model of a family in :mod:`fwlora.experiment.fused.families`, adapted or not.
         pairs: its adapters.
-        precision: ``bf16`` multiplies in bfloat16, and normalises and keeps residuals in float32, as autocast does.
+        precision: ``bf16`` multiplies in bfloat16, and normalizes and keeps residuals in float32, as autocast does.
         find_estimator: returns the estimator of gradient norms of a training pass, or None; hooks are bypassed.
 
     Raises:
@@ -188,7 +188,7 @@ def _check_architecture(model: Any, pairs: Sequence[AdapterPair]) -> Family:
     activations = [layer.get_submodule(family.activation_path) for layer in layers]
     _raise_for({
         f"the activation {config.hidden_act!r}": any(type(a) is not GELUActivation for a in activations),
-        "another normalisation": any(type(norm) is not nn.LayerNorm for norm in norms),
+        "another normalization": any(type(norm) is not nn.LayerNorm for norm in norms),
         "gradient checkpointing": any(getattr(module, "gradient_checkpointing", False) for module in encoder.modules()),
         "hooks on modules that it passes by": any(_has_hooks(module) for module in bypassed),
     })  # fmt: skip

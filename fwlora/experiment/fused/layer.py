@@ -106,7 +106,7 @@ class FusedLayer:
 
     Args:
         weights: of the layer.
-        dtype: to multiply in; residuals and normalisations keep the type of the layer's input.
+        dtype: to multiply in; residuals and normalizations keep the type of the layer's input.
         first_only: whether only the first token of every example is needed of the output.
     """
 
@@ -170,11 +170,11 @@ class FusedLayer:
         # The next two groups may overwrite their inputs unless gradients are being recorded.
         consume = not measured
         context = self._merge(context[None], batch)[0]
-        U = self._add_and_normalise(0, "attention_output", context, wanted, adapters, tape, consume=consume)
+        U = self._add_and_normalize(0, "attention_output", context, wanted, adapters, tape, consume=consume)
         H = self._forward_group("intermediate", U, adapters, tape)[0]
         tape.pre_activation = H
         activated = torch.nn.functional.gelu(H)
-        return self._add_and_normalise(1, "output", activated, U, adapters, tape, consume=consume), tape
+        return self._add_and_normalize(1, "output", activated, U, adapters, tape, consume=consume), tape
 
     def backward(
         self,
@@ -252,7 +252,7 @@ class FusedLayer:
         Y, tape.groups[name] = group.forward(X.to(self.dtype), adapters[name], dropped, multiple, consume=consume)
         return Y
 
-    def _add_and_normalise(
+    def _add_and_normalize(
         self,
         place: int,
         name: str,

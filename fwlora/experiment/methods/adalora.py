@@ -123,14 +123,14 @@ class AdaLoraSpec(MethodSpec):
             ).to(device)
             return adapted, AdaLoraMethod(AdaLora(adapted, adalora_plan))
         except ValueError as error:
-            raise UserError(f"run.adalora with {total_steps} optimiser steps: {error}") from None
+            raise UserError(f"run.adalora with {total_steps} optimizer steps: {error}") from None
 
     def check(self, run: RunSettings, total_steps: int) -> None:
         """Check that pruning has at least one step, and one before it."""
         tinit, tfinal = _settings_of(run).tinit, _settings_of(run).tfinal
         if tinit >= total_steps - tfinal or total_steps - tfinal < 2:
             raise UserError(
-                f"run.adalora: tinit = {tinit} and tfinal = {tfinal} of {total_steps} optimiser steps leave AdaLoRA "
+                f"run.adalora: tinit = {tinit} and tfinal = {tfinal} of {total_steps} optimizer steps leave AdaLoRA "
                 "no steps to allocate ranks in; lower them, or lower run.training.batch_size"
             )
 

@@ -37,7 +37,7 @@ class Variant:
         role: the name that claims use, such as ``lora`` or ``proposed``.
         label: the name that tables and figures show.
         side: the proposed method, its control, or a baseline.
-        style: number of its colour and marker in figures, the same in every figure.
+        style: number of its color and marker in figures, the same in every figure.
     """
 
     role: str

@@ -138,13 +138,13 @@ class FwLoraSpec(MethodSpec):
         warmup_steps = weighting_of(run).warmup_steps
         if warmup_steps >= total_steps:
             raise UserError(
-                f"run.fw_lora.warmup_steps is {warmup_steps}, but the run has {total_steps} optimiser steps: "
+                f"run.fw_lora.warmup_steps is {warmup_steps}, but the run has {total_steps} optimizer steps: "
                 "importances would never be used and FW-LoRA would be LoRA; set run.fw_lora.warmup_steps below "
                 f"{total_steps}, or lower run.training.batch_size"
             )
         if 2 * warmup_steps > total_steps:
             logger.warning(
-                "warning: the Fisher warm-up takes %d of %d optimiser steps; "
+                "warning: the Fisher warm-up takes %d of %d optimizer steps; "
                 "shrinkage acts in less than half of the run",
                 warmup_steps,
                 total_steps,

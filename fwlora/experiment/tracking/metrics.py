@@ -5,13 +5,13 @@ Training and evaluation share no other agreement about names: both import them f
 
 from __future__ import annotations
 
-# History rows, one per optimiser step.
-GLOBAL_STEP = "global_step"  # optimiser steps since the start of the run, from 1
+# History rows, one per optimizer step.
+GLOBAL_STEP = "global_step"  # optimizer steps since the start of the run, from 1
 EPOCH = "epoch"  # epochs completed, fractional inside an epoch
 TRAIN_LOSS = "train_loss"  # mean cross-entropy, or squared error, of the step's examples, penalty excluded
 LEARNING_RATE = "learning_rate"
 GRADIENT_NORM = "gradient_norm"  # L2 norm over all trainable parameters, penalty included, before clipping
-PENALTY = "penalty"  # value of the method's regularisation term (0 for LoRA)
+PENALTY = "penalty"  # value of the method's regularization term (0 for LoRA)
 FISHER_WARMUP = "fisher_warmup"  # 1 while importances are being measured, else 0
 ACTIVE_RANK = "active_rank"  # AdaLoRA: triplets not masked, over all modules
 

@@ -144,7 +144,7 @@ def make_record(
     state: RunState,
     source: str,
 ) -> RunRecord:
-    """Make a record in its one form, equal for equal values of any source; see :func:`canonicalise`.
+    """Make a record in its one form, equal for equal values of any source; see :func:`canonicalize`.
 
     Args:
         run_id: the id it was started under.
@@ -154,12 +154,12 @@ def make_record(
         state: how it ended.
         source: where it was read, for people.
     """
-    history = deduplicate_history(canonicalise(row) for row in rows)
+    history = deduplicate_history(canonicalize(row) for row in rows)
     given = {name: value for name, value in summary.items() if value is not None}
-    return RunRecord(run_id, canonicalise(config), canonicalise(given), history, state, source)
+    return RunRecord(run_id, canonicalize(config), canonicalize(given), history, state, source)
 
 
-def canonicalise(value: JsonValue) -> JsonValue:
+def canonicalize(value: JsonValue) -> JsonValue:
     """Return a deep copy in which equal values have one form, whatever service kept them.
 
     Names are in order, tuples are lists, whole numbers are ``int`` (``float`` beyond 2**53), and a name whose mapping
@@ -170,9 +170,9 @@ def canonicalise(value: JsonValue) -> JsonValue:
     if isinstance(value, int):
         return value if abs(value) <= LARGEST_INTEGER else float(value)
     if isinstance(value, Mapping):
-        spelled = {sys.intern(name): canonicalise(value[name]) for name in sorted(value)}
+        spelled = {sys.intern(name): canonicalize(value[name]) for name in sorted(value)}
         return {name: item for name, item in spelled.items() if item != {}}
-    return [canonicalise(item) for item in value] if isinstance(value, list | tuple) else value
+    return [canonicalize(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def deduplicate_history(rows: Iterable[JsonMapping]) -> list[JsonObject]:

@@ -16,7 +16,7 @@ def make_split(segments: bool = False) -> TokenizedSplit:
 
 
 class Counted:
-    """Tokenises, and counts how often."""
+    """Tokenizes, and counts how often."""
 
     def __init__(self, split: TokenizedSplit) -> None:
         self.split, self.calls = split, 0

@@ -67,7 +67,7 @@ def test_graphs_train_what_eager_passes_train(name, caplog):
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("estimator", ["exact", "sketch", "adapter"])
-def test_the_method_on_a_gpu_is_the_cpus_and_never_synchronises(estimator):
+def test_the_method_on_a_gpu_is_the_cpus_and_never_synchronizes(estimator):
     importances, adapters = [], []
     for device in ("cpu", "cuda"):
         model = make_adapted().to(device)

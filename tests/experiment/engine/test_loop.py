@@ -171,7 +171,7 @@ def test_evaluation_counts_each_example_once_in_data_set_order():
     assert result.values["eval_accuracy"] == np.mean(np.array(predictions) == split.labels)
 
 
-def test_method_is_called_in_order_once_per_optimiser_step():
+def test_method_is_called_in_order_once_per_optimizer_step():
     method = Watcher()
     run({"epochs": 1, "gradient_accumulation_steps": 2}, method=method)
     expected = [call for step in (1, 2, 3) for call in ("loss_term", "after_backward", f"after_step {step}")]
@@ -203,7 +203,7 @@ class GradientSetter(LoraMethod):
         self.after.append(self.model.classifier.weight.detach().clone())
 
 
-def test_what_a_method_adds_is_in_the_logged_norm_and_its_last_word_comes_after_the_optimiser():
+def test_what_a_method_adds_is_in_the_logged_norm_and_its_last_word_comes_after_the_optimizer():
     model = BagOfWords()
     method = GradientSetter(model)
     _, rows, _ = run({"epochs": 1, "warmup_ratio": 0.0}, method=method, model=model)
@@ -237,7 +237,7 @@ def test_schedules_are_those_that_transformers_names(name, options):
     ("options", "reason"),
     [
         ({"lr_scheduler": "polynomial", "learning_rate": 1e-9}, "lr_end"),
-        ({"lr_scheduler": "cosine", "lr_scheduler_options": {"colour": 1}}, "colour"),
+        ({"lr_scheduler": "cosine", "lr_scheduler_options": {"color": 1}}, "color"),
     ],
 )
 def test_a_schedule_that_cannot_be_is_one_message(options, reason):

@@ -135,11 +135,11 @@ def test_bad_run_ids_are_refused(config_path: Path, run_ids: str, expected: str)
 
 
 def test_all_bad_arguments_are_reported_at_once():
-    done = evaluate("--run", "colour=red", "source=ftp", "source=api", 'run_ids=["a/b"]')
+    done = evaluate("--run", "color=red", "source=ftp", "source=api", 'run_ids=["a/b"]')
     assert (done.returncode, done.stdout) == (2, "")
     for expected in (
         "'--run' is not of the form key=value",
-        "'colour' is unknown",
+        "'color' is unknown",
         "source is given twice",
         "results_dir is missing",
         "'a/b' is no run id",

@@ -133,7 +133,7 @@ def test_difference_figure_shows_the_computed_intervals():
     assert sorted(row.position for row in rows) == [row.position for row in rows] and height > rows[-1].position
 
 
-def test_colours_stay_with_their_methods():
+def test_colors_stay_with_their_methods():
     lora, fw = make_record("b"), make_record("p", "proposed_fw_lora")
     (two,) = cells_of(lora, fw)
     (three,) = cells_of(lora, fw, make_record("a", "adalora"))

@@ -289,7 +289,7 @@ def change_activation(model: nn.Module) -> None:
     model.roberta.encoder.layer[1].intermediate.intermediate_act_fn = nn.ReLU()
 
 
-def change_normalisation(model: nn.Module) -> None:
+def change_normalization(model: nn.Module) -> None:
     model.roberta.encoder.layer[1].output.LayerNorm = nn.RMSNorm(HIDDEN)
 
 
@@ -312,7 +312,7 @@ def replace_a_layer(model: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (change_activation, "activation"), (change_normalisation, "normalisation"), (change_head, "a head of its own"),
+        (change_activation, "activation"), (change_normalization, "normalization"), (change_head, "a head of its own"),
         (hook_a_layer, "hooks"), (hook_a_product, "hooks"), (replace_a_layer, "layers of its own"),
         (lambda model: model.gradient_checkpointing_enable(), "gradient checkpointing"),
     ],

@@ -388,4 +388,4 @@ def test_a_warmup_that_never_ends_is_an_error_and_a_long_one_a_warning(caplog):
     check_schedules(run, 1000)
     assert not caplog.records
     check_schedules(run, 804)
-    assert "the Fisher warm-up takes 500 of 804 optimiser steps" in caplog.text
+    assert "the Fisher warm-up takes 500 of 804 optimizer steps" in caplog.text

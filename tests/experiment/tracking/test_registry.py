@@ -125,8 +125,8 @@ def test_an_unknown_tracker_is_one_mistake_that_lists_the_known_ones(name: str):
 @pytest.mark.usefixtures("toy")
 def test_mistakes_in_a_trackers_settings_are_named_by_key():
     with pytest.raises(UserError) as raised:
-        compose_settings([*MAIN, "tracker=toy", "toy.colour=red"], CONFIG_DIR, {})
-    assert "toy.folder: missing" in str(raised.value) and "toy.colour: unknown key" in str(raised.value)
+        compose_settings([*MAIN, "tracker=toy", "toy.color=red"], CONFIG_DIR, {})
+    assert "toy.folder: missing" in str(raised.value) and "toy.color: unknown key" in str(raised.value)
     with pytest.raises(UserError) as raised:
         parse_request([*EVALUATE, "tracker=toy"], {}, CONFIG_DIR / "config.yaml")
     assert str(raised.value).startswith("command line: toy.folder is not set; give toy.folder=<value>, or set it in ")
@@ -134,8 +134,8 @@ def test_mistakes_in_a_trackers_settings_are_named_by_key():
         with pytest.raises(UserError) as raised:
             parse_request([*EVALUATE, "tracker=toy", "toy.folder=a", f"toy.depth={depth}"], {}, CONFIG_DIR / "x.yaml")
         assert str(raised.value).startswith(f"command line: toy.depth = {depth!r}: input should be a valid integer")
-    with pytest.raises(UserError, match=r"'toy\.colour' is unknown; known: .* toy\.folder, toy\.depth$"):
-        parse_request([*EVALUATE, "tracker=toy", "toy.folder=a", "toy.colour=red"], {}, CONFIG_DIR / "config.yaml")
+    with pytest.raises(UserError, match=r"'toy\.color' is unknown; known: .* toy\.folder, toy\.depth$"):
+        parse_request([*EVALUATE, "tracker=toy", "toy.folder=a", "toy.color=red"], {}, CONFIG_DIR / "config.yaml")
 
 
 def test_names_that_are_taken_are_refused():
@@ -205,9 +205,9 @@ def test_evaluation_reads_the_records_of_a_plugins_tracker(tmp_path: Path):
     ],
 )
 def test_every_program_imports_plugins_and_names_a_broken_one(tmp_path: Path, command: tuple[str, ...]):
-    done = run_with_plugin(tmp_path, "raise RuntimeError('no licence')", *command)
+    done = run_with_plugin(tmp_path, "raise RuntimeError('no license')", *command)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
         "error: plugins that cannot be imported: "
-        "toy = 'toy_plugin' of toy-plugin (no licence); repair or uninstall it\n"
+        "toy = 'toy_plugin' of toy-plugin (no license); repair or uninstall it\n"
     )

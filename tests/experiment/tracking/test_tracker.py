@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from fwlora.experiment.tracking.records import RunRecord, canonicalise
+from fwlora.experiment.tracking.records import RunRecord, canonicalize
 from fwlora.experiment.tracking.tracker import (
     NullTracker,
     Tracker,
@@ -100,7 +100,7 @@ def test_record_spells_equal_values_equally() -> None:
     assert json.dumps(record.history) == '[{"fisher_warmup": true, "global_step": 1, "train_loss": 0}]'
     assert json.dumps(record.summary) == '{"a": 1e+300, "kept": [null, {}, Infinity], "z": 1.152921504606847e+18}'
     whole = {"a": 2**53, "b": -(2.0**53), "c": 2**53 + 2, "d": 0.5, "e": "1.0"}
-    spelled = canonicalise(whole)
+    spelled = canonicalize(whole)
     assert spelled == whole and [type(value) for value in spelled.values()] == [int, int, float, float, str]
 
 

@@ -1,7 +1,7 @@
 """Bootstrap over evaluation examples and seeds, from which every interval is computed.
 
 Two sources of variance are kept apart. *Examples*: another test split of the same size would give another value of
-the same run. *Seeds*: another initialisation and data order would give another run. Resamples of the examples are
+the same run. *Seeds*: another initialization and data order would give another run. Resamples of the examples are
 shared by all runs of a split, which keeps every difference between two runs paired, whatever cells they are in.
 
 Sources: Efron and Tibshirani, An Introduction to the Bootstrap (1993), ch. 13.

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 from fwlora.experiment.json_types import JsonMapping, JsonObject, JsonValue
-from fwlora.experiment.tracking.records import canonicalise
+from fwlora.experiment.tracking.records import canonicalize
 
 _MAX_LABEL_LENGTH = 24  # characters
 Value = TypeVar("Value")
@@ -33,7 +33,7 @@ def flatten_settings(node: JsonMapping, prefix: str = "") -> JsonObject:
 
 def format_setting(value: JsonValue) -> str:
     """Write a setting as JSON, 1.0 as 1; a missing one as ``None``."""
-    return "None" if value is None else json.dumps(canonicalise(value), sort_keys=True, ensure_ascii=False)
+    return "None" if value is None else json.dumps(canonicalize(value), sort_keys=True, ensure_ascii=False)
 
 
 def shorten_setting(value: JsonValue) -> str:

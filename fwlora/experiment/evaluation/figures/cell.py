@@ -202,7 +202,7 @@ def _draw_curves(figure: Figure, cell: Cell) -> None:
     score.set_ylabel(display_metric(cell.primary))
     score.margins(x=0.08, y=0.1)
     for axes in (loss, score):
-        axes.set_xlabel("optimiser step")
+        axes.set_xlabel("optimizer step")
     marks: dict[str, Any] = {"color": GREY, "linestyle": ""}
     handles.append(Line2D([], [], marker="o", markersize=9, markerfacecolor="none", label="final (compared)", **marks))
     handles.append(Line2D([], [], marker="*", markersize=9, label="best (never compared)", **marks))

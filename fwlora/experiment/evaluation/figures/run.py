@@ -155,7 +155,7 @@ def _draw_learning_curve(figure: Figure, run: EvaluatedRun) -> None:
         score.plot(train_steps, train_accuracy, color=COLORS[0], marker="^", label="train, mean over the epoch")
     _mark_final_and_best(score, steps, values, COLORS[2], best=int(np.argmax(values)))
     score.set_ylabel(display_metric(run.primary))
-    score.set_xlabel("optimiser step")
+    score.set_xlabel("optimizer step")
     warmup = [row[metrics.GLOBAL_STEP] for row in rows if as_finite(row.get(metrics.FISHER_WARMUP)) == 1]
     for axes in (loss, score):
         for step in eval_steps:

@@ -68,7 +68,7 @@ class ReportOrigin:
 
 @dataclass(frozen=True)
 class MarkerStyle:
-    """Colour of a method, and the number of its marker, as in the figures."""
+    """Color of a method, and the number of its marker, as in the figures."""
 
     color: str
     marker: int

@@ -74,7 +74,7 @@ def test_verdicts_come_first_and_are_seen_at_once(opened: Opened, evidence: Evid
         shape = item.locator(".badge svg").bounding_box()
         assert shape["width"] > 10 and shape["height"] > 10
         assert item.locator("svg.strip").count() == sum(finding.value is not None for finding in result.findings)
-    # Colour is not alone: every verdict has a drawing of its own.
+    # Color is not alone: every verdict has a drawing of its own.
     icons = [opened.page.locator(f"#icon-{name}").inner_html() for name in ("supported", "refuted", "undecided")]
     assert len(set(icons)) == 3
 

@@ -18,7 +18,7 @@ from wandb.proto import wandb_internal_pb2
 from wandb.util import get_core_path
 
 from fwlora.experiment.errors import UserError
-from fwlora.experiment.tracking.records import canonicalise
+from fwlora.experiment.tracking.records import canonicalize
 from fwlora.experiment.tracking.tracker import spell_non_finite
 from fwlora.experiment.tracking.wandb.files import read_attempt
 from fwlora.experiment.tracking.wandb.raw_run import RawRun
@@ -125,7 +125,7 @@ def assert_read_as_inspected(file: Path, cut: Path, size: int) -> int:
     flat = {name: value for name, value in inspected["summary"].items() if not name.startswith("_wandb.")}
     assert len(list(read_payloads(copy))) == inspected["records"]
     found = (attempt.rows, attempt.config, nested), (inspected["rows"], inspected["config"], flat)
-    assert spell_non_finite(canonicalise(found[0])) == spell_non_finite(canonicalise(found[1]))
+    assert spell_non_finite(canonicalize(found[0])) == spell_non_finite(canonicalize(found[1]))
     assert attempt.state == inspected["state"]
     return len(attempt.rows)
 
