@@ -25,7 +25,7 @@ def test_a_checkout_is_described_by_its_commit_and_whether_it_was_changed(tmp_pa
     assert (described["commit"], described["dirty"]) == (git(tmp_path, "rev-parse", "HEAD"), False)
     assert (described["device"], described["threads"]) == ("cpu", 3)
     assert tuple(described["packages"]) == RECORDED_PACKAGES
-    assert described["packages"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(described["packages"]["torch"].partition("+")[0])
     assert described["packages"]["fwlora"] == fwlora.__version__
     (tmp_path / "file").write_text("two")
     assert describe_environment(tmp_path, "cpu")["dirty"] is True
