@@ -14,10 +14,11 @@ from peft import AdaLoraConfig, PeftModel
 from peft.tuners.adalora import AdaLoraModel
 from torch import Tensor, nn
 
-from fwlora.adapters import find_adapter_pairs
+from fwlora.adapters import check_attached, find_adapter_pairs
 from fwlora.architectures import stores_transposed
 from fwlora.budget import MatrixShape
 from fwlora.config import wrap_with_peft
+from fwlora.targets import TargetPatterns
 
 # Attributes of PEFT's allocator: sensitivity and its two moving averages, by parameter name.
 _AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
@@ -94,13 +95,17 @@ def attach_adalora(
 
     Returns:
         PEFT's model around ``model``.
+
+    Raises:
+        ValueError: PEFT attached other adapters, or trains other modules, than these.
     """
     names = [matrix.name for matrix in matrices]
+    patterns = TargetPatterns.make(names, [path for path, _ in model.named_modules()])
     config = AdaLoraConfig(
         init_r=plan.init_rank,
         target_r=max(1, round(plan.target_triplets / len(matrices))),
         lora_alpha=scaling * plan.init_rank,  # type: ignore[arg-type]
-        target_modules=names,
+        target_modules=patterns.target_modules,
         fan_in_fan_out=stores_transposed(model, names),
         lora_dropout=dropout,
         total_step=total_steps,
@@ -108,7 +113,9 @@ def attach_adalora(
         task_type=task_type,
         **schedule,
     )
-    return wrap_with_peft(model, config)
+    adapted = wrap_with_peft(model, config)
+    check_attached(adapted, dict.fromkeys(names, plan.init_rank), head_modules)
+    return adapted
 
 
 class AdaLora:

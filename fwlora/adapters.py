@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,12 @@ import torch
 from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fwlora.shrinkage import squared_product_norm
+from fwlora.targets import TargetPatterns
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,8 @@ def find_adapter_pairs(model: nn.Module, adapter_name: str = "default") -> list[
     """Find every matrix of ``model`` that carries the adapter, in model order.
 
     Raises:
-        ValueError: the model has no such adapter, or one whose update is not s B A of two matrices (DoRA, a
-            convolution, an embedding, fused attention).
+        ValueError: the model has no such adapter, or one whose update is not s B A of two matrices (DoRA and other
+            variants, a convolution, an embedding, fused attention, experts and other ``target_parameters``).
     """
     model = unwrap(model)
     pairs: list[AdapterPair] = []
@@ -101,7 +103,7 @@ def find_adapter_pairs(model: nn.Module, adapter_name: str = "default") -> list[
         if isinstance(module, LoraLayer):
             present.update([*module.lora_A, *module.lora_embedding_A])
             if adapter_name in module.lora_embedding_A:
-                unsuitable.append(path)
+                unsuitable.append(f"{_path_in_base(path)!r}: an embedding")
         if not isinstance(module, LoraLayer) or adapter_name not in module.lora_A:
             continue
         layer: Any = module  # PEFT's layers are untyped mixins
@@ -112,15 +114,15 @@ def find_adapter_pairs(model: nn.Module, adapter_name: str = "default") -> list[
             scaling /= float(layer.ranknum[adapter_name]) + 1e-5
         else:
             A, B = A.weight, B.weight
-        name = path.replace("_orig_mod.", "").rpartition("base_model.model.")[2]
-        other_kind = A.dim() != 2 or isinstance(module, (MultiheadAttention, ParamWrapper))
-        if other_kind or adapter_name in getattr(module, "lora_variant", {}):
-            unsuitable.append(name)
+        name = _path_in_base(path)
+        kind = _other_kind(layer, adapter_name, A)
+        if kind:
+            unsuitable.append(f"{name!r}: {kind}")
         pairs.append(AdapterPair(name, layer, A, B, E, scaling, adapter_name))
     if unsuitable:
         raise ValueError(
-            f"{len(unsuitable)} matrices of `model`, the first {unsuitable[0]!r}, carry a variant of LoRA (DoRA, a "
-            "convolution, an embedding, fused attention) whose update is not s B A; use plain LoRA on linear layers"
+            f"{len(unsuitable)} matrices of `model` carry a variant of LoRA whose update is not s B A of one matrix "
+            f"({'; '.join(unsuitable[:3])}); use plain LoRA on linear layers"
         )
     if not pairs:
         others = f"; it has {', '.join(map(repr, sorted(present)))}" if present else ""
@@ -129,6 +131,24 @@ def find_adapter_pairs(model: nn.Module, adapter_name: str = "default") -> list[
             "wrap it with peft.get_peft_model"
         )
     return pairs
+
+
+def _other_kind(layer: Any, adapter_name: str, A: nn.Parameter) -> str | None:
+    """Name what a layer's adapter is, where its update is not s B A of one matrix."""
+    if isinstance(layer, ParamWrapper):
+        return f"the parameter {layer.parameter_name!r} by `target_parameters`, as experts are"
+    if isinstance(layer, MultiheadAttention):
+        return "fused attention"
+    if A.dim() != 2:
+        return "a convolution"
+    variant = getattr(layer, "lora_variant", {}).get(adapter_name)
+    return None if variant is None else type(variant).__name__.removesuffix("Variant")
+
+
+def _path_in_base(path: str) -> str:
+    """Return the path of a module in the model that was adapted."""
+    path = path.replace("_orig_mod.", "")
+    return path.partition("base_model.model.")[2] or path
 
 
 @torch.no_grad()
@@ -171,11 +191,45 @@ def record_ranks(model: nn.Module, pairs: Sequence[AdapterPair]) -> None:
     if config is None:
         return
     kept: list[tuple[AdapterPair, Any]] = [(pair, pair.module) for pair in pairs if pair.rank > 0]
-    config.rank_pattern = {pair.name: pair.rank for pair, _ in kept}
-    config.alpha_pattern = {pair.name: layer.lora_alpha[pair.adapter_name] for pair, layer in kept}
+    paths = [_path_in_base(path) for path, _ in unwrap(model).named_modules()]
+    patterns = TargetPatterns.make([pair.name for pair, _ in kept], paths)
+    config.rank_pattern = {patterns.keys[pair.name]: pair.rank for pair, _ in kept}
+    config.alpha_pattern = {patterns.keys[pair.name]: layer.lora_alpha[pair.adapter_name] for pair, layer in kept}
     config.r = max(config.rank_pattern.values())
     config.lora_alpha = max(config.alpha_pattern.values())
-    config.target_modules = {pair.name for pair, _ in kept}
+    names = patterns.target_modules
+    config.target_modules = names if isinstance(names, str) else set(names)
+    # The names say it all; PEFT refuses these beside a regular expression, and a start may need other ranks.
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    config.init_lora_weights = True
+
+
+def check_attached(model: nn.Module, ranks: Mapping[str, int], head_modules: Sequence[str] = ()) -> None:
+    """Check that adapters and fully trained modules are those that were planned.
+
+    Args:
+        model: PEFT's model.
+        ranks: rank of every matrix that was to get an adapter, by path.
+        head_modules: paths of the modules to be trained in full.
+
+    Raises:
+        ValueError: a matrix without its adapter, with another rank, or one too many; a module that PEFT trains because
+            its path ends in a head's name.
+    """
+    attached = {pair.name: pair.rank for pair in find_adapter_pairs(model)}
+    differing = [name for name in {**ranks, **attached} if ranks.get(name) != attached.get(name)]
+    trained = [
+        _path_in_base(path) for path, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)
+    ]
+    other = sorted(set(trained) - set(head_modules))
+    if differing:
+        name = differing[0]
+        raise ValueError(
+            f"PEFT gave {name!r} rank {attached.get(name, 0)} instead of {ranks.get(name, 0)}, as {len(differing)} "
+            "matrices in all: the path of a matrix or of the head contains another's; rename the modules"
+        )
+    if other:
+        raise ValueError(f"PEFT trains {other[0]!r} in full, since its path ends in the head's; rename one of them")
 
 
 def save_adapter(model: Any, folder: str | Path) -> None:

@@ -18,15 +18,18 @@ from typing import Any
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
+from fwlora.adapters import check_attached
 from fwlora.architectures import encoder_parameter_count, find_target_matrices, present_roles, stores_transposed
 from fwlora.budget import BudgetError, MatrixShape, adapter_cost, budget_parameters, solve_ranks
 from fwlora.options import FisherWeighting, is_number
+from fwlora.targets import TargetPatterns
 
 FILE_NAME = "fwlora_config.json"
-# Options of LoRA that would change which matrices are adapted, or add parameters that no budget counts.
-DECIDED_BY_BUDGET = (
-    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "bias", "lora_bias", "layers_to_transform",
-    "layers_pattern", "exclude_modules", "target_parameters",
+# The options of LoRA that neither change which matrices are adapted nor add parameters that no budget counts.
+BESIDE_BUDGET = (
+    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "lora_dropout", "use_rslora", "modules_to_save", "init_lora_weights", "eva_config", "megatron_core",
+    "runtime_config",
 )  # fmt: skip
 
 
@@ -135,18 +138,22 @@ class FwLoraConfig(FisherWeighting, LoraConfig):
             options: further fields of this class, e.g. ``lora_dropout``, ``task_type``, ``strength``.
 
         Raises:
-            ValueError: see :func:`plan_ranks`; or ``options`` holds what the budget decides.
+            ValueError: see :func:`plan_ranks`; or ``options`` holds what the budget decides or does not count, or a
+                start that needs even ranks.
         """
-        decided = sorted(name for name in DECIDED_BY_BUDGET if options.get(name) not in (None, False, "none"))
-        if decided:
-            names = ", ".join(f"`{name}`" for name in decided)
-            raise ValueError(f"{names} cannot be given beside `budget_percent`: the budget decides; set `scaling`")
+        _check_options_beside_budget(options)
         if not (is_number(scaling) and 0 < scaling < math.inf):
             raise ValueError(f"`scaling` is {scaling!r}; the factor s of an update s B A is above 0")
         plan = plan_ranks(model, budget_percent, target_modules)
         used = [name for name, rank in plan.ranks.items() if rank > 0]
+        odd = [name for name in used if plan.ranks[name] % 2]
+        if odd and str(options.get("init_lora_weights")).lower() == "orthogonal":
+            raise ValueError(
+                f"`init_lora_weights` is 'orthogonal', which needs even ranks, but the budget gives {odd[0]!r} rank "
+                f"{plan.ranks[odd[0]]}; use another start"
+            )
         return cls(
-            **lora_fields(plan.ranks, scaling, use_rslora=bool(options.get("use_rslora"))),
+            **lora_fields(model, plan.ranks, scaling, use_rslora=bool(options.get("use_rslora"))),
             fan_in_fan_out=stores_transposed(model, used),
             budget_percent=budget_percent,
             **options,
@@ -196,16 +203,17 @@ class FwLoraConfig(FisherWeighting, LoraConfig):
         return cls(**{f.name: getattr(stock, f.name) for f in fields(LoraConfig) if f.init}, **own)
 
 
-def lora_fields(ranks: dict[str, int], scaling: float, *, use_rslora: bool = False) -> dict[str, Any]:
+def lora_fields(model: nn.Module, ranks: dict[str, int], scaling: float, *, use_rslora: bool = False) -> dict[str, Any]:
     """Return the fields of a LoraConfig with a rank for every matrix and one scaling; rank 0 is left out."""
     used = {name: rank for name, rank in ranks.items() if rank > 0}
+    patterns = TargetPatterns.make(list(used), [path for path, _ in model.named_modules()])
     alpha = {name: scaling * (math.sqrt(rank) if use_rslora else rank) for name, rank in used.items()}
     return {
         "r": max(used.values()),
         "lora_alpha": max(alpha.values()),
-        "rank_pattern": used,
-        "alpha_pattern": alpha,
-        "target_modules": list(used),
+        "rank_pattern": {patterns.keys[name]: rank for name, rank in used.items()},
+        "alpha_pattern": {patterns.keys[name]: value for name, value in alpha.items()},
+        "target_modules": patterns.target_modules,
     }
 
 
@@ -230,15 +238,32 @@ def attach_lora(
 
     Returns:
         PEFT's model around ``model``.
+
+    Raises:
+        ValueError: PEFT attached other adapters, or trains other modules, than these.
     """
     config = LoraConfig(
-        **lora_fields(ranks, scaling),
+        **lora_fields(model, ranks, scaling),
         fan_in_fan_out=stores_transposed(model, [name for name, rank in ranks.items() if rank > 0]),
         lora_dropout=dropout,
         modules_to_save=list(head_modules) or None,
         task_type=task_type,
     )
-    return wrap_with_peft(model, config)
+    adapted = wrap_with_peft(model, config)
+    check_attached(adapted, {name: rank for name, rank in ranks.items() if rank > 0}, head_modules)
+    return adapted
+
+
+def _check_options_beside_budget(options: dict[str, Any]) -> None:
+    """Refuse what a budget decides, and what adds parameters that it does not count."""
+    foreign = {f.name: f for f in fields(LoraConfig)}.keys() - set(BESIDE_BUDGET)
+    given = sorted(name for name in foreign if options.get(name) not in (None, False, "none", {}, []))
+    if given:
+        names = ", ".join(f"`{name}`" for name in given)
+        raise ValueError(
+            f"{names} cannot be given beside `budget_percent`: the budget decides ranks, scalings and matrices, and "
+            "counts the parameters of updates s B A alone; leave it out (`scaling` sets s), or give no budget"
+        )
 
 
 def wrap_with_peft(model: nn.Module, config: LoraConfig) -> PeftModel:

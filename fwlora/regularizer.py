@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import weakref
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from fwlora.adapters import (
     unwrap,
 )
 from fwlora.budget import MatrixShape, adapter_cost, reallocate_ranks
+from fwlora.checks import check_adapter, check_reallocation, choose_options
 from fwlora.config import FwLoraConfig
 from fwlora.estimators import (
     AdapterEstimator,
@@ -30,7 +32,6 @@ from fwlora.estimators import (
     GradientEstimator,
     PassEstimator,
     SketchEstimator,
-    count_processes,
 )
 from fwlora.importance import normalize_importance
 from fwlora.options import FisherWeighting
@@ -38,6 +39,7 @@ from fwlora.reallocation import resize_factors
 from fwlora.shrinkage import BatchedShrinkage, shrinkage_penalty
 from fwlora.state import STATE_FORMAT, match_state
 
+LOGGER = logging.getLogger(__name__)
 # Live objects by first layer and adapter name: two on one adapter would add the term twice.
 _HOLDERS: weakref.WeakKeyDictionary[nn.Module, dict[str, weakref.ref[FisherWeightedLora]]] = weakref.WeakKeyDictionary()
 
@@ -90,33 +92,15 @@ class FisherWeightedLora:
             )
         adapter_name = find_active_adapter(model) if adapter_name is None else adapter_name
         self.pairs: list[AdapterPair] = find_adapter_pairs(model, adapter_name)
-        if any(pair.E is not None for pair in self.pairs):
-            raise ValueError(
-                f"adapter {adapter_name!r} of `model` is an AdaLoRA adapter; FW-LoRA weights LoRA adapters"
-            )
         config = adapter_config(model, adapter_name)
-        if isinstance(config, FwLoraConfig) and config.budget_percent is not None and not config.rank_pattern:
-            raise ValueError(
-                f"`budget_percent` is {config.budget_percent}, but its ranks were never solved: build the config with "
-                "FwLoraConfig.for_model(base, budget_percent=...) before get_peft_model"
-            )
-        if options is None:
-            options = config if isinstance(config, FwLoraConfig) else FisherWeighting()
-        if not isinstance(options, FisherWeighting):
-            raise ValueError(
-                f"`options` is a {type(options).__name__}; give a FisherWeighting, or None for the config's"
-            )
-        options.check()
-        self.options: FisherWeighting = options.fisher_weighting()
-        if not any(pair.B.requires_grad for pair in self.pairs):
-            raise ValueError(
-                f"adapter {adapter_name!r} of `model` is frozen; load it with is_trainable=True, or activate it with "
-                f"model.set_adapter({adapter_name!r})"
-            )
-        if self.options.allocation == "reallocate" and count_processes() > 1:
-            raise ValueError(
-                "`allocation` is 'reallocate' with several processes, but data-parallel training fixes the parameters' "
-                "shapes when it wraps the model; use allocation='shrink'"
+        check_adapter(self.pairs, config)
+        self.options: FisherWeighting = choose_options(config, options)
+        if self.options.allocation == "reallocate":
+            check_reallocation(self.pairs, config)
+        if options is None and not isinstance(config, FwLoraConfig) and any(bool(pair.B.any()) for pair in self.pairs):
+            LOGGER.warning(
+                "the adapter was trained before and its config has no options of FW-LoRA: continuing with the defaults;"
+                " load it with config=FwLoraConfig.from_pretrained(folder), or give `options`"
             )
         self._closed = False
         self._model = weakref.ref(unwrap(model))

@@ -105,7 +105,9 @@ def test_budgets_that_cannot_be_met_and_options_that_contradict_them():
         FwLoraConfig.for_model(base, budget_percent=0.01)
     with pytest.raises(BudgetError, match="`budget_percent` is 0"):
         FwLoraConfig.for_model(base, budget_percent=0)
-    with pytest.raises(ValueError, match=r"`lora_alpha`, `r` cannot be given beside `budget_percent`.* set `scaling`"):
+    with pytest.raises(
+        ValueError, match=r"`lora_alpha`, `r` cannot be given beside `budget_percent`.*`scaling` sets s"
+    ):
         FwLoraConfig.for_model(base, budget_percent=2.0, r=8, lora_alpha=16)
     for name, value in {"lora_bias": True, "bias": "all", "layers_to_transform": [0], "exclude_modules": ["x"]}.items():
         with pytest.raises(ValueError, match=f"`{name}` cannot be given beside `budget_percent`"):

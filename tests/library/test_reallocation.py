@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-import fwlora.regularizer
+import fwlora.checks
 from fwlora import FisherWeightedLora, reference
 from fwlora.adapters import find_adapter_pairs
 from tests.helpers.small_models import (
@@ -153,7 +153,7 @@ def test_reallocation_checks_its_optimizer_and_its_processes(monkeypatch):
         with pytest.raises(ValueError, match=rf"`optimizer` \({kind}\) does not hold both factors of 3 matrices"):
             fw.step(wrong)
     fw.close()
-    monkeypatch.setattr(fwlora.regularizer, "count_processes", lambda: 2)
+    monkeypatch.setattr(fwlora.checks, "count_processes", lambda: 2)
     with pytest.raises(ValueError, match="`allocation` is 'reallocate' with several processes"):
         attach(model, allocation="reallocate")
 
