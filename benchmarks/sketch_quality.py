@@ -23,8 +23,8 @@ from torch import nn
 from benchmarks.common import load_minilm, load_sentences, make_lora, print_table, write_json
 from fwlora import FisherWeighting
 from fwlora.adapters import find_adapter_pairs
-from fwlora.estimators import AdapterEstimator, ExactEstimator, FisherAccumulator, GradientEstimator, SketchEstimator
-from fwlora.importance import normalize_importance
+from fwlora.estimators import AdapterEstimator, ExactEstimator, GradientEstimator, SketchEstimator
+from fwlora.importance import FisherAccumulator, normalize_importance
 
 DEFAULT = FisherWeighting()
 SIZES = (1, 4, 8, 16)

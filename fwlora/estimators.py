@@ -10,6 +10,9 @@ frozen weight is G^T X. The backward pass has both, so autograd need not compute
 Every estimator sums its product over repeated calls of a module, micro-batches and processes *before* the norm: the
 gradient of a step is one sum, and a mean of norms is another quantity. Processes are averaged, as data-parallel
 training averages gradients.
+
+Only what ``backward()`` adds to the adapters' ``.grad`` is the step's gradient: a pass of ``torch.autograd.grad``, as
+for a saliency map, is observed but dropped, since it ends without having reached any ``.grad``.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fwlora.adapters import AdapterPair
+from fwlora.passes import IdleHook, StepSums, current_pass, in_functional_transform
 
 
 class GradientEstimator(ABC):
@@ -40,8 +44,12 @@ class GradientEstimator(ABC):
     def __init__(self, pairs: Sequence[AdapterPair]) -> None:
         self.measuring = False
         self._pairs = list(pairs)
-        self._products: list[Tensor | None] = [None] * len(pairs)
-        self._handles: list[Any] = self._register()
+        self._sums = StepSums(len(pairs))
+        factors = [pair.B if pair.B.requires_grad else pair.A for pair in pairs]
+        self._handles: list[Any] = [
+            factor.register_post_accumulate_grad_hook(self._count_pass) for factor in factors if factor.requires_grad
+        ]
+        self._handles += self._register()
 
     def start(self, step: int) -> None:
         """Start to record gradients, for optimizer step ``step``."""
@@ -57,9 +65,10 @@ class GradientEstimator(ABC):
             loss_scale: factor of the loss, such as a ``GradScaler``'s scale.
 
         Raises:
-            RuntimeError: no backward pass reached any matrix.
+            RuntimeError: no backward pass reached any matrix, or one contained what cannot be measured.
         """
-        reference = next((product for product in self._products if product is not None), None)
+        sums = self._sums.of_step()
+        reference = next((product for product in sums if product is not None), None)
         if reference is None:
             raise RuntimeError(
                 "`step` was called before any backward pass reached the adapted modules; call it once between "
@@ -67,9 +76,9 @@ class GradientEstimator(ABC):
             )
         products = [
             reference.new_zeros(self._shape(pair)) if product is None else product
-            for pair, product in zip(self._pairs, self._products, strict=True)
+            for pair, product in zip(self._pairs, sums, strict=True)
         ]
-        self._products = [None] * len(self._pairs)
+        self._drop()
         self.measuring = False
         products = _average_over_processes(products)
         # On a GPU the norms of all matrices are one kernel.
@@ -82,14 +91,20 @@ class GradientEstimator(ABC):
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._products = [None] * len(self._pairs)
+        self._drop()
+
+    def _drop(self) -> None:
+        """Forget what was recorded."""
+        self._sums.drop()
 
     def _add(self, index: int, product: Tensor) -> None:
         """Add to the sum of one matrix; ``product`` must not be used afterwards."""
-        if product.dtype in (torch.bfloat16, torch.float16):
-            product = product.float()
-        previous = self._products[index]
-        self._products[index] = product if previous is None else previous.add_(product)
+        self._sums.add(index, product.float() if product.dtype in (torch.bfloat16, torch.float16) else product)
+
+    def _count_pass(self, _: Tensor) -> None:
+        """Count the running pass: it has just added to the ``.grad`` of an adapter."""
+        if self.measuring:
+            self._sums.count_pass()
 
     @abstractmethod
     def _register(self) -> list[Any]:
@@ -110,7 +125,33 @@ class PassEstimator(GradientEstimator):
     G is taken at the output of the adapted module: at the base layer alone, autograd computes no gradient where the
     input needs none, which would miss the first layer's projections. Under gradient checkpointing the first forward
     pass, which has no gradient, is not recorded.
+
+    The gradient of a gradient's norm (a penalty made with ``create_graph=True``) reaches W by a second path, through
+    dL/dX = G W, which G^T X does not contain; it is refused.
     """
+
+    def __init__(self, pairs: Sequence[AdapterPair]) -> None:
+        # Passes that went through the graph of another pass, and passes that left a graph which cannot be watched.
+        self._second_order: set[int] = set()
+        self._unwatched: set[int] = set()
+        super().__init__(pairs)
+
+    def take_squared_norms(self, loss_scale: float | Tensor = 1.0) -> Tensor:
+        """Return the estimate; see :meth:`GradientEstimator.take_squared_norms`."""
+        wrong = self._second_order & self._sums.counted or self._unwatched - self._sums.counted
+        if wrong:
+            self._drop()
+            raise RuntimeError(
+                "the step's gradient contains the gradient of a gradient (a penalty made with create_graph=True), "
+                "whose part in the frozen weights' gradients cannot be measured from inputs and outputs; use "
+                "estimator='adapter', or leave the penalty out while measuring"
+            )
+        return super().take_squared_norms(loss_scale)
+
+    def _drop(self) -> None:
+        super()._drop()
+        self._second_order.clear()
+        self._unwatched.clear()
 
     def observe(self, index: int, inputs: Tensor, output_gradient: Tensor) -> None:
         """Add one pass of module ``index``: X (..., d_in) and G (..., d_out).
@@ -120,28 +161,36 @@ class PassEstimator(GradientEstimator):
         self._accumulate(index, self._compress_input(inputs), output_gradient)
 
     def _register(self) -> list[Any]:
-        return [pair.module.register_forward_hook(self._make_hook(index)) for index, pair in enumerate(self._pairs)]
+        return [
+            pair.module.register_forward_hook(ForwardHook(self, index), with_kwargs=True)
+            for index, pair in enumerate(self._pairs)
+        ]
 
-    def _make_hook(self, index: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-        # Outside torch.compile's graphs, which then break in steps that measure alone.
-        @torch.compiler.disable  # type: ignore[untyped-decorator]
-        def watch(module: nn.Module, inputs: Tensor, output: Tensor) -> None:
-            # Ignore deep copies of the model, which share this hook, and passes with another adapter active.
-            pair, layer = self._pairs[index], cast(Any, module)
-            ours = module is pair.module and pair.adapter_name in layer.active_adapters and not layer.disable_adapters
-            if not (ours and torch.is_grad_enabled() and output.requires_grad):
+    # Outside torch.compile's graphs, which then break in steps that measure alone.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def watch(self, index: int, module: nn.Module, inputs: Tensor, output: Tensor) -> None:
+        """Record the gradient at the output of a call of module ``index``, once a backward pass brings it."""
+        # Ignore replicas of the module, passes with another adapter active, and transforms of torch.func, whose
+        # gradients no step uses.
+        pair, layer = self._pairs[index], cast(Any, module)
+        ours = module is pair.module and pair.adapter_name in layer.active_adapters and not layer.disable_adapters
+        if not (ours and torch.is_grad_enabled() and output.requires_grad) or in_functional_transform():
+            return
+        compressed = self._compress_input(inputs)
+
+        def record(gradient: Tensor) -> None:
+            if not self.measuring:
                 return
-            compressed = self._compress_input(inputs)
-            output.register_hook(lambda gradient: self._accumulate(index, compressed, gradient))
+            if gradient.requires_grad:
+                gradient.register_hook(lambda _: self._second_order.add(current_pass()))
+            elif torch.is_grad_enabled():
+                self._unwatched.add(current_pass())
+            self._accumulate(index, compressed, gradient)
 
-        def record_forward(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            if self.measuring:
-                watch(module, args[0], output)
-
-        return record_forward
+        output.register_hook(record)
 
     def _compress_input(self, inputs: Tensor) -> Tensor:
-        return self._compress(inputs.detach().flatten(0, -2))
+        return self._compress(inputs.detach().reshape(-1, inputs.shape[-1]))
 
     @abstractmethod
     def _compress(self, X: Tensor) -> Tensor:
@@ -163,6 +212,26 @@ class PassEstimator(GradientEstimator):
                 self._add(index, left @ right)
         else:
             self._add(index, left @ right)
+
+
+class ForwardHook:
+    """Hand the calls of one module to an estimator that is measuring; its copy, in a copied model, does nothing.
+
+    Args:
+        estimator: that watches the call.
+        index: of the module.
+    """
+
+    def __init__(self, estimator: PassEstimator, index: int) -> None:
+        self.estimator, self.index = estimator, index
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        """Let the estimator watch one call of the module."""
+        if self.estimator.measuring:
+            self.estimator.watch(self.index, module, args[0] if args else kwargs["x"], output)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return IdleHook, ()
 
 
 class ExactEstimator(PassEstimator):
@@ -280,48 +349,6 @@ class AdapterEstimator(GradientEstimator):
         norms = torch._foreach_norm([pair.A.detach() for pair in self._pairs])
         norms_A = torch.stack([norm.to(squared_norms) for norm in norms])
         return squared_norms * self._factors.to(squared_norms) / norms_A.square()
-
-
-class FisherAccumulator:
-    """F_m <- beta^n F_m + (1 - beta^n) ||grad W_m||_F^2, one update per measured step, n steps apart.
-
-    A step with a gradient that is not finite is counted and does not enter F. No call waits for the device.
-
-    Args:
-        count: matrices.
-        decay: beta^n in [0, 1).
-        device: where F lives; it follows a model that is moved.
-        dtype: of F.
-
-    Attributes:
-        values: F, shape (matrices,).
-        measured: scalar tensor, steps that entered F.
-        skipped: scalar tensor, steps that did not.
-
-    Raises:
-        ValueError: ``decay`` outside [0, 1).
-    """
-
-    def __init__(
-        self, count: int, decay: float, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-    ) -> None:
-        if not 0 <= decay < 1:
-            raise ValueError(f"`decay` is {decay}; an averaging factor is at least 0 and below 1")
-        self.decay = decay
-        self.values = torch.zeros(count, device=device, dtype=dtype)
-        self.measured = torch.zeros((), device=device, dtype=torch.int64)
-        self.skipped = torch.zeros((), device=device, dtype=torch.int64)
-
-    def update(self, squared_norms: Tensor) -> None:
-        """Take one step's squared gradient norms, shape (matrices,)."""
-        if self.values.device != squared_norms.device:  # the model was moved after attaching
-            tensors = (self.values, self.measured, self.skipped)
-            self.values, self.measured, self.skipped = (tensor.to(squared_norms.device) for tensor in tensors)
-        norms = squared_norms.to(self.values.dtype)
-        finite = torch.isfinite(norms).all()
-        self.values = torch.where(finite, torch.lerp(self.values, norms, 1 - self.decay), self.values)
-        self.measured += finite
-        self.skipped += ~finite
 
 
 def count_processes() -> int:

@@ -1,4 +1,4 @@
-"""From accumulated Fisher proxies F_m to importances I_m. Pure functions."""
+"""From squared gradient norms to the Fisher proxies F_m, and from these to importances I_m."""
 
 from __future__ import annotations
 
@@ -38,3 +38,45 @@ def normalize_importance(fisher: Tensor, normalization: Normalization = "sum") -
     if normalization == "mean":
         return (fisher / (2 * fisher.mean())).clamp_max(1)
     return fisher / fisher.sum()
+
+
+class FisherAccumulator:
+    """F_m <- beta^n F_m + (1 - beta^n) ||grad W_m||_F^2, one update per measured step, n steps apart.
+
+    A step with a gradient that is not finite is counted and does not enter F. No call waits for the device.
+
+    Args:
+        count: matrices.
+        decay: beta^n in [0, 1).
+        device: where F lives; it follows a model that is moved.
+        dtype: of F.
+
+    Attributes:
+        values: F, shape (matrices,).
+        measured: scalar tensor, steps that entered F.
+        skipped: scalar tensor, steps that did not.
+
+    Raises:
+        ValueError: ``decay`` outside [0, 1).
+    """
+
+    def __init__(
+        self, count: int, decay: float, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"`decay` is {decay}; an averaging factor is at least 0 and below 1")
+        self.decay = decay
+        self.values = torch.zeros(count, device=device, dtype=dtype)
+        self.measured = torch.zeros((), device=device, dtype=torch.int64)
+        self.skipped = torch.zeros((), device=device, dtype=torch.int64)
+
+    def update(self, squared_norms: Tensor) -> None:
+        """Take one step's squared gradient norms, shape (matrices,)."""
+        if self.values.device != squared_norms.device:  # the model was moved after attaching
+            tensors = (self.values, self.measured, self.skipped)
+            self.values, self.measured, self.skipped = (tensor.to(squared_norms.device) for tensor in tensors)
+        norms = squared_norms.to(self.values.dtype)
+        finite = torch.isfinite(norms).all()
+        self.values = torch.where(finite, torch.lerp(self.values, norms, 1 - self.decay), self.values)
+        self.measured += finite
+        self.skipped += ~finite

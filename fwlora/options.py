@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, Literal, TypeGuard, get_args
 
+import numpy as np
+
 EstimatorName = Literal["exact", "sketch", "adapter"]
 Normalization = Literal["sum", "max", "mean", "none"]
 Allocation = Literal["shrink", "reallocate"]
@@ -114,11 +116,15 @@ class FisherWeighting:
         self.check()
 
     def check(self) -> None:
-        """Check every field against its range.
+        """Turn NumPy's numbers into Python's, and check every field against its range.
 
         Raises:
             ValueError: fields outside their range, each with its value and the range.
         """
+        for option in fields(FisherWeighting):
+            value = getattr(self, option.name)
+            if isinstance(value, np.generic):
+                setattr(self, option.name, value.item())
         wrong = [
             f"`{option.name}` is {getattr(self, option.name)!r}; {option.metadata['rule']}"
             for option in fields(FisherWeighting)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import weakref
@@ -28,12 +29,11 @@ from fwlora.config import FwLoraConfig
 from fwlora.estimators import (
     AdapterEstimator,
     ExactEstimator,
-    FisherAccumulator,
     GradientEstimator,
     PassEstimator,
     SketchEstimator,
 )
-from fwlora.importance import normalize_importance
+from fwlora.importance import FisherAccumulator, normalize_importance
 from fwlora.options import FisherWeighting
 from fwlora.reallocation import resize_factors
 from fwlora.shrinkage import BatchedShrinkage, shrinkage_penalty
@@ -103,7 +103,7 @@ class FisherWeightedLora:
                 " load it with config=FwLoraConfig.from_pretrained(folder), or give `options`"
             )
         self._closed = False
-        self._model = weakref.ref(unwrap(model))
+        self._model: weakref.ref[nn.Module] | None = weakref.ref(unwrap(model))
         self._initial_ranks = [pair.rank for pair in self.pairs]
         device, dtype = self.pairs[0].A.device, torch.promote_types(self.pairs[0].A.dtype, torch.float32)
         decay = self.options.decay**self.options.fisher_every
@@ -140,7 +140,8 @@ class FisherWeightedLora:
 
         Raises:
             RuntimeError: called before any backward pass, or after :meth:`close`.
-            UnmeasuredError: the warm-up ended without any finite gradient.
+            UnmeasuredError: the warm-up ended and there is nothing to freeze, as every gradient was 0 or not finite; a
+                caller that goes on measures further, and gets this error until a step can freeze.
             ValueError: ranks are to be reallocated and ``optimizer`` is missing or does not hold all adapters.
         """
         if self._closed:
@@ -156,10 +157,12 @@ class FisherWeightedLora:
         else:
             self._require_gradients()
         self.steps += 1
-        if self.steps == self.options.warmup_steps:
-            self._freeze(optimizer)
-        else:
-            self._start_measuring_when_due()
+        try:
+            if self.steps >= self.options.warmup_steps:
+                self._freeze(optimizer)
+        finally:
+            if self.in_warmup:
+                self._start_measuring_when_due()
 
     @torch.no_grad()
     def shrink(self, loss_scale: float | Tensor = 1.0) -> None:
@@ -264,6 +267,26 @@ class FisherWeightedLora:
         self._closed = True
         _HOLDERS.get(self.pairs[0].module, {}).pop(self.pairs[0].adapter_name, None)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> FisherWeightedLora:
+        """Return an object that measures the copy of the model; ``copy.deepcopy((model, fw))`` returns both."""
+        held = None if self._model is None else self._model()
+        model = None if held is None else copy.deepcopy(held, memo)
+        twin = copy.copy(self)
+        memo[id(self)] = twin
+        twin._model = None if model is None else weakref.ref(model)
+        twin.pairs = [copy.deepcopy(pair, memo) for pair in self.pairs]
+        for name in ("options", "fisher", "last_penalty", "_initial_ranks", "_importance"):
+            setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
+        if self._closed:
+            return twin
+        twin._hold(self.pairs[0].adapter_name)
+        twin._estimator = None
+        if twin._importance is None:
+            twin._place_hooks()
+        else:
+            twin._start_shrinking(twin._importance)
+        return twin
+
     def _hold(self, adapter_name: str) -> None:
         holders = _HOLDERS.setdefault(self.pairs[0].module, {})
         held = holders.get(adapter_name)
@@ -281,7 +304,8 @@ class FisherWeightedLora:
         self._start_measuring_when_due()
 
     def _remove_hooks(self) -> None:
-        self._finalizer()
+        if self._estimator is not None:
+            self._finalizer()
         self._estimator = None
 
     def _start_measuring_when_due(self) -> None:
@@ -350,7 +374,7 @@ class FisherWeightedLora:
         self._record_ranks()
 
     def _record_ranks(self) -> None:
-        model = self._model()
+        model = None if self._model is None else self._model()
         if model is not None:
             record_ranks(model, self.pairs)
 

@@ -80,7 +80,9 @@ def _find_wrong_entries(state: Mapping[str, Any]) -> list[str]:
     frozen = state["importance"] is not None
     if frozen and not is_list("importance", lambda value: isinstance(value, float) and 0 <= value <= 1):
         return [f"importance is {state['importance']!r}"]
-    if frozen != (state["steps"] >= state["options"].get("warmup_steps", 0)):
+    tried = state["measured"] + state["skipped"] > 0
+    nothing_to_freeze = not frozen and tried and not any(state["fisher"])
+    if frozen != (state["steps"] >= state["options"].get("warmup_steps", 0)) and not nothing_to_freeze:
         return [f"importance is {'there' if frozen else 'missing'} after {state['steps']} steps"]
     return [] if any(state["ranks"]) else ["ranks are all 0"]
 

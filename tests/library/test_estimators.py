@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from fwlora import reference
 from fwlora.adapters import find_adapter_pairs
-from fwlora.estimators import AdapterEstimator, ExactEstimator, FisherAccumulator, SketchEstimator
+from fwlora.estimators import AdapterEstimator, ExactEstimator, SketchEstimator
+from fwlora.importance import FisherAccumulator
 from tests.helpers.small_models import loss_of, make_adapted, make_batches, squared_gradient_norms
 
 
