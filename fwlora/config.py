@@ -19,7 +19,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from fwlora.adapters import check_attached
-from fwlora.architectures import encoder_parameter_count, find_target_matrices, present_roles, stores_transposed
+from fwlora.architectures import (
+    encoder_parameter_count,
+    find_target_matrices,
+    list_left_out,
+    present_roles,
+    stores_transposed,
+)
 from fwlora.budget import BudgetError, MatrixShape, adapter_cost, budget_parameters, solve_ranks
 from fwlora.options import FisherWeighting, is_number
 from fwlora.targets import TargetPatterns
@@ -79,6 +85,13 @@ def plan_ranks(model: nn.Module, budget_percent: float, target_modules: Sequence
     targets = present_roles(model) if target_modules is None else list(target_modules)
     if not targets:
         raise ValueError("`target_modules` is empty; name modules or roles, or give None for all projections")
+    if target_modules is None:
+        left_out = list_left_out(model, targets)
+        if left_out:
+            warnings.warn(
+                f"`target_modules` is None, and these of {type(model).__name__} get no adapter: {'; '.join(left_out)}",
+                stacklevel=2,
+            )
     matrices = find_target_matrices(model, targets)
     encoder_parameters = encoder_parameter_count(model)
     budget = budget_parameters(budget_percent, encoder_parameters)

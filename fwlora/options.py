@@ -99,7 +99,7 @@ class FisherWeighting:
         metadata=_number("columns of the sketch, >= 1", "give columns, a whole number of at least 1", ge=1),
     )
     fisher_every: int = field(
-        default=4,
+        default=1,
         metadata=_number("optimizer steps from one measurement to the next, >= 1", _STEPS, ge=1),
     )
     importance: Normalization = field(

@@ -103,7 +103,7 @@ def test_every_class_of_a_public_signature_is_exported():
 def test_defaults_are_those_of_the_documentation():
     assert dataclasses.asdict(FisherWeighting()) == {
         "strength": 1e-4, "warmup_steps": 500, "decay": 0.98, "estimator": "sketch", "sketch_size": 16,
-        "fisher_every": 4, "importance": "sum", "allocation": "shrink", "max_rank_factor": 2.0, "seed": 0,
+        "fisher_every": 1, "importance": "sum", "allocation": "shrink", "max_rank_factor": 2.0, "seed": 0,
     }  # fmt: skip
 
 
