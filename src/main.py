@@ -47,6 +47,7 @@ def launch_training(invocation: Invocation, log_path: Path, environment: Mapping
         log.flush()
         with subprocess.Popen(
             command,
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

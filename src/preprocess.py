@@ -2,7 +2,7 @@
 
 1. Source: the embedded task ``acceptability``, GLUE from the Hub, any other data set of the Hub, or a local folder.
 2. Columns: one or two text columns and a label column; GLUE's own for a GLUE task.
-3. Labels: classes 0, 1, ... with names, from the training split; numbers where the task's metric is one of numbers.
+3. Labels: the classes present in the training split, numbered and named; numbers where the metric is one of numbers.
 4. Limits: a fixed random part of either split, the same for every training seed.
 5. Tokens: special tokens included, cut at ``max_length``, padded later, batch by batch.
 
@@ -71,13 +71,14 @@ def load_embedded_task(dataset: DatasetSettings) -> TaskData:
 def load_table_task(dataset: DatasetSettings) -> TaskData:
     """Load a task whose splits are tables with named columns.
 
-    A subset with the name of a GLUE task is scored by GLUE's metric, all other data by accuracy.
+    ``run.dataset.metric`` names what the task is scored by; null stands for GLUE's metric where the subset has the name
+    of a GLUE task, and for accuracy elsewhere. A metric of numbers makes the task a regression.
 
     Raises:
         UserError: see :func:`load_task`.
     """
     tables = load_tables(dataset)
-    available = tables[dataset.split].column_names
+    available = list(tables[dataset.split].columns)
     with collecting(name_dataset(dataset)) as problems:
         text_columns = choose_text_columns(dataset, available)
         if not text_columns:
@@ -87,7 +88,9 @@ def load_table_task(dataset: DatasetSettings) -> TaskData:
                 "name it by run.dataset.text_columns"
             )
         problems += find_missing_columns(tables, (*text_columns, dataset.label_column))
-    metric = glue.find_task_metric(dataset.subset)
+        metric = dataset.metric or glue.find_task_metric(dataset.subset)
+        if dataset.label_names and TASK_METRICS[metric].predicts == "numbers":
+            problems.append(f"run.dataset.label_names names classes, but with the metric {metric} labels are numbers")
     label_names, (train, evaluation) = encode_tables(tables, dataset, text_columns, TASK_METRICS[metric].predicts)
     task = dataset.subset or Path(dataset.name).name
     return TaskData(task, label_names, metric, train, evaluation)

@@ -89,7 +89,7 @@ def run_training(settings: ProgramSettings, command: str | None = None) -> None:
 
 
 def prepare_inputs(settings: ProgramSettings) -> RunInputs:
-    """Prepare what the search and the training share; the whole process keeps memory that it frees.
+    """Prepare what the search and the training share, tokens included; the process keeps memory that it frees.
 
     Raises:
         UserError: a model, data or an engine that cannot make the run.
@@ -102,7 +102,10 @@ def prepare_inputs(settings: ProgramSettings) -> RunInputs:
     with engine.processes.main_first():
         data = load_task(run.dataset)
     tokenizer = load_tokenizer(run.model)
-    return RunInputs(data, tokenizer, plan, describe_task(settings, data, tokenizer), engine)
+    task = describe_task(settings, data, tokenizer)
+    train_split, eval_split = tokenize_task(data, tokenizer, run.dataset)
+    search_splits = tokenize_search_task(data, tokenizer, run) if run.optuna.n_trials else None
+    return RunInputs(data, tokenizer, plan, task, engine, train_split, eval_split, search_splits)
 
 
 def run_search(run: RunSettings, inputs: RunInputs) -> SearchResult:
@@ -111,7 +114,8 @@ def run_search(run: RunSettings, inputs: RunInputs) -> SearchResult:
     Raises:
         UserError: no trial can make a run.
     """
-    train_split, heldout_split = tokenize_search_task(inputs.data, inputs.tokenizer, run)
+    assert inputs.search is not None
+    train_split, heldout_split = inputs.search
     logger.info(
         f"search: {run.optuna.n_trials} trials of {run.optuna.epochs} epoch(s) on {len(train_split)} training "
         f"examples, objective {inputs.task.task_metric} on {len(heldout_split)} held-out ones"
@@ -168,8 +172,7 @@ def train_and_record(
     Raises:
         UserError: a schedule that does not fit, or a training that diverged.
     """
-    train_split, eval_split = tokenize_task(inputs.data, inputs.tokenizer, run.dataset)
-    total_steps = run.training.total_steps(len(train_split))
+    total_steps = run.training.total_steps(len(inputs.train))
     if found:
         check_schedules(run, total_steps)
     adapted = build_adapted(run, inputs.plan if found is None else plan_adapters(run.model), inputs, total_steps)
@@ -182,15 +185,15 @@ def train_and_record(
         result = train(
             adapted.model,
             adapted.method,
-            train_split,
-            eval_split,
+            inputs.train,
+            inputs.evaluation,
             run.training.options,
             inputs.task,
             inputs.engine,
             log=tracker.log,
             report=ProgressPrinter(),
         )
-    summary = summarize_run(result, adapted, inputs, eval_split, search_time_s)
+    summary = summarize_run(result, adapted, inputs, search_time_s)
     tracker.set_summary(summary)
     if directory is not None and is_main_process():
         save_checkpoint(adapted, inputs.tokenizer, directory / "checkpoint")

@@ -9,3 +9,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG_DIR = REPOSITORY / "config"
 # Relative to the working folder: models, data sets and tokens.
 CACHE_DIR = ".cache/"
+
+
+def is_path(name: str) -> bool:
+    """Return whether a name can only be a folder's: an id of the Hub is a name, or an owner and a name."""
+    return name.startswith(("/", "~", ".")) or name.count("/") > 1

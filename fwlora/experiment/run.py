@@ -17,6 +17,7 @@ from fwlora.adapters import save_adapter
 from fwlora.config import RankPlan
 from fwlora.experiment.data.batching import TokenizedSplit
 from fwlora.experiment.data.text import TaskData
+from fwlora.experiment.data.tokenization import describe_cut
 from fwlora.experiment.engine.device import UnavailableDeviceError, choose_device, choose_precision, name_device
 from fwlora.experiment.engine.distributed import Processes, is_main_process
 from fwlora.experiment.engine.loop import TrainingResult
@@ -49,6 +50,9 @@ class RunInputs:
         plan: a rank for every targeted matrix.
         task: padding, classes and metric.
         engine: where and how to compute.
+        train: tokens of the training split.
+        evaluation: tokens of the evaluation split.
+        search: tokens that the trials of a search train on and are scored on; None without a search.
     """
 
     data: TaskData
@@ -56,6 +60,9 @@ class RunInputs:
     plan: RankPlan
     task: Task
     engine: EngineOptions
+    train: TokenizedSplit
+    evaluation: TokenizedSplit
+    search: tuple[TokenizedSplit, TokenizedSplit] | None = None
 
 
 def print_log_lines() -> None:
@@ -121,6 +128,10 @@ def log_run(settings: ProgramSettings, inputs: RunInputs) -> None:
         f"data {' '.join(filter(None, (run.dataset.name, run.dataset.subset)))}: {len(data.train.labels)} training and "
         f"{len(data.evaluation.labels)} evaluation examples, {labels}"
     )
+    for name, split in (("training", inputs.train), ("evaluation", inputs.evaluation)):
+        told = describe_cut(name, split, run.dataset)
+        if told:
+            logger.warning(told)
     if not run.model.lora.enabled:
         logger.info("model.lora.enabled is false: only the classification head is trained")
         return
@@ -150,6 +161,8 @@ def collect_facts(inputs: RunInputs, repository: Path, command: str | None) -> R
         eval_examples=len(data.evaluation.labels),
         train_fingerprint=data.train.fingerprint,
         eval_fingerprint=data.evaluation.fingerprint,
+        train_examples_cut=inputs.train.cut,
+        eval_examples_cut=inputs.evaluation.cut,
         command=command,
         environment=describe_environment(repository, device, torch.get_num_threads()),
     )
@@ -173,16 +186,13 @@ def engine_errors_name_settings() -> Iterator[None]:
         ) from None
 
 
-def summarize_run(
-    result: TrainingResult, adapted: AdaptedModel, inputs: RunInputs, eval_split: TokenizedSplit, search_time_s: float
-) -> JsonObject:
+def summarize_run(result: TrainingResult, adapted: AdaptedModel, inputs: RunInputs, search_time_s: float) -> JsonObject:
     """Return the run's final values, by the names of :mod:`fwlora.experiment.tracking.metrics`.
 
     Args:
         result: of the final training.
         adapted: the trained model.
         inputs: of the run.
-        eval_split: that the predictions belong to.
         search_time_s: seconds that the search took; 0 without one.
     """
     table = adapted.method.adapter_table()
@@ -206,7 +216,7 @@ def summarize_run(
         metrics.MODULE_IMPORTANCES: table.importances,
         metrics.MODULE_DELTA_NORMS: table.delta_norms,
         metrics.EVAL_PREDICTIONS: pack_values(result.last.predictions, classes),
-        metrics.EVAL_LABELS: pack_values(eval_split.labels, classes),
+        metrics.EVAL_LABELS: pack_values(inputs.evaluation.labels, classes),
         metrics.ENCODER_FINGERPRINT: adapted.encoder_fingerprint,
         metrics.EVAL_FINGERPRINT: inputs.data.evaluation.fingerprint,
     }

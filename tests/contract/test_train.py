@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -128,8 +129,8 @@ def test_reported_values_are_the_last_epochs_even_where_another_was_better(tiny_
     run = compose("comparative-1-roberta-base-110M--CoLA-GLUE", tiny_roberta, tiny_glue)
     prepared = src.train.prepare_inputs(run)
     adapted = build_model(run.run, prepared.plan, 2, 1, 900, torch.device("cpu"))
-    split = tokenize(prepared.data.evaluation, prepared.tokenizer, run.run.dataset).select(np.array([0, 1]))
-    summary = src.train.summarize_run(result, adapted, prepared, split, 0.0)
+    prepared = replace(prepared, evaluation=prepared.evaluation.select(np.array([0, 1])))
+    summary = src.train.summarize_run(result, adapted, prepared, 0.0)
     assert (summary["final_eval_accuracy"], summary["best_eval_accuracy"]) == (0.8, 0.9)
     assert (summary["final_eval_loss"], summary["best_eval_loss"]) == (0.5, 0.3)
     assert summary["best_eval_accuracy_epoch"] == summary["best_eval_loss_epoch"] == 1

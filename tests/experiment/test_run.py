@@ -118,9 +118,9 @@ def test_a_summary_by_hand():
     plan = RankPlan(
         [MatrixShape("q", 4, 6), MatrixShape("v", 4, 6)], {"q": 2, "v": 1}, encoder_parameters=600, budget=30
     )
-    inputs = RunInputs(make_data(("no", "yes"), "accuracy"), None, plan, Task(0, 2, "accuracy"), CPU)
-    split = SimpleNamespace(labels=np.array([1, 0, 1, 0]))
-    summary = summarize_run(result, adapted, inputs, split, search_time_s=2.0)
+    data, split = make_data(("no", "yes"), "accuracy"), SimpleNamespace(labels=np.array([1, 0, 1, 0]))
+    inputs = RunInputs(data, None, plan, Task(0, 2, "accuracy"), CPU, split, split)
+    summary = summarize_run(result, adapted, inputs, search_time_s=2.0)
     assert unpack_values(summary.pop("eval_predictions")).tolist() == [1, 0, 1, 1]
     assert unpack_values(summary.pop("eval_labels")).tolist() == [1, 0, 1, 0]
     assert summary == {

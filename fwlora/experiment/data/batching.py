@@ -23,12 +23,14 @@ class TokenizedSplit:
         segments: int8 like ``tokens``: which segment a token belongs to; None where all are 0.
         offsets: int64, shape (n + 1,); example i is ``tokens[offsets[i]:offsets[i + 1]]``.
         labels: int64 classes or float32 numbers, shape (n,).
+        cut: number of examples that were longer than the cap and lost their rest.
     """
 
     tokens: np.ndarray
     segments: np.ndarray | None
     offsets: np.ndarray
     labels: np.ndarray
+    cut: int = 0
 
     def __len__(self) -> int:
         return len(self.labels)

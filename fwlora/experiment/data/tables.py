@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import csv
 import logging
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fwlora.experiment.data import glue
 from fwlora.experiment.data.labels import LabelEncoder, describe_other_than_numbers, encode_numbers
+from fwlora.experiment.data.table_files import READERS, Table, read_table_file
 from fwlora.experiment.data.text import TextSplit, make_split
 from fwlora.experiment.errors import UserError, collecting
-from fwlora.experiment.paths import CACHE_DIR
+from fwlora.experiment.paths import CACHE_DIR, is_path
 from fwlora.experiment.settings.schema import DatasetSettings
 from fwlora.experiment.tracking.task_metrics import Predicted
 
-FILE_FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-# A split as `datasets.Dataset`, by the split's name.
-Tables = Mapping[str, Any]
+logger = logging.getLogger(__name__)
+# A split by its name.
+Tables = Mapping[str, Table]
 
 
 def name_dataset(dataset: DatasetSettings) -> str:
@@ -33,7 +36,7 @@ def load_tables(dataset: DatasetSettings) -> Tables:
     named by split, such as ``train.csv`` and ``validation.parquet``.
 
     Returns:
-        Split name -> ``datasets.Dataset``, the training split first.
+        Split name -> table, the training split first.
 
     Raises:
         UserError: a split that cannot be loaded, or one name for both splits.
@@ -46,19 +49,19 @@ def load_tables(dataset: DatasetSettings) -> Tables:
 def find_missing_columns(tables: Tables, columns: Sequence[str]) -> Iterator[str]:
     """Yield a line for each table that lacks some of the columns."""
     for name, table in tables.items():
-        missing = [column for column in columns if column not in table.column_names]
+        missing = [column for column in columns if column not in table.columns]
         if missing:
-            yield f"split {name!r} has no column {', '.join(missing)}; it has {', '.join(table.column_names)}"
+            yield f"split {name!r} has no column {', '.join(missing)}; it has {', '.join(table.columns)}"
 
 
 def encode_tables(
     tables: Tables, dataset: DatasetSettings, text_columns: Sequence[str], predicts: Predicted
 ) -> tuple[tuple[str, ...], list[TextSplit]]:
-    """Read texts and labels; classes are those of the first table, the training split.
+    """Read texts and labels; classes are those present in the first table, the training split.
 
     Args:
-        tables: split name -> ``datasets.Dataset``.
-        dataset: names the label column.
+        tables: split name -> table.
+        dataset: names the label column, and classes where its ``label_names`` do.
         text_columns: the columns of an example's texts, in the tokenizer's order.
         predicts: whether labels are classes or numbers.
 
@@ -73,36 +76,50 @@ def encode_tables(
     train = next(iter(tables.values()))
     encoder = None
     if predicts == "classes":
-        encoder = LabelEncoder.fit(train[label_column], getattr(train.features[label_column], "names", None))
-    describe = describe_other_than_numbers if encoder is None else encoder.describe_unknown
-    columns = {name: {column: list(table[column]) for column in text_columns} for name, table in tables.items()}
-    labels = {name: list(table[label_column]) for name, table in tables.items()}
+        encoder = LabelEncoder.fit(
+            train.columns[label_column], train.class_names.get(label_column, ()), dataset.label_names
+        )
     with collecting(name_dataset(dataset)) as problems:
         if encoder is not None and encoder.problem:
             problems.append(f"column {label_column!r} {encoder.problem}")
-        for name, texts in columns.items():
-            unusable = describe(labels[name])
+        for name, table in tables.items():
+            labels, class_names = table.columns[label_column], table.class_names.get(label_column, ())
+            unusable = (
+                describe_other_than_numbers(labels)
+                if encoder is None
+                else encoder.describe_unknown(labels, class_names)
+            )
             if unusable:
                 problems.append(f"split {name!r}, column {label_column!r}: {unusable}")
-            problems.extend(_find_other_than_text(texts, name))
-            if not labels[name]:
+            problems.extend(_find_other_than_text({column: table.columns[column] for column in text_columns}, name))
+            if not labels:
                 problems.append(f"split {name!r} is empty")
-    encode = encode_numbers if encoder is None else encoder.encode
-    splits = [make_split(tuple(texts.values()), encode(labels[name])) for name, texts in columns.items()]
+    if encoder is not None and encoder.remark:
+        logger.warning(f"{name_dataset(dataset)}: column {label_column!r} {encoder.remark}")
+    splits = []
+    for table in tables.values():
+        labels, class_names = table.columns[label_column], table.class_names.get(label_column, ())
+        texts = tuple([str(value) for value in table.columns[column]] for column in text_columns)
+        encoded = encode_numbers(labels) if encoder is None else encoder.encode(labels, class_names)
+        splits.append(make_split(texts, encoded))
     return () if encoder is None else encoder.names, splits
 
 
 def _find_other_than_text(columns: Mapping[str, Sequence[object]], split: str) -> Iterator[str]:
     for column, values in columns.items():
-        bad = [row for row, value in enumerate(values) if not isinstance(value, str)]
+        bad = [row for row, value in enumerate(values) if not _is_text(value)]
         if bad:
             first = f"first row {bad[0]}: {values[bad[0]]!r}"
             yield f"split {split!r}, column {column!r}: {len(bad)} rows are not text, {first}"
 
 
-def _load_table(dataset: DatasetSettings, split: str) -> Any:
-    """Load one split as a ``datasets.Dataset``."""
-    folder = Path(dataset.name)
+def _is_text(value: object) -> bool:
+    """Return whether a value is text that a tokenizer can read: no half of a surrogate pair."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def _load_table(dataset: DatasetSettings, split: str) -> Table:
+    folder = Path(dataset.name).expanduser()
     if dataset.name == "glue":
         if glue.find_task(dataset.subset) is None:
             raise UserError(
@@ -116,27 +133,48 @@ def _load_table(dataset: DatasetSettings, split: str) -> Any:
             f"named {dataset.split}{folder.suffix} and {dataset.eval_split}{folder.suffix}"
         )
     if not folder.is_dir():
+        if is_path(dataset.name):
+            raise UserError(f"run.dataset.name = {dataset.name!r}: there is no folder {folder}")
         return _fetch(dataset, dataset.name, dataset.subset, split=split, revision=dataset.revision)
-    named = [path for path in sorted(folder.iterdir()) if path.stem == split and path.suffix in FILE_FORMATS]
+    named = [path for path in sorted(folder.iterdir()) if path.stem == split and path.suffix.lower() in READERS]
     if len(named) > 1:
         raise UserError(f"{folder} holds several files for split {split!r}: {', '.join(path.name for path in named)}")
     if named:
-        # Quotation marks in a .tsv are text: GLUE's own files hold unbalanced ones.
-        options = {"sep": "\t", "quoting": csv.QUOTE_NONE} if named[0].suffix == ".tsv" else {}
-        return _fetch(dataset, FILE_FORMATS[named[0].suffix], data_files=str(named[0]), split="train", **options)
-    return _fetch(dataset, str(folder), dataset.subset, split=split)
+        return read_table_file(named[0])
+    # The library's cache goes by path and time, and it takes a path for a pattern: here both are plain and new.
+    with tempfile.TemporaryDirectory(prefix="fwlora-data-") as scratch:
+        plain = Path(scratch) / "folder"
+        try:
+            shutil.copytree(folder, plain, copy_function=_link_or_copy)
+        except (OSError, shutil.Error) as error:
+            raise UserError(
+                f"run.dataset.name = {dataset.name!r} cannot be read by way of {scratch} ({error}); set TMPDIR to a "
+                "folder with room for it"
+            ) from None
+        return _fetch(
+            dataset, str(plain), dataset.subset, split=split, cache_dir=f"{scratch}/cache", keep_in_memory=True
+        )
 
 
-def _fetch(dataset: DatasetSettings, *arguments: Any, **options: Any) -> Any:
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or a link of a link
+        shutil.copyfile(source, target)
+
+
+def _fetch(dataset: DatasetSettings, *arguments: Any, cache_dir: str = CACHE_DIR, **options: Any) -> Table:
     """Call ``datasets.load_dataset`` and turn every failure into one message."""
     import datasets
 
     datasets.disable_progress_bars()
     for name in ("datasets", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    local = Path(dataset.name).exists()
+    local = Path(dataset.name).expanduser().exists()
     try:
-        return datasets.load_dataset(*arguments, cache_dir=CACHE_DIR, **options)
+        loaded = datasets.load_dataset(*arguments, cache_dir=cache_dir, **options)
+        names = {name: kind.names for name, kind in loaded.features.items() if getattr(kind, "names", None)}
+        return Table({name: list(loaded[name]) for name in loaded.column_names}, names)
     except Exception as error:  # datasets raises over twenty types here, several of them third-party
         cause = error.__cause__ or error
         reason = f"{type(cause).__name__}: {str(cause).strip().splitlines()[0] if str(cause).strip() else 'no details'}"

@@ -32,7 +32,7 @@ def tokenize(split: TextSplit, tokenizer: Any, dataset: DatasetSettings) -> Toke
     key = _describe_tokenizer(tokenizer)
     if key is not None:
         key += [split.fingerprint, dataset.max_length, dataset.truncation]
-    return cached_tokens(Path(CACHE_DIR) / "tokens", key, lambda: encode_texts(split, tokenizer, dataset))
+    return cached_tokens(Path(CACHE_DIR) / "tokens", key, split.labels, lambda: encode_texts(split, tokenizer, dataset))
 
 
 def encode_texts(split: TextSplit, tokenizer: Any, dataset: DatasetSettings) -> TokenizedSplit:
@@ -50,7 +50,27 @@ def encode_texts(split: TextSplit, tokenizer: Any, dataset: DatasetSettings) -> 
         segments = np.concatenate([np.asarray(row, dtype=np.int8) for row in encoded["token_type_ids"]])
         segments = segments if segments.any() else None
     tokens = np.concatenate([np.asarray(row, dtype=np.int32) for row in ids])
-    return TokenizedSplit(tokens, segments, np.concatenate([[0], np.cumsum(lengths)]), split.labels)
+    cut = _count_cut(encoded, split, tokenizer) if dataset.truncation else 0
+    return TokenizedSplit(tokens, segments, np.concatenate([[0], np.cumsum(lengths)]), split.labels, cut)
+
+
+def describe_cut(name: str, split: TokenizedSplit, dataset: DatasetSettings) -> str | None:
+    """Describe the examples of a split that were cut; None where there are none."""
+    if not split.cut:
+        return None
+    return (
+        f"{split.cut:,} of {len(split):,} {name} examples are longer than run.dataset.max_length = "
+        f"{dataset.max_length} tokens and were cut"
+    )
+
+
+def _count_cut(encoded: Any, split: TextSplit, tokenizer: Any) -> int:
+    """Count the examples of which truncation left something out."""
+    parts = getattr(encoded, "encodings", None)
+    if parts is not None:
+        return sum(bool(part.overflowing) for part in parts)
+    whole = tokenizer(*split.texts, truncation=False, padding=False, verbose=False)["input_ids"]
+    return sum(len(all_of) > len(kept) for all_of, kept in zip(whole, encoded["input_ids"], strict=True))
 
 
 def _describe_tokenizer(tokenizer: Any) -> list[Any] | None:

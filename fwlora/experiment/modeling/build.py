@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from fwlora.experiment.paths import CACHE_DIR
 from fwlora.experiment.settings.schema import ModelSettings
 from fwlora.experiment.tracking import metrics
 
+logger = logging.getLogger(__name__)
 # transformers makes up an empty tokenizer for a folder without any of these.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -64,7 +66,9 @@ def load_tokenizer(settings: ModelSettings) -> Any:
     with fetching(settings.pretrained_id, PRETRAINED):
         source = resolve_pretrained(settings.pretrained_id, PRETRAINED)
         _require_file(Path(source), TOKENIZER_FILES, "a tokenizer")
-        return AutoTokenizer.from_pretrained(source, revision=settings.revision, cache_dir=CACHE_DIR)
+        return AutoTokenizer.from_pretrained(
+            source, revision=settings.revision, cache_dir=CACHE_DIR, trust_remote_code=False
+        )
 
 
 def make_weightless_model(settings: ModelSettings) -> nn.Module:
@@ -103,13 +107,19 @@ def load_classifier(settings: ModelSettings, num_classes: int, pad_token_id: int
             cache_dir=CACHE_DIR,
             dtype=torch.float32,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # of a head; the encoder's are refused below
+            trust_remote_code=False,
         )
     model.config.pad_token_id = pad_token_id
+    where = f"{PRETRAINED} = {settings.pretrained_id!r}"
+    misshapen = {key: f"{tuple(found)} instead of {tuple(wanted)}" for key, found, wanted in info["mismatched_keys"]}
     try:
-        return model, head_module_names(model, sorted(info["missing_keys"]))
+        heads = head_module_names(model, sorted({*info["missing_keys"], *misshapen}))
     except ValueError as error:
-        where = f"{PRETRAINED} = {settings.pretrained_id!r}"
         raise UserError(f"{where}: its weights do not fit {type(model).__name__}: {error}") from None
+    for key, shapes in misshapen.items():
+        logger.warning(f"{where}: {key} of its head has shape {shapes} and is drawn anew")
+    return model, heads
 
 
 def train_head_only(model: nn.Module, heads: Sequence[str]) -> None:
@@ -181,4 +191,6 @@ def _require_file(folder: Path, patterns: tuple[str, ...], what: str) -> None:
 def _load_config(settings: ModelSettings, **options: Any) -> Any:
     with fetching(settings.pretrained_id, PRETRAINED):
         source = resolve_pretrained(settings.pretrained_id, PRETRAINED)
-        return AutoConfig.from_pretrained(source, revision=settings.revision, cache_dir=CACHE_DIR, **options)
+        return AutoConfig.from_pretrained(
+            source, revision=settings.revision, cache_dir=CACHE_DIR, trust_remote_code=False, **options
+        )

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import logging as transformers_logging
 
 from fwlora.experiment.errors import UserError
+from fwlora.experiment.paths import is_path
 
 PACKAGE_PREFIX = "package:"
 
@@ -26,9 +27,14 @@ def resolve_pretrained(pretrained_id: str, setting: str) -> str:
         setting: that the user gave it by, for messages.
 
     Raises:
-        UserError: the package is not installed or has no such folder.
+        UserError: there is no such folder, or the package is not installed.
     """
     if not pretrained_id.startswith(PACKAGE_PREFIX):
+        folder = Path(pretrained_id).expanduser()
+        if folder.is_dir():
+            return str(folder)
+        if is_path(pretrained_id):
+            raise UserError(f"{setting} = {pretrained_id!r}: there is no folder {folder}")
         return pretrained_id
     package, _, inside = pretrained_id.removeprefix(PACKAGE_PREFIX).partition("/")
     try:

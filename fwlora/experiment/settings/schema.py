@@ -82,6 +82,10 @@ class DatasetSettings(SettingsNode):
         truncation: whether longer examples are cut, or an error.
         text_columns: one or two; None for GLUE's own, else the usual names.
         label_column: of the classes or numbers.
+        metric: the task metric that runs are compared by; None for GLUE's own, else accuracy. A metric of numbers makes
+            the task a regression.
+        label_names: names of integer classes in ascending order, or text classes in the order of their numbers; None
+            for those of the data.
         train_examples: a fixed random part, the same for every training seed; None for all.
         eval_examples: likewise.
         subset_seed: of the draws of those parts.
@@ -97,9 +101,30 @@ class DatasetSettings(SettingsNode):
     truncation: bool
     text_columns: list[str] | None = Field(default=None, min_length=1, max_length=2)
     label_column: str = "label"
+    metric: str | None = None
+    label_names: list[str] | None = Field(default=None, min_length=2)
     train_examples: int | None = Field(default=None, ge=1)
     eval_examples: int | None = Field(default=None, ge=1)
     subset_seed: Seed = 0
+
+    @field_validator("metric")
+    @classmethod
+    def _is_registered(cls, name: str | None) -> str | None:
+        if name is not None:
+            # Imports NumPy, which settings do without.
+            from fwlora.experiment.tracking.task_metrics import TASK_METRICS
+
+            if name not in TASK_METRICS:
+                known = ", ".join(TASK_METRICS)
+                raise PydanticCustomError("unknown_metric", "Input should be one of {known}", {"known": known})
+        return name
+
+    @field_validator("label_names")
+    @classmethod
+    def _are_distinct(cls, names: list[str] | None) -> list[str] | None:
+        if names is not None and (len(set(names)) < len(names) or not all(names)):
+            raise PydanticCustomError("repeated_names", "Input should be distinct names, none of them empty")
+        return names
 
 
 class TrainingSettings(SettingsNode):

@@ -20,6 +20,8 @@ class RunFacts:
         eval_examples: number of evaluation examples.
         train_fingerprint: hash of the training split's texts and labels.
         eval_fingerprint: hash of the evaluation split's texts and labels.
+        train_examples_cut: training examples that were longer than ``max_length`` and lost their rest.
+        eval_examples_cut: evaluation examples that did.
         command: that made the run.
         environment: commit, versions, hardware; see :mod:`fwlora.experiment.tracking.environment`.
     """
@@ -32,6 +34,8 @@ class RunFacts:
     eval_examples: int | None = None
     train_fingerprint: str | None = None
     eval_fingerprint: str | None = None
+    train_examples_cut: int | None = None
+    eval_examples_cut: int | None = None
     command: str | None = None
     environment: JsonMapping = field(default_factory=dict)
 

@@ -7,10 +7,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from fwlora.experiment.data.text import make_split
-from fwlora.experiment.data.tokenization import tokenize
+from fwlora.experiment.data.tokenization import describe_cut, tokenize
 from fwlora.experiment.errors import UserError
 from fwlora.experiment.modeling.pretrained import resolve_pretrained
-from tests.helpers.datasets import make_dataset
+from tests.helpers.dataset_settings import make_dataset
 
 
 def test_a_pair_becomes_one_sequence_with_segments(minilm):
@@ -51,3 +51,34 @@ def test_texts_without_a_token_are_refused(tiny_roberta):
     split = make_split((["a b", "", ""],), np.array([0, 1, 0]))
     with pytest.raises(UserError, match="2 texts have no token, the first is example 1"):
         tokenize(split, Bare(), make_dataset("x"))
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_examples_that_are_cut_are_counted(tiny_roberta, fast, side):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_roberta, truncation_side=side)
+
+    class WithoutEncodings:
+        """A tokenizer written in Python gives ids alone."""
+
+        def __call__(self, *texts, **options):
+            return {"input_ids": tokenizer(*texts, **options)["input_ids"]}
+
+    texts = ["the cat sees the dog", "no one knows", "the cat", "the cat sees the dog again"]
+    whole = [len(ids) for ids in tokenizer(texts)["input_ids"]]
+    split = make_split((texts,), np.array([0, 1, 0, 1]))
+    for length in range(min(whole), max(whole) + 2):
+        dataset = make_dataset("x", max_length=length)
+        got = tokenize(split, tokenizer if fast else WithoutEncodings(), dataset)
+        assert got.cut == sum(each > length for each in whole)
+        again = tokenize(split, tokenizer if fast else WithoutEncodings(), dataset)
+        assert again.cut == got.cut, "the cache keeps the count"
+        told = describe_cut("training", got, dataset)
+        if got.cut:
+            longer = f"{got.cut} of 4 training examples are longer than run.dataset.max_length = {length} tokens"
+            assert told == f"{longer} and were cut"
+        else:
+            assert told is None
+    pair = make_split((texts, texts), np.array([0, 1, 0, 1]))
+    longest = max(len(ids) for ids in tokenizer(texts, texts)["input_ids"])
+    assert tokenize(pair, tokenizer, make_dataset("x", max_length=longest - 1)).cut >= 1
