@@ -232,12 +232,12 @@ def check_attached(model: nn.Module, ranks: Mapping[str, int], head_modules: Seq
         raise ValueError(f"PEFT trains {other[0]!r} in full, since its path ends in the head's; rename one of them")
 
 
-def save_adapter(model: Any, folder: str | Path) -> None:
-    """Call ``model.save_pretrained``, also where AdaLoRA pruned a matrix to rank 0."""
+def save_adapter(model: Any, folder: str | Path, **options: Any) -> None:
+    """Call ``model.save_pretrained`` with these options, also where AdaLoRA pruned a matrix to rank 0."""
     with warnings.catch_warnings():
         # PEFT takes empty factors for a sharded export that was not gathered.
         warnings.filterwarnings("ignore", message=r".*LoRA tensor\(s\) have invalid shape")
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, **options)
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ import hydra
 from omegaconf import DictConfig
 
 from fwlora.config import RankPlan
+from fwlora.experiment.checkpoint import save_checkpoint
 from fwlora.experiment.engine.device import keep_freed_memory
 from fwlora.experiment.engine.distributed import is_main_process, leave_process_group
 from fwlora.experiment.engine.loop import train
@@ -36,7 +37,6 @@ from fwlora.experiment.run import (
     log_outcome,
     log_run,
     print_log_lines,
-    save_checkpoint,
     summarize_run,
 )
 from fwlora.experiment.search import InfeasibleTrialError, SearchResult, search, trial_settings
@@ -44,6 +44,7 @@ from fwlora.experiment.settings.hydra_arguments import Invocation, enter_program
 from fwlora.experiment.settings.resolve import check_schedules, fit_trial_to_data
 from fwlora.experiment.settings.schema import ProgramSettings, RunSettings
 from fwlora.experiment.tracking import NullTracker, Tracker, metrics, open_tracker
+from fwlora.experiment.tracking.facts import RunFacts
 from src.model import build_model, plan_adapters
 from src.preprocess import load_task, tokenize_search_task, tokenize_task
 
@@ -69,7 +70,8 @@ def run_training(settings: ProgramSettings, command: str | None = None) -> None:
     if run.model.lora.enabled and run.optuna.n_trials == 0:
         check_schedules(run, run.training.total_steps(len(inputs.data.train.labels)))
     directory = Path(settings.results_dir) / run.run_id
-    config = {**settings.as_record(), "resolved": collect_facts(inputs, REPOSITORY, command).as_record()}
+    facts = collect_facts(inputs, REPOSITORY, command)
+    config = {**settings.as_record(), "resolved": facts.as_record()}
     tracker: Tracker = NullTracker()
     if is_main_process():
         tracker = open_tracker(settings, run_id=run.run_id, config=config, directory=directory)
@@ -82,7 +84,8 @@ def run_training(settings: ProgramSettings, command: str | None = None) -> None:
             search_time_s = time.perf_counter() - started
             run = run.with_values(found.best_values)
             tracker.update_config({"run": run.model_dump(), "search": found.as_record()})
-        train_and_record(run, inputs, tracker, found, search_time_s, directory if settings.mode == "full" else None)
+        saved_in = directory if settings.mode == "full" else None
+        train_and_record(run, inputs, facts, tracker, found, search_time_s, saved_in)
         exit_code = 0
     finally:
         tracker.finish(exit_code)
@@ -154,6 +157,7 @@ def build_adapted(run: RunSettings, plan: RankPlan, inputs: RunInputs, total_ste
 def train_and_record(
     run: RunSettings,
     inputs: RunInputs,
+    facts: RunFacts,
     tracker: Tracker,
     found: SearchResult | None,
     search_time_s: float,
@@ -164,10 +168,11 @@ def train_and_record(
     Args:
         run: with the values that a search found.
         inputs: of the run.
+        facts: of the run, for the saved model's card.
         tracker: takes every row and the summary.
         found: by the search, if there was one.
         search_time_s: seconds that it took.
-        directory: of the run's results; the adapter is saved below it, unless it is None.
+        directory: of the run's results; the model is saved below it, unless it is None.
 
     Raises:
         UserError: a schedule that does not fit, or a training that diverged.
@@ -196,7 +201,8 @@ def train_and_record(
     summary = summarize_run(result, adapted, inputs, search_time_s)
     tracker.set_summary(summary)
     if directory is not None and is_main_process():
-        save_checkpoint(adapted, inputs.tokenizer, directory / "checkpoint")
+        final_value = summary[metrics.final_name(summary[metrics.PRIMARY_METRIC])]
+        save_checkpoint(adapted, inputs.tokenizer, run, facts, final_value, directory / "checkpoint")
     tracker.set_summary({metrics.COMPLETED: True})
     log_outcome(summary)
 

@@ -1,4 +1,4 @@
-"""The parts of ``src.train`` beside the training: inputs, log lines, messages, summary and adapter of a run."""
+"""The parts of ``src.train`` beside the training: inputs, log lines, messages and summary of a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from fwlora.adapters import save_adapter
 from fwlora.config import RankPlan
 from fwlora.experiment.data.batching import TokenizedSplit
 from fwlora.experiment.data.text import TaskData
@@ -26,7 +25,6 @@ from fwlora.experiment.engine.optimizer import ScheduleError
 from fwlora.experiment.engine.options import EngineOptions
 from fwlora.experiment.engine.task import Task, make_task
 from fwlora.experiment.errors import UserError
-from fwlora.experiment.files import replace_folder
 from fwlora.experiment.json_types import JsonObject
 from fwlora.experiment.modeling.build import AdaptedModel, final_adapter_parameters
 from fwlora.experiment.settings.schema import ProgramSettings
@@ -236,13 +234,3 @@ def log_outcome(summary: JsonObject) -> None:
         f"training {summary[metrics.TRAINING_TIME_S]:.1f} s, "
         f"adapter parameters in use {summary[metrics.PARAMS_ADAPTER_FINAL]:,}"
     )
-
-
-def save_checkpoint(adapted: AdaptedModel, tokenizer: Any, folder: Path) -> None:
-    """Save adapter (or the whole model, where only the head was trained) and tokenizer, all or nothing."""
-
-    def fill(partial: Path) -> None:
-        save_adapter(adapted.model, partial)
-        tokenizer.save_pretrained(partial)
-
-    replace_folder(folder, fill)

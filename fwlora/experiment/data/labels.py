@@ -159,7 +159,7 @@ def _describe_unusual(labels: Sequence[Label], class_names: Sequence[str]) -> st
 
 
 def _examples(labels: set[Label]) -> list[str]:
-    return [repr(next(label for label in labels if isinstance(label, kind))) for kind in (int, str)]
+    return [repr(min(label for label in labels if isinstance(label, kind))) for kind in (int, str)]
 
 
 def _join(names: Sequence[object]) -> str:

@@ -16,7 +16,7 @@ from fwlora.architectures import head_module_names
 from fwlora.config import RankPlan
 from fwlora.experiment.errors import UserError
 from fwlora.experiment.methods import Method
-from fwlora.experiment.modeling.pretrained import fetching, resolve_pretrained
+from fwlora.experiment.modeling.pretrained import WEIGHT_FILES, fetching, resolve_pretrained
 from fwlora.experiment.paths import CACHE_DIR
 from fwlora.experiment.settings.schema import ModelSettings
 from fwlora.experiment.tracking import metrics
@@ -32,7 +32,6 @@ TOKENIZER_FILES = (
     "sentencepiece.*",
     "spm.*",
 )
-WEIGHT_FILES = ("*.safetensors*", "*.bin*")
 # Families with absolute positions, and how many of them come before the first token's.
 POSITIONS_BEFORE_TEXT = {
     "bert": 0, "distilbert": 0, "electra": 0, "albert": 0, "roberta": 2, "xlm-roberta": 2, "camembert": 2, "mpnet": 2,

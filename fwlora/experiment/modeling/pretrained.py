@@ -14,9 +14,11 @@ from torch import nn
 from transformers import logging as transformers_logging
 
 from fwlora.experiment.errors import UserError
-from fwlora.experiment.paths import is_path
+from fwlora.experiment.paths import CACHE_DIR, is_path
 
 PACKAGE_PREFIX = "package:"
+# The first that a folder has are its weights.
+WEIGHT_FILES = ("*.safetensors*", "*.bin*")
 
 
 def resolve_pretrained(pretrained_id: str, setting: str) -> str:
@@ -50,6 +52,23 @@ def resolve_pretrained(pretrained_id: str, setting: str) -> str:
     if not (folder / "config.json").is_file():
         raise UserError(f"{setting} = {pretrained_id!r}: {folder} holds no config.json")
     return str(folder)
+
+
+def find_weight_files(pretrained_id: str, revision: str | None) -> list[Path]:
+    """List the files of a model that was loaded: in its folder, or in the cache of what the Hub gave.
+
+    Args:
+        pretrained_id: a Hub id, a folder, or ``package:<module>/<folder>``.
+        revision: of a Hub id.
+    """
+    source = resolve_pretrained(pretrained_id, "run.model.pretrained_id")
+    folder = Path(source)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(source, revision=revision, cache_dir=CACHE_DIR, local_files_only=True))
+    found = (sorted(folder.glob(pattern)) for pattern in WEIGHT_FILES)
+    return next((files for files in found if files), [])
 
 
 @contextmanager

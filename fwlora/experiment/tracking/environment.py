@@ -23,7 +23,7 @@ def describe_environment(repository: Path, device: str, threads: int | None = No
     """
     return {
         "commit": _git(repository, "rev-parse", "HEAD"),
-        "dirty": bool(_git(repository, "status", "--porcelain")),
+        "dirty": bool(_git(repository, "status", "--porcelain", "--untracked-files=no")),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in RECORDED_PACKAGES},
         "system": f"{platform.system()} {platform.machine()}",
