@@ -6,18 +6,21 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import MethodType
 from typing import Any, cast
 
 import torch
-from peft import AdaLoraConfig, PeftModel
+from peft import AdaLoraConfig, LoraConfig, PeftModel
 from peft.tuners.adalora import AdaLoraModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fwlora.adapters import check_attached, find_adapter_pairs
+from fwlora.adapters import AdapterPair, check_attached, find_adapter_pairs
 from fwlora.architectures import stores_transposed
 from fwlora.budget import MatrixShape
-from fwlora.config import wrap_with_peft
+from fwlora.config import lora_fields, wrap_with_peft
 from fwlora.targets import TargetPatterns
 
 # Attributes of PEFT's allocator: sensitivity and its two moving averages, by parameter name.
@@ -26,28 +29,27 @@ _AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
 @dataclass(frozen=True)
 class AdaLoraPlan:
-    """AdaLoRA's initial rank and target within a parameter budget.
+    """AdaLoRA's initial rank within a parameter budget.
 
-    PEFT budgets triplets (one singular value with its two vectors), not parameters, and its ``target_r`` is an average,
-    which does not bound the parameters. Here the target is the number of triplets that the budget pays for on average;
-    when the schedule ends, the least important kept triplets are dropped until the real cost fits.
+    PEFT budgets triplets (one singular value with its two vectors), not parameters. Where triplets cost unlike numbers
+    of parameters, as many as the budget pays for on average use more or less of it than there is. Here the schedule
+    falls from the initial cost in parameters to the budget, and at every allocation the triplets of highest score are
+    kept whose parameters fit.
 
     Attributes:
         init_rank: rank that every matrix starts with: ceil(factor x mean LoRA rank of the same budget), and at least
-            enough to start above the target.
-        target_triplets: triplets kept at the end of PEFT's schedule.
-        budget: parameters that the kept triplets may cost, d_in + d_out + 1 each.
+            enough to start above the budget.
+        budget: parameters that the triplets kept at the end may cost, d_in + d_out + 1 each.
     """
 
     init_rank: int
-    target_triplets: int
     budget: int
 
 
 def plan_adalora(
     matrices: Sequence[MatrixShape], budget: int, mean_rank: float, init_rank_factor: float
 ) -> AdaLoraPlan:
-    """Plan AdaLoRA's initial rank and target for a parameter budget; see :class:`AdaLoraPlan`.
+    """Plan AdaLoRA's initial rank for a parameter budget; see :class:`AdaLoraPlan`.
 
     Args:
         matrices: that are adapted.
@@ -59,13 +61,10 @@ def plan_adalora(
         ValueError: the budget pays for no triplet.
     """
     costs = [matrix.cost + 1 for matrix in matrices]
-    target = int(budget * len(costs) / sum(costs))
-    if target < 1 or min(costs) > budget:
+    if min(costs) > budget:
         raise ValueError(f"{budget} parameters pay for no AdaLoRA triplet; the cheapest costs {min(costs)}")
     init_rank = math.ceil(init_rank_factor * mean_rank - 1e-9)
-    # PEFT's threshold is the k-th smallest score with k = initial - target, which must not be 0.
-    init_rank = max(init_rank, target // len(costs) + 1)
-    return AdaLoraPlan(init_rank, target, budget)
+    return AdaLoraPlan(max(init_rank, budget // sum(costs) + 1), budget)
 
 
 def attach_adalora(
@@ -85,7 +84,7 @@ def attach_adalora(
     Args:
         model: the model to adapt; its modules are changed in place.
         matrices: that get an adapter.
-        plan: initial rank and target.
+        plan: initial rank and budget.
         scaling: s of every update.
         dropout: probability on the adapters' inputs.
         total_steps: optimizer steps of the training to come.
@@ -103,7 +102,7 @@ def attach_adalora(
     patterns = TargetPatterns.make(names, [path for path, _ in model.named_modules()])
     config = AdaLoraConfig(
         init_r=plan.init_rank,
-        target_r=max(1, round(plan.target_triplets / len(matrices))),
+        target_r=max(1, round(plan.budget / sum(matrix.cost + 1 for matrix in matrices))),
         lora_alpha=scaling * plan.init_rank,  # type: ignore[arg-type]
         target_modules=patterns.target_modules,
         fan_in_fan_out=stores_transposed(model, names),
@@ -127,12 +126,12 @@ class AdaLora:
 
     Args:
         model: a PEFT model with one AdaLoRA adapter, whose config has ``total_step``, ``tinit`` and ``tfinal``.
-        plan: target and budget.
+        plan: the budget.
         adapter_name: which adapter.
 
     Attributes:
         pairs: the adapted matrices, in model order.
-        plan: target and budget.
+        plan: the budget.
         last_term: value of the latest :meth:`loss_term`, a scalar tensor.
 
     Raises:
@@ -145,7 +144,11 @@ class AdaLora:
         self._tuner = cast(Any, model.base_model)
         self._config = cast(Any, model.peft_config[adapter_name])
         self._allocator = cast(Any, self._tuner.rankallocator)
-        self._allocator.target_bgt = plan.target_triplets
+        self._costs = [pair.A.shape[1] + pair.B.shape[0] + 1 for pair in self.pairs]
+        # PEFT's cubic schedule, in parameters; how much of them each allocation keeps is decided here.
+        self._allocator.init_bgt = sum(cost * pair.rank for cost, pair in zip(self._costs, self.pairs, strict=True))
+        self._allocator.target_bgt = plan.budget
+        self._allocator.mask_to_budget = self._mask_to_budget
         self._last_allocation_step = int(self._config.total_step or 0) - self._config.tfinal
         self.last_term = torch.zeros(())
         if self._last_allocation_step < 2:
@@ -177,20 +180,9 @@ class AdaLora:
     def after_step(self, step: int) -> None:
         """Update scores and masks after optimizer step number ``step``, counted from 1; gradients must still be there.
 
-        At the schedule's last step the triplets that are kept for good are chosen, within the budget.
+        After the schedule's last step the kept triplets stay the same.
         """
-        if step != self._last_allocation_step:
-            self._tuner.update_and_allocate(step)
-            return
-        kept = self._choose_triplets()
-        values = [pair.E.clone() for pair in self.pairs if pair.E is not None]
         self._tuner.update_and_allocate(step)
-        pattern = self._config.rank_pattern or {}
-        for name, pair, value, mask in zip(self._pattern_keys(), self.pairs, values, kept, strict=True):
-            assert pair.E is not None
-            pair.E.copy_(value * mask[:, None])
-            pattern[name] = mask.tolist()
-        self._config.rank_pattern = pattern
 
     def active_ranks(self) -> list[int]:
         """Count the triplets that are not masked, one number per matrix, as of the latest allocation."""
@@ -226,28 +218,41 @@ class AdaLora:
     def _pattern_keys(self) -> list[str]:
         return [f"{pair.name}.lora_E.{self._allocator.adapter_name}" for pair in self.pairs]
 
-    def _choose_triplets(self) -> list[Tensor]:
-        """Choose the triplets kept for good by PEFT's scores: the target's number, less what exceeds the budget.
+    @torch.no_grad()
+    def _mask_to_budget(self, model: nn.Module, budget: int) -> dict[str, list[bool]]:
+        """Set the singular values of all but the chosen triplets to 0, in place of PEFT's allocator.
 
+        Args:
+            model: whose triplets are masked.
+            budget: parameters that the triplets may cost now.
+
+        Returns:
+            Which triplets of each matrix are kept, by PEFT's keys.
+        """
+        pattern = {}
+        for key, pair, mask in zip(self._pattern_keys(), self.pairs, self._choose_triplets(budget), strict=True):
+            assert pair.E is not None
+            pair.E.masked_fill_(~mask[:, None], 0.0)
+            pattern[key] = mask.tolist()
+        return pattern
+
+    def _choose_triplets(self, budget: int) -> list[Tensor]:
+        """Choose the triplets of highest score (PEFT's) while their parameters fit, ties in the order of their rows.
+
+        A triplet that does not fit any more is passed over, so that a cheaper one of lower score can use the rest.
         PEFT's own threshold would drop every triplet that ties with it.
 
         Returns:
             One mask of shape (r,) per matrix.
         """
-        scored = []
-        for index, (key, pair) in enumerate(zip(self._pattern_keys(), self.pairs, strict=True)):
-            scores = self._triplet_scores(key).tolist()
-            scored += [
-                (-score, place, index, pair.A.shape[1] + pair.B.shape[0] + 1) for place, score in enumerate(scores)
-            ]
-        kept = sorted(scored)[: self.plan.target_triplets]
-        cost = sum(item[3] for item in kept)
-        while cost > self.plan.budget:
-            cost -= kept.pop()[3]
-        masks = [torch.zeros(pair.A.shape[0], dtype=torch.bool, device=pair.A.device) for pair in self.pairs]
-        for _, place, index, _ in kept:
-            masks[index][place] = True
-        return masks
+        scores = torch.cat([self._triplet_scores(key) for key in self._pattern_keys()]).tolist()
+        places = [(place, index) for index, pair in enumerate(self.pairs) for place in range(pair.rank)]
+        masks = [torch.zeros(pair.rank, dtype=torch.bool) for pair in self.pairs]
+        for _, place, index in sorted((-score, *where) for score, where in zip(scores, places, strict=True)):
+            if self._costs[index] <= budget:
+                budget -= self._costs[index]
+                masks[index][place] = True
+        return [mask.to(pair.A.device) for mask, pair in zip(masks, self.pairs, strict=True)]
 
     def _triplet_scores(self, key_E: str) -> Tensor:
         """Return PEFT's score of each triplet of one matrix, s(E) + mean s(A) + mean s(B), shape (r,)."""
@@ -256,6 +261,50 @@ class AdaLora:
         of_B = score(key_E.replace(".lora_E.", ".lora_B.")).mean(dim=0)
         scores: Tensor = score(key_E).view(-1) + of_A + of_B
         return scores
+
+
+@torch.no_grad()
+def save_as_lora(model: PeftModel, pairs: Sequence[AdapterPair], folder: str | Path) -> None:
+    """Save a trained AdaLoRA adapter as LoRA, B diag(E) A as B (E A), with the triplets that are in use.
+
+    transformers cannot load a pruned AdaLoRA adapter, since its shapes are not those of its configuration; every loader
+    of LoRA adapters loads this one, with the same outputs.
+
+    Args:
+        model: with the adapter.
+        pairs: the matrices that carry it.
+        folder: that is written to.
+    """
+    stored: Any = model.peft_config[pairs[0].adapter_name]
+    kept = [pair.E[:, 0] != 0 for pair in pairs if pair.E is not None]
+    if not any(mask.any() for mask in kept):
+        kept[0][0] = True  # an untrained adapter: LoRA needs a matrix
+    ranks = {pair.name: int(mask.sum()) for pair, mask in zip(pairs, kept, strict=True)}
+    config = LoraConfig(
+        **lora_fields(model.get_base_model(), ranks, pairs[0].scaling),
+        fan_in_fan_out=stored.fan_in_fan_out,
+        lora_dropout=stored.lora_dropout,
+        modules_to_save=stored.modules_to_save,
+        task_type=stored.task_type,
+        base_model_name_or_path=stored.base_model_name_or_path,
+        revision=stored.revision,
+        inference_mode=True,
+    )
+    weights = {
+        f"{path}.{name}": value
+        for path, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+        for name, value in module.modules_to_save[pairs[0].adapter_name].state_dict().items()
+    }
+    for pair, mask in zip(pairs, kept, strict=True):
+        if ranks[pair.name]:
+            A, B = pair.factors()
+            weights[f"base_model.model.{pair.name}.lora_A.weight"] = A[mask]
+            weights[f"base_model.model.{pair.name}.lora_B.weight"] = B[:, mask]
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(folder))
+    contiguous = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    save_file(contiguous, Path(folder) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
 
 
 def keep_orthogonal_term_out_of_evaluation(tuner: AdaLoraModel) -> None:

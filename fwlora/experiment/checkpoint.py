@@ -12,7 +12,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from fwlora.adapters import save_adapter
 from fwlora.experiment.files import replace_folder
 from fwlora.experiment.json_types import JsonMapping, JsonObject
 from fwlora.experiment.modeling.build import AdaptedModel
@@ -73,8 +72,7 @@ def save_checkpoint(
         config.revision = run.model.revision
 
     def fill(partial: Path) -> None:
-        # No run trains embeddings, for which PEFT would look the base model up.
-        save_adapter(model, partial, **({"save_embedding_layers": False} if base is not model else {}))
+        adapted.method.save(model, partial)
         tokenizer.save_pretrained(partial)
         if base is not model:
             base.config.save_pretrained(partial)

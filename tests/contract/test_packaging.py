@@ -161,7 +161,7 @@ def test_metadata(metadata):
     assert fields.get_all("Provides-Extra") == ["experiment"]
     assert fields["Description-Content-Type"] == "text/markdown"
     required = {canonicalize_name(requirement.name) for requirement in list_requirements(metadata)}
-    assert required == {"numpy", "peft", "torch", "transformers"}
+    assert required == {"numpy", "peft", "safetensors", "torch", "transformers"}
     assert {"wandb", "hydra-core", "optuna"} <= {r.name for r in list_requirements(metadata, "experiment")}
     (command,) = metadata.entry_points
     assert (command.group, command.name, command.value) == ("console_scripts", "fwlora", "fwlora.experiment.cli:main")

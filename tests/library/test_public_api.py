@@ -15,7 +15,7 @@ from fwlora.options import FisherWeighting
 PARAMETERS = {
     "AdaLora": "model plan adapter_name",
     "AdaLoraCallback": "",
-    "AdaLoraPlan": "init_rank target_triplets budget",
+    "AdaLoraPlan": "init_rank budget",
     "AdapterPair": "name module A B E scaling adapter_name",
     "FisherWeightedLora": "model options adapter_name",
     "FisherWeighting": (

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, Self, cast
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fwlora.experiment.errors import UserError
 from fwlora.experiment.json_types import JsonMapping, JsonObject
@@ -14,6 +15,7 @@ from fwlora.experiment.settings.base import Searchable, SettingsNode
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
     from torch import Tensor, nn
 
     from fwlora.adalora import AdaLora
@@ -21,11 +23,17 @@ if TYPE_CHECKING:
     from fwlora.experiment.settings.schema import RunSettings
 
 
+# The authors' script for SST-2: 6,000, 22,000 and 100 of 24 epochs of 2,105 steps.
+PAPER_SHARES = {"tinit": 6_000 / 50_520, "tfinal": 22_000 / 50_520, "deltaT": 100 / 50_520}
+
+
 class AdaLoraSettings(SettingsNode):
-    """``adalora``. All keys but ``init_rank_factor`` are PEFT's own names, meanings and defaults.
+    """``adalora``. All keys but ``init_rank_factor`` and ``schedule`` are PEFT's own names, meanings and defaults.
 
     Attributes:
         init_rank_factor: the initial rank is this times the mean LoRA rank of the same budget, rounded up.
+        schedule: ``peft`` takes ``tinit``, ``tfinal`` and ``deltaT`` as they are; ``proportional`` takes the shares of
+            the run that they are in the authors' SST-2 run, see :data:`PAPER_SHARES`.
         tinit: optimizer steps before pruning starts.
         tfinal: optimizer steps after pruning has ended.
         deltaT: optimizer steps from one pruning to the next.
@@ -35,6 +43,7 @@ class AdaLoraSettings(SettingsNode):
     """
 
     init_rank_factor: Annotated[float, Field(ge=1), Searchable()] = 1.5
+    schedule: Literal["peft", "proportional"] = "peft"
     tinit: int = Field(default=0, ge=0)
     tfinal: int = Field(default=0, ge=0)
     deltaT: int = Field(default=1, ge=1)
@@ -42,9 +51,24 @@ class AdaLoraSettings(SettingsNode):
     beta2: float = Field(default=0.85, gt=0, lt=1)
     orth_reg_weight: Annotated[float, Field(ge=0), Searchable()] = 0.5
 
+    @model_validator(mode="after")
+    def _is_one_schedule(self) -> Self:
+        given = sorted(PAPER_SHARES.keys() & self.model_fields_set)
+        changed = [name for name in given if getattr(self, name) != type(self).model_fields[name].default]
+        if self.schedule == "proportional" and changed:
+            raise ValueError(f"`schedule` proportional decides {', '.join(changed)}; leave them out")
+        return self
+
+    def fit_to(self, total_steps: int) -> AdaLoraSettings:
+        """Return the settings of a run of so many optimizer steps, the schedule in steps."""
+        if self.schedule == "peft":
+            return self
+        steps = {name: round(share * total_steps) for name, share in PAPER_SHARES.items()}
+        return self.model_copy(update={**steps, "deltaT": max(1, steps["deltaT"])})
+
     def peft_schedule(self) -> JsonObject:
         """Return the keys that PEFT's AdaLoraConfig takes."""
-        return self.model_dump(exclude={"init_rank_factor"})
+        return self.model_dump(exclude={"init_rank_factor", "schedule"})
 
 
 class AdaLoraMethod(Method):
@@ -75,6 +99,12 @@ class AdaLoraMethod(Method):
     def active_ranks(self) -> list[int]:
         """Return the triplets in use, one number per pair."""
         return self.adalora.active_ranks()
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Write the triplets in use as a LoRA adapter."""
+        from fwlora.adalora import save_as_lora
+
+        save_as_lora(cast("PeftModel", model), self.pairs, folder)
 
     def state_dict(self) -> JsonObject:
         """Return scores and masks."""
@@ -110,7 +140,7 @@ class AdaLoraSpec(MethodSpec):
         """Add PEFT's triplets, so many that those left after pruning use the budget."""
         from fwlora.adalora import AdaLora, attach_adalora, plan_adalora
 
-        settings = _settings_of(run)
+        settings = _settings_of(run).fit_to(total_steps)
         try:
             adalora_plan = plan_adalora(plan.matrices, plan.budget, plan.mean_rank, settings.init_rank_factor)
             adapted = attach_adalora(
@@ -127,7 +157,8 @@ class AdaLoraSpec(MethodSpec):
 
     def check(self, run: RunSettings, total_steps: int) -> None:
         """Check that pruning has at least one step, and one before it."""
-        tinit, tfinal = _settings_of(run).tinit, _settings_of(run).tfinal
+        settings = _settings_of(run).fit_to(total_steps)
+        tinit, tfinal = settings.tinit, settings.tfinal
         if tinit >= total_steps - tfinal or total_steps - tfinal < 2:
             raise UserError(
                 f"run.adalora: tinit = {tinit} and tfinal = {tfinal} of {total_steps} optimizer steps leave AdaLoRA "
@@ -136,6 +167,8 @@ class AdaLoraSpec(MethodSpec):
 
     def rescale(self, run: RunSettings, steps: int, new_steps: int) -> RunSettings:
         """Keep the share of the steps before pruning and after it."""
+        if _settings_of(run).schedule == "proportional":
+            return run
         tinit, tfinal = _settings_of(run).tinit, _settings_of(run).tfinal
         if tinit >= steps - tfinal:
             raise ValueError(f"tinit {tinit} and tfinal {tfinal} leave no step of the run's {steps}")
@@ -145,7 +178,7 @@ class AdaLoraSpec(MethodSpec):
 
     def limit_to_trial(self, run: RunSettings) -> RunSettings:
         """Prune from the first step on, at every step."""
-        return run.with_method_settings(tinit=0, tfinal=0, deltaT=1)
+        return run.with_method_settings(schedule="peft", tinit=0, tfinal=0, deltaT=1)
 
     def changes_ranks(self, run: RunSettings) -> bool:
         """Return True: it prunes triplets by their importance."""

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from fwlora.experiment.errors import UserError
@@ -124,6 +125,13 @@ class Method:
 
         norms = delta_norms(self.pairs).tolist() if self.pairs else []
         return AdapterTable([pair.name for pair in self.pairs], self.active_ranks(), self.importances(), norms)
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Write the trained adapter into a folder, in a form that PEFT and transformers load; the head alone whole."""
+        from fwlora.adapters import save_adapter
+
+        # No run trains embeddings, for which PEFT would look the base model up.
+        save_adapter(model, folder, **({"save_embedding_layers": False} if self.pairs else {}))
 
     def state_dict(self) -> JsonObject:
         """Return what a resume needs beside the weights of the model and the state of the optimizer."""
