@@ -59,5 +59,5 @@ def gather_evidence(
         cells=cells,
         comparison=compare_pairs(cells, resampled, rng_seed),
         claim_results=judge_claims(claims, cells, resampled, rng_seed),
-        warnings=find_warnings(cells),
+        warnings=find_warnings(cells, resampled),
     )

@@ -11,7 +11,6 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from fwlora.experiment.evaluation.compare import bootstrap as resampling
 from fwlora.experiment.evaluation.compare.bootstrap import (
-    average_over_seeds,
     percentile_interval,
     resample_runs,
     resample_scores,
@@ -69,24 +68,6 @@ def test_interval_over_examples_has_the_width_that_theory_gives():
     low, high = percentile_interval(scores[0] - scores[1])
     standard_error = np.std((predictions[0] == labels).astype(float) - (predictions[1] == labels)) / math.sqrt(1000)
     assert (high - low) / (2 * 1.96 * standard_error) == pytest.approx(1.0, abs=0.05)
-
-
-def test_seeds_add_their_variance_to_that_of_the_examples():
-    # Five seeds whose scores differ by amounts with population variance 4, on examples with standard deviation 0.5.
-    rng = np.random.default_rng(0)
-    offsets = np.array([-3.0, -1.0, 0.0, 1.0, 3.0])
-    examples = 0.5 * rng.normal(size=40_000)
-    drawn = average_over_seeds(offsets[:, None] + examples, rng)
-    assert drawn.shape == (40_000,)
-    # Of the mean of five other seeds: s² / 5 with s² = 4 · 5 / 4.
-    assert drawn.var() == pytest.approx(1.0 + 0.25, rel=0.03)
-    # Copies of one seed carry no variance of seeds, nor do they average the examples' variance away.
-    assert average_over_seeds(np.tile(examples, (5, 1)), rng).var() == pytest.approx(0.25, rel=0.03)
-
-
-def test_one_seed_says_nothing_of_others():
-    values = np.random.default_rng(0).normal(size=(1, 100))
-    np.testing.assert_array_equal(average_over_seeds(values, np.random.default_rng(1)), values[0])
 
 
 def test_runs_of_a_split_share_its_resamples_whoever_else_is_there():

@@ -8,6 +8,7 @@ import math
 
 import numpy as np
 import pytest
+from sklearn.metrics import matthews_corrcoef
 
 from fwlora.experiment.errors import UserError
 from fwlora.experiment.evaluation.compare.bootstrap import resample_runs
@@ -15,6 +16,7 @@ from fwlora.experiment.evaluation.compare.cells import group_cells
 from fwlora.experiment.evaluation.compare.comparability import find_warnings
 from fwlora.experiment.evaluation.compare.comparisons import compare_pairs
 from fwlora.experiment.evaluation.compare.hypothesis_tests import holm_adjust, mcnemar_exact
+from fwlora.experiment.evaluation.compare.references import ConstantReference, has_learned, score_constant
 from fwlora.experiment.evaluation.compare.results import ComparisonWarning
 from fwlora.experiment.evaluation.compare.runs import read_runs
 from fwlora.experiment.evaluation.compare.settings import flatten_settings
@@ -37,6 +39,10 @@ def cells_of(*given):
 def compare(cells, rng_seed: int = 0, resamples: int = 200):
     runs = [run for cell in cells for run in cell.runs]
     return compare_pairs(cells, resample_runs(runs, rng_seed, resamples), rng_seed)
+
+
+def warn(cells):
+    return find_warnings(cells, resample_runs([run for cell in cells for run in cell.runs], 0, 200))
 
 
 def with_accuracy(record, value: float):
@@ -281,7 +287,7 @@ def test_methods_without_a_common_seed_are_not_paired():
     document = describe_comparison(comparison, cells)
     assert document["pairs"][0]["over_seeds"] == {} and document["holm"]["mcnemar"] == []
     assert "training_time_ratio" not in document["pairs"][0]
-    texts = [warning.text for warning in find_warnings(cells)]
+    texts = [warning.text for warning in warn(cells)]
     assert any("unequal seeds" in text and "0 can be paired" in text for text in texts)
 
 
@@ -307,8 +313,8 @@ def test_methods_without_a_common_seed_are_not_paired():
 )
 def test_unequal_comparisons_are_flagged(paths, expected):
     baseline, proposed = make_record("b"), make_record("p", "proposed_fw_lora")
-    assert find_warnings(cells_of(baseline, proposed)) == []
-    (warning,) = find_warnings(cells_of(baseline, change(proposed, **paths)))
+    assert warn(cells_of(baseline, proposed)) == []
+    (warning,) = warn(cells_of(baseline, change(proposed, **paths)))
     assert expected in warning.text and warning.cell == "glue/sst2, roberta-base, 0.2 %"
 
 
@@ -316,9 +322,9 @@ def test_search_spaces_count_only_where_there_is_a_search():
     baseline, proposed = make_record("b"), make_record("p", "proposed_fw_lora")
     space = {"lambda_fw": {"type": "loguniform", "low": 1e-5, "high": 1e-4}}
     proposed = change(proposed, config__run__optuna__search_space=space)
-    assert find_warnings(cells_of(baseline, proposed)) == []
+    assert warn(cells_of(baseline, proposed)) == []
     searching = [change(record, config__run__optuna__n_trials=5) for record in (baseline, proposed)]
-    assert any("optuna.search_space" in warning.text for warning in find_warnings(cells_of(*searching)))
+    assert any("optuna.search_space" in warning.text for warning in warn(cells_of(*searching)))
 
 
 def test_a_control_that_wins_is_not_sold_as_the_method():
@@ -332,8 +338,53 @@ def test_a_control_that_wins_is_not_sold_as_the_method():
 def test_constant_predictions_are_counted_not_dropped():
     constant = change(make_record("b"), summary__eval_predictions=pack_classes(np.ones(400, dtype=int), 2))
     cells = cells_of(constant, make_record("p", "proposed_fw_lora"))
-    assert any("predicts one class" in warning.text for warning in find_warnings(cells))
+    assert any("predicts one class" in warning.text for warning in warn(cells))
     assert [method["constant_predictions"] for method in describe_cells(cells)[0]["methods"]] == [1, 0]
+
+
+def predicting(record, predictions, accuracy: float):
+    return change(record, summary__eval_predictions=pack_classes(predictions, 2), summary__final_eval_accuracy=accuracy)
+
+
+def test_runs_that_did_not_learn_are_named_with_what_they_are_not_above():
+    """270 of 400 examples are of class 0: 67.5 % by always predicting it."""
+    labels = (np.arange(400) >= 270).astype(int)
+    gold = {"summary__eval_labels": pack_classes(labels, 2)}
+
+    def run(name: str, right: int, method: str = "baseline_lora", seed: int = 1):
+        order = np.random.default_rng(seed).permutation(400)
+        predictions = np.where(np.isin(np.arange(400), order[:right]), labels, 1 - labels)
+        mcc = float(matthews_corrcoef(labels, predictions))
+        record = predicting(make_record(name, method, seed), predictions, right / 400)
+        return change(record, **gold, summary__final_eval_matthews_correlation=mcc)
+
+    cells = cells_of(run("below", 84), run("near", 281, seed=2), run("above", 360, "proposed_fw_lora"))
+    texts = [warning.text for warning in warn(cells)]
+    told = [text for text in texts if "learn" in text]
+    reference = "the 0.675 of always predicting negative"
+    assert told == [
+        f"run below did not learn: accuracy 0.210, not above {reference} (counted, not dropped)",
+        f"run near is not shown to have learned: accuracy 0.703, within its interval {reference}",
+    ]
+    by_id = {run.run_id: run for cell in cells for run in cell.runs}
+    assert [has_learned(by_id[name]) for name in ("below", "near", "above")] == [False, True, True]
+    assert score_constant(by_id["above"]) == ConstantReference(0.675, "negative")
+
+
+def test_methods_that_predict_the_same_are_suspect():
+    first, second = make_record("b"), make_record("p", "proposed_fw_lora")
+    second = change(second, summary__eval_predictions=first.summary["eval_predictions"])
+    texts = [warning.text for warning in warn(cells_of(first, second))]
+    assert any("runs b and p predict the same for every example" in text for text in texts)
+    assert not any("predict the same" in w.text for w in warn(cells_of(make_record("b"), make_record("c", seed=2))))
+
+
+def test_examples_that_were_cut_are_warned_of():
+    cut = change(make_record("b"), config__resolved__train_examples_cut=12, config__resolved__eval_examples_cut=0)
+    texts = [warning.text for warning in warn(cells_of(cut, make_record("p", "proposed_fw_lora")))]
+    assert [text for text in texts if "cut" in text] == [
+        "run b: 12 training examples were longer than max_length and cut"
+    ]
 
 
 @pytest.mark.parametrize(

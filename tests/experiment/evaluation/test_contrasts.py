@@ -66,34 +66,56 @@ def test_a_cell_of_one_seed_is_left_out_where_others_have_more():
 
 
 def test_without_examples_the_interval_is_students():
-    found = estimate([make_sample("a", "sst2", {0: 1.0, 1: 2.0, 2: 3.0})], 0)
+    found = estimate([make_sample("a", "sst2", {0: 1.0, 1: 2.0, 2: 3.0})])
     reach = stats.t.ppf(0.975, 2) / math.sqrt(3)
     assert (found.mean, found.low, found.high) == pytest.approx((2.0, 2.0 - reach, 2.0 + reach))
     assert (found.interval_over, found.examples_error) == ("seeds", 0.0)
-    alone = estimate([make_sample("a", "sst2", {0: 1.0})], 0)
+    alone = estimate([make_sample("a", "sst2", {0: 1.0})])
     assert (alone.mean, alone.low, alone.high, alone.interval_over) == (1.0, None, None, "nothing")
 
 
 def test_one_seed_has_an_interval_over_examples():
     row = [0.0, 1.0, 2.0, 3.0, 4.0]
-    found = estimate([make_sample("a", "sst2", {0: 2.0}, [row])], 0)
+    found = estimate([make_sample("a", "sst2", {0: 2.0}, [row])])
     assert (found.low, found.high) == pytest.approx((0.1, 3.9))
     assert (found.interval_over, found.examples_error) == ("examples", pytest.approx(math.sqrt(2.5)))
 
 
+def test_seeds_and_examples_by_hand():
+    """Three seeds whose scores move together on the resamples, and one part of each that no other seed shares."""
+    shared, own = np.array([-1.0, 1.0, -1.0, 1.0]), np.array([[1.0, 1.0, -1.0, -1.0]] * 3) * [[1.0], [-1.0], [0.0]]
+    values = np.array([1.0, 2.0, 6.0])
+    rows = values[:, None] + 0.5 * shared + 0.3 * own
+    found = estimate([make_sample("a", "sst2", {0: 1.0, 1: 2.0, 2: 6.0}, rows.tolist())])
+    together = 0.25 * 4 / 3
+    alone = ((0.25 + 0.09) * 2 + 0.25) / 3 * 4 / 3
+    interaction = (alone - together) / 2
+    seeds = 7.0 / 3 - interaction / 2
+    reach = math.sqrt(stats.t.ppf(0.975, 2) ** 2 * seeds + stats.norm.ppf(0.975) ** 2 * (together - interaction / 2))
+    assert (found.mean, found.low, found.high) == pytest.approx((3.0, 3.0 - reach, 3.0 + reach))
+    assert (found.interval_over, found.examples_error) == ("seeds and examples", pytest.approx(math.sqrt(together)))
+
+
+def test_copies_of_one_seed_have_the_examples_interval_alone():
+    row = np.random.default_rng(0).normal(size=500).tolist()
+    found = estimate([make_sample("a", "sst2", {0: 0.5, 1: 0.5, 2: 0.5}, [row] * 3)])
+    reach = stats.norm.ppf(0.975) * np.std(row, ddof=1)
+    assert found.high - found.mean == pytest.approx(reach)
+
+
 def test_seeds_that_agree_have_an_interval_of_no_width():
-    found = estimate([make_sample("a", "sst2", {0: 0.5, 1: 0.5}, [[0.5] * 4, [0.5] * 4])], 0)
+    found = estimate([make_sample("a", "sst2", {0: 0.5, 1: 0.5}, [[0.5] * 4, [0.5] * 4])])
     assert (found.mean, found.low, found.high, found.interval_over) == (0.5, 0.5, 0.5, "seeds and examples")
 
 
 def test_cells_of_one_data_set_and_the_same_seeds_are_one_stratum():
     first, second = make_sample("a", "sst2", {0: 1.0, 1: 3.0}), make_sample("b", "sst2", {0: 2.0, 1: 6.0})
-    together = estimate([first, second], 0)
+    together = estimate([first, second])
     assert (together.seeds.strata, together.mean) == (1, 3.0)
     # Means 1.5 and 4.5 for the two seeds.
     assert together.seeds.standard_error == pytest.approx(np.std([1.5, 4.5], ddof=1) / math.sqrt(2))
     other = make_sample("c", "cola", {0: 9.0, 1: 9.0})
-    three = estimate([first, second, other], 0)
+    three = estimate([first, second, other])
     assert (three.seeds.strata, three.mean) == (2, pytest.approx((2.0 + 4.0 + 9.0) / 3))
     assert blocks_of([first, other]) == [[("sst2", 0), ("sst2", 1)], [("cola", 0), ("cola", 1)]]
 

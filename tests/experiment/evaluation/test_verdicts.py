@@ -233,11 +233,18 @@ def test_a_claim_without_its_premise_is_not_supported(gains, verdict):
     results = judge(
         given,
         premise=make_claim(contrast={"adalora": 1, "lora": -1}),
-        claim=make_claim(contrast={"proposed": 1, "adalora": -0.5, "lora": -0.5}, requires="premise"),
+        claim=make_claim(
+            contrast={"proposed": 1, "adalora": -0.5, "lora": -0.5}, requires="premise", without_premise="no gain"
+        ),
     )
     assert results["premise"].verdict == verdict
-    assert results["claim"].verdict == verdict
     assert f"which is {verdict}" in reason_of(results["claim"])
+    if verdict == "refuted":
+        # A gain that is a loss cannot be kept: no verdict, and no value that would look like one.
+        assert (results["claim"].verdict, results["claim"].findings) == ("does not apply", ())
+        assert reason_of(results["claim"]) == "no gain: it rests on “s”, which is refuted"
+    else:
+        assert results["claim"].verdict == "undecided"
 
 
 def test_norms_are_compared_within_each_half_of_the_modules():
@@ -330,13 +337,31 @@ def test_ratios_over_two_data_sets_have_a_t_test():
 
 
 def test_a_clear_interval_is_not_enough_where_holm_asks_for_more():
-    given = make_runs([30, 60, 20])
+    given = make_runs([100, 130, 90, 110])
     alone = judge(given, a=make_claim())
-    assert alone.findings[0].low > 0 and alone.findings[0].p_value > 0.05 / 3
-    many = judge(given, **{f"c{i}": make_claim(at_least=-0.001 * i) for i in range(10)})
+    assert alone.findings[0].low > 0 and alone.findings[0].p_value > 0.05 / 200
+    many = judge(given, **{f"c{i}": make_claim(at_least=-0.001 * i) for i in range(200)})
     assert {result.verdict for result in many.values()} == {"undecided"}
     assert all(result.findings[0].low > 0 for result in many.values())
     assert reason_of(many["c0"]) == "the test does not reject the bound"
+
+
+def test_a_decision_says_that_it_rests_on_runs_that_learned():
+    decided = judge(make_runs([100, 130, 90, 110]), a=make_claim())
+    # 1 - 0.05^(1/4): a failure in more than 53 % of runs would have been seen.
+    assert decided.verdict == "supported" and decided.findings[0].caveat == (
+        "it rests on runs of which all learned; of 4 runs of a method, up to 53% could fail unseen"
+    )
+    times = with_times({"lora": [100.0, 101.0, 99.0], "proposed": [80.0, 80.5, 79.5]})
+    faster = judge(times, a=make_claim(measure="training_time", at_least=None, at_most=1.0))
+    assert faster.verdict == "supported" and faster.findings[0].caveat is None
+
+
+def test_a_decision_names_the_collapsed_runs_that_it_counts():
+    given = make_runs([-1700, -1690, -1710, -1705], base=3400)
+    decided = judge(given, a=make_claim())
+    assert decided.verdict == "refuted"
+    assert "counts 4 runs that did not learn: proposed-sst2-0.2-0, proposed-" in decided.findings[0].caveat
 
 
 def test_what_would_decide_a_claim_between_two_bounds_is_counted_from_the_nearer_one():

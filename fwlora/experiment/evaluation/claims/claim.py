@@ -65,6 +65,7 @@ class Claim(BaseModel):
         budgets: of the cells that the claim covers, in per cent; null: all.
         scope: ``each_cell``: it has to hold in every cell; ``pooled``: in the mean over cells.
         requires: another claim's id, without which this one means nothing; that one requires none.
+        without_premise: why there is nothing to judge where the required claim is refuted.
         about: model and tasks that the claim was made for; it is not supported before all of them were run.
         note: how the bound was chosen, where the source leaves it open.
     """
@@ -83,6 +84,7 @@ class Claim(BaseModel):
     budgets: Annotated[list[Annotated[float, Field(strict=False, gt=0)]], Field(min_length=1)] | None = None
     scope: Literal["each_cell", "pooled"]
     requires: str | None = None
+    without_premise: str | None = None
     about: ClaimScope | None = None
     note: str | None = None
 

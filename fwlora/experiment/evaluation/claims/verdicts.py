@@ -1,11 +1,11 @@
-"""Claims against runs: supported, refuted or undecided, with interval and test, and what would decide it.
+"""Claims against runs: supported, refuted, undecided or not applying; with interval, test, and what would decide it.
 
 The rule. A claim is decided only where both sources of variance agree: the interval (over seeds and examples, for
 quality) lies wholly on one side of the claim's bound, and a test over seeds rejects the bound in the same direction, at
 5 % after Holm's correction over all claims' tests. Runs of one data set and seed count as one observation, whatever
 their budgets. On one data set the test is Student's paired t; over several, Student's t with Satterthwaite's degrees of
 freedom, for quality together with stratified sign flips, whose larger p-value counts. Runs that differ in more than the
-method decide nothing.
+method decide nothing. A claim whose premise is refuted does not apply.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ from fwlora.experiment.evaluation.compare.hypothesis_tests import (
 )
 from fwlora.experiment.evaluation.compare.results import Reason
 
-Verdict = Literal["supported", "refuted", "undecided"]
+Verdict = Literal["supported", "refuted", "undecided", "does not apply"]
+# An event that occurs with this probability or more is ruled out at 5 % where it was not seen in n runs: p^n = 0.05.
+_UNSEEN = 0.05
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Finding:
         reasons: why it is undecided; empty where it is decided.
         remedies: what would decide it; empty likewise.
         left_out: cells, or seeds of them, that the claim covers and that do not count, with the reasons.
+        caveat: what a decided finding on quality rests on: runs that did not learn, or that none of so few was one.
     """
 
     cells: tuple[str, ...]
@@ -77,6 +80,7 @@ class Finding:
     reasons: tuple[Reason, ...] = ()
     remedies: tuple[Reason, ...] = ()
     left_out: tuple[Reason, ...] = ()
+    caveat: str | None = None
 
 
 @dataclass(frozen=True)
@@ -164,12 +168,28 @@ def _measure(claim: Claim, cells: Sequence[Cell], resampled: ResampledRuns, rng_
             remedies=(Reason(None, "such runs, with equal settings and the same seeds, two at least"),),
         )
     samples, without = share_seeds(samples)
-    found = estimate(samples, rng_seed)
+    return _measure_samples(claim, samples, (*left_out, *without), rng_seed)
+
+
+def judge_samples(claim: Claim, samples: Sequence[Sample], rng_seed: int = 0) -> Finding:
+    """Judge one claim by itself, without a correction over others, on samples that are at hand.
+
+    Args:
+        claim: whose bounds count.
+        samples: one per cell, at least one.
+        rng_seed: of sign patterns.
+    """
+    unit = _measure_samples(claim, samples, (), rng_seed)
+    return _conclude(unit, unit.p_value, 1)
+
+
+def _measure_samples(claim: Claim, samples: Sequence[Sample], left_out: tuple[Reason, ...], rng_seed: int) -> _Measured:
+    found = estimate(samples)
     low = -math.inf if claim.at_least is None else claim.unit.to_scale(claim.at_least)
     high = math.inf if claim.at_most is None else claim.unit.to_scale(claim.at_most)
     supports = low < found.mean < high
     test, p_value = _test(claim, samples, found, (low, high), supports, rng_seed)
-    return _Measured(claim, tuple(samples), found, (low, high), supports, p_value, test, (*left_out, *without))
+    return _Measured(claim, tuple(samples), found, (low, high), supports, p_value, test, left_out)
 
 
 def _test(
@@ -236,12 +256,22 @@ def _conclude(unit: _Measured, p_value_holm: float | None, tests: int) -> Findin
     low, high = unit.bounds
     within, beyond = low <= found.low and found.high <= high, found.high < low or high < found.low
     significant = p_value_holm is not None and p_value_holm <= LEVEL
-    if significant and unit.supports and within:
-        return replace(finding, verdict="supported")
-    if significant and not unit.supports and beyond:
-        return replace(finding, verdict="refuted")
+    if significant and (within if unit.supports else beyond):
+        return replace(finding, verdict="supported" if unit.supports else "refuted", caveat=_find_caveat(unit.samples))
     reason = "the interval reaches across the bound" if not (within or beyond) else "the test does not reject the bound"
     return _leave_open(finding, reason, _estimate_needs(unit, tests))
+
+
+def _find_caveat(samples: Sequence[Sample]) -> str | None:
+    """Say what a decision on quality rests on: collapsed runs that are counted, or the absence of any among few."""
+    if any(sample.resampled is None for sample in samples):
+        return None
+    unlearned = list(dict.fromkeys(run_id for sample in samples for run_id in sample.unlearned))
+    if unlearned:
+        return f"it counts {len(unlearned)} runs that did not learn: {', '.join(unlearned)}"
+    runs = sum(len(sample.seeds) for sample in samples)
+    rate = 1 - _UNSEEN ** (1 / runs)
+    return f"it rests on runs of which all learned; of {runs} runs of a method, up to {rate:.0%} could fail unseen"
 
 
 def _leave_open(finding: Finding, reason: str, remedy: str) -> Finding:
@@ -315,13 +345,15 @@ def _find_missing_tasks(claim: Claim, findings: Sequence[Finding], cells: Sequen
 
 
 def _apply_requirement(result: ClaimResult, results: Mapping[str, ClaimResult]) -> ClaimResult:
-    """Refute a claim whose premise is refuted; leave one open whose premise is open."""
+    """Set a claim aside whose premise is refuted; leave one open whose premise is open."""
     if result.claim.requires is None:
         return result
     premise = results[result.claim.requires]
     rests_on = f"it rests on “{premise.claim.statement}”, which is {premise.verdict}"
     if premise.verdict == "refuted":
-        return replace(result, verdict="refuted", reasons=(Reason(None, rests_on),), remedies=())
+        nothing = result.claim.without_premise
+        reason = Reason(None, f"{nothing}: {rests_on}" if nothing else rests_on)
+        return replace(result, verdict="does not apply", reasons=(reason,), remedies=(), findings=())
     if premise.verdict == "undecided" and result.verdict == "supported":
         return replace(result, verdict="undecided", reasons=(Reason(None, rests_on),), remedies=premise.remedies)
     if premise.verdict == "undecided" and result.verdict == "undecided":

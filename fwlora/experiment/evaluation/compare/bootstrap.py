@@ -1,15 +1,13 @@
-"""Bootstrap over evaluation examples and seeds, from which every interval is computed.
+"""Bootstrap over evaluation examples: another test split of the same size would give another value of the same run.
 
-Two sources of variance are kept apart. *Examples*: another test split of the same size would give another value of
-the same run. *Seeds*: another initialization and data order would give another run. Resamples of the examples are
-shared by all runs of a split, which keeps every difference between two runs paired, whatever cells they are in.
+Resamples are shared by all runs of a split, which keeps every difference between two runs paired, whatever cells they
+are in. What other seeds would give is estimated in :mod:`fwlora.experiment.evaluation.compare.contrasts`.
 
 Sources: Efron and Tibshirani, An Introduction to the Bootstrap (1993), ch. 13.
 """
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -139,28 +137,6 @@ def resample_runs(runs: Sequence[EvaluatedRun], rng_seed: int, resamples: int = 
         for row, run in enumerate(members):
             scores.update({(run.run_id, name): resampled[name][row] for name in names})
     return ResampledRuns(scores, resamples)
-
-
-def average_over_seeds(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Average, in each resample, S seeds drawn with replacement: the second level of the bootstrap.
-
-    A few seeds drawn from themselves vary less than other seeds would, by (S - 1) / S; their deviations are widened by
-    that. All seeds of a resample are scored on its one set of examples, because they share the test split: examples
-    drawn afresh for every seed would average the examples' variance away.
-
-    Args:
-        values: one row per seed, shape ``(S, R)``.
-        rng: source of the draws; not used for one seed.
-
-    Returns:
-        Shape ``(R,)``.
-    """
-    seeds, resamples = values.shape
-    if seeds == 1:
-        return values[0]
-    drawn = rng.integers(0, seeds, size=(seeds, resamples))
-    centre = values.mean(axis=0)
-    return centre + math.sqrt(seeds / (seeds - 1)) * (np.take_along_axis(values, drawn, axis=0).mean(axis=0) - centre)
 
 
 def percentile_interval(values: np.ndarray) -> tuple[float, float]:

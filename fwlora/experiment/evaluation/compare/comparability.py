@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fwlora.experiment.evaluation.compare.bootstrap import confusion_matrix
+from fwlora.experiment.evaluation.compare.bootstrap import ResampledRuns, confusion_matrix, percentile_interval
 from fwlora.experiment.evaluation.compare.cells import Cell, Group
+from fwlora.experiment.evaluation.compare.references import describe_reference
 from fwlora.experiment.evaluation.compare.results import ComparisonWarning
 from fwlora.experiment.evaluation.compare.runs import EvaluatedRun, as_finite
 from fwlora.experiment.evaluation.compare.settings import list_distinct, shorten_setting
@@ -23,12 +24,18 @@ _POOLED_SETTINGS = ("training.learning_rate", "training.epochs", "training.batch
 DECIDING_FACTS = ("precision", "steps", "encoder weights", "engine", "data")
 
 
-def find_warnings(cells: Sequence[Cell]) -> list[ComparisonWarning]:
-    """List what makes a comparison unequal or its numbers doubtful."""
+def find_warnings(cells: Sequence[Cell], resampled: ResampledRuns) -> list[ComparisonWarning]:
+    """List what makes a comparison unequal or its numbers doubtful.
+
+    Args:
+        cells: of all runs.
+        resampled: scores of all runs on resamples of their examples.
+    """
     warnings: list[ComparisonWarning] = []
     for cell in cells:
         problems = find_unequal_settings(cell.groups) + find_unequal_facts(cell.runs) + _find_unequal_seeds(cell)
-        problems += [problem for run in cell.runs for problem in _find_doubts(run)]
+        problems += [problem for run in cell.runs for problem in _find_doubts(run, resampled)]
+        problems += _find_equal_predictions(cell)
         warnings.extend(ComparisonWarning(cell.name, problem) for problem in problems)
     return warnings + _find_unequal_methods(cells)
 
@@ -143,12 +150,32 @@ def _recompute(run: EvaluatedRun, name: str) -> float:
     return float(task_metrics.score_counts(name, run.labels, run.predictions[None], once)[0, 0])
 
 
-def _find_doubts(run: EvaluatedRun) -> list[str]:
+def _find_equal_predictions(cell: Cell) -> list[str]:
+    """Find runs of different methods whose predictions are the same, though they vary."""
+    found = []
+    for place, first in enumerate(cell.groups):
+        for second in cell.groups[place + 1 :]:
+            for seed, run in first.by_seed().items():
+                other = second.by_seed().get(seed)
+                if other is None or np.ptp(run.predictions) == 0:
+                    continue
+                if np.array_equal(run.predictions, other.predictions):
+                    pair = f"{run.run_id} and {other.run_id}"
+                    found.append(f"runs {pair} predict the same for every example: is the method in effect?")
+    return found
+
+
+def _find_doubts(run: EvaluatedRun, resampled: ResampledRuns) -> list[str]:
     disagreement = find_disagreement(run)
-    found = [disagreement] if disagreement else []
-    if np.ptp(run.predictions) == 0:
-        kind = "class" if run.has_classes else "number"
-        found.append(f"run {run.run_id} predicts one {kind} for every example (counted, not dropped)")
+    low, _ = percentile_interval(resampled.scores[run.run_id, run.primary])
+    problem = disagreement or describe_reference(run, low)
+    found = [problem] if problem else []
+    cut = {"training": run.facts.train_examples_cut, "evaluation": run.facts.eval_examples_cut}
+    found += [
+        f"run {run.run_id}: {count} {split} examples were longer than max_length and cut"
+        for split, count in cut.items()
+        if count
+    ]
     summary = run.record.summary
     budget, used = as_finite(summary.get(metrics.BUDGET_PARAMETERS)), run.values.get(metrics.PARAMS_ADAPTER_FINAL)
     if budget and used is not None and (used > budget or used < _MIN_BUDGET_SHARE * budget):

@@ -21,9 +21,11 @@ from fwlora.experiment.evaluation.compare.contrasts import (
     share_seeds,
 )
 from fwlora.experiment.evaluation.compare.hypothesis_tests import (
+    LEVEL,
     compare_seeds,
     holm_adjust,
     mcnemar_exact,
+    smallest_sign_flip_p_value,
     stratified_sign_flip_p_value,
 )
 from fwlora.experiment.evaluation.compare.results import (
@@ -95,24 +97,36 @@ def _compare_pair(cell: Cell, first: Group, second: Group, resampled: ResampledR
     return replace(
         compared,
         seeds=seeds,
-        seed_level_test=SEED_TESTS if len(seeds) > 1 else NO_SEED_TEST,
+        seed_level_test=_name_seed_tests(len(seeds)),
         per_seed=tuple(_compare_seed(first, second, samples, index) for index in range(len(seeds))),
         over_seeds={name: _compare_over_seeds(sample, rng_seed) for name, sample in samples.items()},
         improvement_rate=improvement_rate(*means),
-        training_time_ratio=_compare_times(cell, contrast, rng_seed),
+        training_time_ratio=_compare_times(cell, contrast),
+    )
+
+
+def _name_seed_tests(seeds: int) -> str:
+    """Name the tests over so many seeds, and the smallest p-value that sign flips reach where that binds."""
+    if seeds < 2:
+        return NO_SEED_TEST
+    smallest = smallest_sign_flip_p_value(seeds)
+    return (
+        SEED_TESTS
+        if smallest <= LEVEL
+        else f"{SEED_TESTS}, which {seeds} seeds let reach p = {smallest:g} at the least"
     )
 
 
 def _compare_over_seeds(sample: Sample, rng_seed: int) -> MeanDifference:
-    overall = estimate([sample], rng_seed)
+    overall = estimate([sample])
     assert overall.low is not None and overall.high is not None, "examples always give an interval"
     tests = compare_seeds(sample.values, np.random.default_rng(rng_seed))
     return MeanDifference(tests, overall.low, overall.high, overall.interval_over)
 
 
-def _compare_times(cell: Cell, contrast: Contrast, rng_seed: int) -> TimeRatio:
+def _compare_times(cell: Cell, contrast: Contrast) -> TimeRatio:
     try:
-        overall = estimate([sample_cost(cell, contrast)], rng_seed)
+        overall = estimate([sample_cost(cell, contrast)])
     except MissingMeasurementError as reason:
         return TimeRatio(None, reason=str(reason))
     low, high = (None if end is None else math.exp(end) for end in (overall.low, overall.high))
@@ -150,7 +164,7 @@ def _pool_pairs(cells: Sequence[Cell], resampled: ResampledRuns, rng_seed: int) 
 
 def _pool_samples(first: str, second: str, samples: Sequence[Sample], rng_seed: int) -> PooledComparison:
     samples, left_out = share_seeds(samples)
-    overall = estimate(samples, rng_seed)
+    overall = estimate(samples)
     assert overall.low is not None and overall.high is not None, "examples always give an interval"
     pooled = PooledComparison(
         first=first,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import zlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -12,15 +12,20 @@ import numpy as np
 from fwlora.experiment.evaluation.compare.bootstrap import (
     CONFIDENCE,
     ResampledRuns,
-    average_over_seeds,
     percentile_interval,
 )
 from fwlora.experiment.evaluation.compare.cells import Cell, Group
-from fwlora.experiment.evaluation.compare.hypothesis_tests import StratifiedMean, stratified_mean
+from fwlora.experiment.evaluation.compare.hypothesis_tests import (
+    StratifiedMean,
+    normal_quantile,
+    stratified_mean,
+)
+from fwlora.experiment.evaluation.compare.references import has_learned
 from fwlora.experiment.evaluation.compare.results import Reason
 from fwlora.experiment.evaluation.compare.runs import EvaluatedRun, as_finite
 from fwlora.experiment.tracking import metrics
 
+NORMAL_QUANTILE = normal_quantile((1 + CONFIDENCE) / 2)
 Contrast = Sequence[tuple[float, Group]]
 ImportanceHalf = Literal["least_important", "most_important"]
 
@@ -42,6 +47,7 @@ class Sample:
         resampled: the same values on resamples of the evaluation examples, shape ``(S, R)``; None for what does not
             come from examples.
         examples: of the evaluation split.
+        unlearned: ids of its runs that score no better than a constant prediction.
     """
 
     cell: str
@@ -51,6 +57,7 @@ class Sample:
     values: np.ndarray
     resampled: np.ndarray | None
     examples: int
+    unlearned: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,8 @@ def sample_quality(cell: Cell, contrast: Contrast, resampled: ResampledRuns, met
     chosen = _pair_runs(contrast)
     values = sum(weight * np.array([run.values[metrics.eval_name(name)] for run in runs]) for weight, runs in chosen)
     scores = sum(weight * resampled.stack(runs, name) for weight, runs in chosen)
-    return _make_sample(cell, contrast, chosen[0][1], np.asarray(values), np.asarray(scores))
+    sample = _make_sample(cell, contrast, chosen[0][1], np.asarray(values), np.asarray(scores))
+    return replace(sample, unlearned=tuple(run.run_id for _, runs in chosen for run in runs if not has_learned(run)))
 
 
 def sample_cost(cell: Cell, contrast: Contrast, metric: str = metrics.TRAINING_TIME_S) -> Sample:
@@ -167,35 +175,55 @@ def share_seeds(samples: Sequence[Sample]) -> tuple[list[Sample], list[Reason]]:
     return kept, left_out
 
 
-def estimate(samples: Sequence[Sample], rng_seed: int) -> Estimate:
+def estimate(samples: Sequence[Sample]) -> Estimate:
     """Compute the mean and interval of a contrast over its cells.
 
-    Over examples: the bootstrap, hierarchical (seeds, then examples) where there are seeds to draw from, cells fixed,
-    their resamples of a shared split the same. Otherwise Student's t over seeds. Cells of one data set that were run
-    with the same seeds share head, data order and whatever else a seed decides, so their values are averaged for each
-    seed before inference over seeds.
+    One seed: the percentiles of the bootstrap over examples. No examples, as for times: Student's t over seeds. Both:
+    the two sources of variance are estimated apart, each with its own quantile,
+
+    ``mean ± sqrt(t² (S² − I / 2) + z² (E − I / 2))``,
+
+    S the standard error over seeds on these examples, t Student's quantile with its degrees of freedom (Satterthwaite's
+    over several cells), E the bootstrap variance of the mean over seeds, z the normal quantile. Both S² and E hold the
+    variance I that no other seed shares and no other example either; it is counted half in each, and estimated from
+    what averaging the seeds takes from the examples' variance: ``I = (mean E of one seed − E) / (seeds − 1)``. With few
+    seeds a bootstrap of them would be too narrow, since it knows no quantile of Student's: see
+    ``benchmarks/interval_coverage.py``.
+
+    Cells of one data set that were run with the same seeds share head, data order and whatever else a seed decides, so
+    their values are averaged for each seed before inference over seeds; resamples of a shared split are the same.
 
     Args:
         samples: one per cell, at least one.
-        rng_seed: of the draws of seeds, together with the contrast and the data set.
+
+    Source: the sum of both with quantiles of their own is Graybill and Wang's, J. Amer. Statist. Assoc. 75 (1980).
     """
     merged = _merge_shared_seeds(samples)
     weights = [count for _, count in merged]
     means = stratified_mean([sample.values for sample, _ in merged], weights)
-    resampled = [
-        (count / sum(weights), sample, row) for sample, count in merged if (row := sample.resampled) is not None
-    ]
+    resampled = [(count / sum(weights), row) for sample, count in merged if (row := sample.resampled) is not None]
     if len(resampled) < len(merged):
         low, high = means.interval(CONFIDENCE) or (None, None)
         return Estimate(means, low, high, "nothing" if low is None else "seeds", 0.0)
-    over_examples = np.sum([share * row.mean(axis=0) for share, _, row in resampled], axis=0)
-    drawn = np.zeros_like(over_examples)
-    for share, sample, row in resampled:
-        rng = np.random.default_rng([rng_seed, zlib.crc32(f"{sample.data}|{sample.contrast}".encode())])
-        drawn += share * average_over_seeds(row, rng)
-    several = all(len(sample.seeds) > 1 for sample in samples)
-    over = "seeds and examples" if several else "examples"
-    return Estimate(means, *percentile_interval(drawn), over, float(np.std(over_examples, ddof=1)))
+    over_examples = np.sum([share * row.mean(axis=0) for share, row in resampled], axis=0)
+    variance = float(np.var(over_examples, ddof=1))
+    if means.standard_error is None:
+        return Estimate(means, *percentile_interval(over_examples), "examples", math.sqrt(variance))
+    interaction = sum(share**2 * _estimate_interaction(row) for share, row in resampled)
+    by_seeds = max(0.0, means.standard_error**2 - interaction / 2)
+    by_examples = max(0.0, variance - interaction / 2)
+    reach = math.hypot(means.quantile(CONFIDENCE) * math.sqrt(by_seeds), NORMAL_QUANTILE * math.sqrt(by_examples))
+    return Estimate(means, means.estimate - reach, means.estimate + reach, "seeds and examples", math.sqrt(variance))
+
+
+def _estimate_interaction(resampled: np.ndarray) -> float:
+    """Estimate the part of the variance of a mean over seeds that neither seeds nor examples share.
+
+    Args:
+        resampled: a row of bootstrap values per seed, two at least, shape ``(S, R)``.
+    """
+    alone, together = resampled.var(axis=1, ddof=1).mean(), resampled.mean(axis=0).var(ddof=1)
+    return max(0.0, float(alone - together) / (len(resampled) - 1))
 
 
 def blocks_of(samples: Sequence[Sample]) -> list[list[tuple[str, int]]]:

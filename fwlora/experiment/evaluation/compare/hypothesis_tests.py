@@ -12,6 +12,7 @@ import bisect
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -95,10 +96,12 @@ class StratifiedMean:
         """Compute Student's t interval; None where there is no standard error."""
         if self.standard_error is None:
             return None
-        if self.degrees_of_freedom is None:
-            return self.estimate, self.estimate
-        reach = float(stats.t.ppf((1 + confidence) / 2, self.degrees_of_freedom)) * self.standard_error
+        reach = self.quantile(confidence) * self.standard_error
         return self.estimate - reach, self.estimate + reach
+
+    def quantile(self, confidence: float) -> float:
+        """Return Student's quantile of the interval; 0 where nothing varies."""
+        return 0.0 if self.degrees_of_freedom is None else _t_quantile((1 + confidence) / 2, self.degrees_of_freedom)
 
     def p_value(self, bound: float, alternative: Literal["greater", "less"]) -> float | None:
         """Compute the p-value of a one-sided t-test against ``bound``; None where nothing varies."""
@@ -242,7 +245,7 @@ def compare_seeds(differences: np.ndarray, rng: np.random.Generator) -> SeedTest
     varies = _varies(values)
     deviation = float(values.std(ddof=1))
     t_test = stats.ttest_1samp(values, 0.0) if varies else None
-    smallest = 2.0 ** (1 - count) if count <= EXACT_SIGN_FLIP_LIMIT else 2.0 / (SIGN_FLIP_SAMPLES + 1)
+    smallest = smallest_sign_flip_p_value(count)
     return SeedTests(
         count=count,
         mean=mean,
@@ -255,6 +258,11 @@ def compare_seeds(differences: np.ndarray, rng: np.random.Generator) -> SeedTest
         hedges_g=mean / deviation * (1 - 3 / (4 * (count - 1) - 1)) if varies and count > 2 else None,
         minimum_detectable_difference=minimum_detectable_difference(deviation, count) if varies else None,
     )
+
+
+def smallest_sign_flip_p_value(count: int) -> float:
+    """Return the smallest two-sided p-value that sign flips of so many differences can reach."""
+    return 2.0 ** (1 - count) if count <= EXACT_SIGN_FLIP_LIMIT else 2.0 / (SIGN_FLIP_SAMPLES + 1)
 
 
 def normal_quantile(probability: float) -> float:
@@ -309,3 +317,8 @@ def holm_adjust(p_values: Sequence[float | None]) -> list[float | None]:
     known = [p_value for p_value in p_values if p_value is not None]
     adjusted = iter(multipletests(known, method="holm")[1] if known else ())
     return [None if p_value is None else float(next(adjusted)) for p_value in p_values]
+
+
+@lru_cache(maxsize=1_000)
+def _t_quantile(probability: float, degrees_of_freedom: float) -> float:
+    return float(stats.t.ppf(probability, degrees_of_freedom))

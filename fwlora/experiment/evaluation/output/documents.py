@@ -243,6 +243,7 @@ def _describe_finding(finding: Finding) -> JsonObject:
         "reason": join_reasons(finding.reasons),
         "decided_by": join_reasons(finding.remedies),
         "left_out": [str(reason) for reason in finding.left_out],
+        "caveat": finding.caveat,
     }
     return {key: value for key, value in described.items() if value is not None}
 

@@ -58,7 +58,8 @@ def _explain(result: ClaimResult) -> list[str]:
     """List why it is undecided, what would decide it, and what is left out, a sentence each."""
     sentences = [f"because {join_reasons(result.reasons)}."] if result.reasons else []
     sentences += [f"Decided by: {join_reasons(result.remedies)}."] if result.remedies else []
-    return sentences + [f"Without {left_out}." for finding in result.findings for left_out in finding.left_out]
+    sentences += [f"Without {left_out}." for finding in result.findings for left_out in finding.left_out]
+    return sentences + [f"Caveat: {finding.caveat}." for finding in result.findings if finding.caveat]
 
 
 def describe_findings(result: ClaimResult) -> str:
@@ -117,8 +118,9 @@ def render_markdown(
 def explain_intervals(comparison: Comparison) -> str:
     """Explain how intervals and p-values in the table of differences were computed."""
     return (
-        f"Intervals: {comparison.confidence:.0%} percentile bootstrap, {comparison.resamples} resamples, over "
-        "seeds and examples (examples alone for one seed). p-values: over seeds; Holm: over all pairs. MDD: the true "
+        f"Intervals: {comparison.confidence:.0%}, Student's t over seeds joined with a bootstrap of "
+        f"{comparison.resamples} resamples over examples (the bootstrap alone for one seed; two seeds give t "
+        "one degree of freedom, and say little). p-values: over seeds; Holm: over all pairs. MDD: the true "
         f"difference that a t-test at {comparison.level:.0%} finds with probability {comparison.power:.0%}."
     )
 

@@ -167,7 +167,9 @@ def _collect(evidence: Evidence, figures: Figures, made_by: ReportOrigin) -> Rep
         claim_anchors=name_anchors("claim", [result.claim_id for result in results]),
         claims={result.claim_id: result.claim for result in results},
         tally={
-            name: sum(result.verdict == name for result in results) for name in ("supported", "refuted", "undecided")
+            name: sum(result.verdict == name for result in results)
+            for name in ("supported", "refuted", "undecided", "does not apply")
+            if name != "does not apply" or any(result.verdict == name for result in results)
         },
         warnings=_group_warnings(evidence.warnings),
         warning_count=len(evidence.warnings),
