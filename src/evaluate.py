@@ -40,7 +40,9 @@ def main(arguments: Sequence[str]) -> int:
         records = collect_records(source, request.run_ids)
         command = shlex.join(["python", "-m", "src.evaluate", *arguments])
         made_by = ReportOrigin(command, describe_environment(REPOSITORY, name_cpu()))
-        evaluation = evaluate_records(records, request.results_dir, claims, made_by, workers=available_cores())
+        evaluation = evaluate_records(
+            records, request.results_dir, claims, made_by, workers=available_cores(), choice=request.pairs
+        )
         write_results(evaluation.files)
         remove_stale_figures(evaluation.files)
         print_lines([evaluation.summary, *map(str, evaluation.files)])

@@ -10,6 +10,7 @@ from pathlib import Path
 from fwlora.experiment.errors import UserError
 from fwlora.experiment.evaluation.claims.claim import Claim
 from fwlora.experiment.evaluation.compare.bootstrap import RESAMPLES
+from fwlora.experiment.evaluation.compare.cells import PairChoice
 from fwlora.experiment.evaluation.compare.runs import read_runs
 from fwlora.experiment.evaluation.evidence import RNG_SEED, gather_evidence
 from fwlora.experiment.evaluation.figures.draw import draw_figures
@@ -66,6 +67,7 @@ def evaluate_records(
     rng_seed: int = RNG_SEED,
     resamples: int = RESAMPLES,
     workers: int = 1,
+    choice: PairChoice | None = None,
 ) -> EvaluationOutput:
     """Check, compare, judge and draw; equal records give byte-equal files.
 
@@ -77,11 +79,12 @@ def evaluate_records(
         rng_seed: of all resampling.
         resamples: of the bootstrap.
         workers: processes that draw.
+        choice: which pairs of methods are compared; None for the usual ones.
 
     Raises:
         UserError: runs that cannot be compared, all of them named.
     """
-    evidence = gather_evidence(records, claims, rng_seed, resamples)
+    evidence = gather_evidence(records, claims, rng_seed, resamples, choice)
     figures = draw_figures(evidence, workers)
     pictures = figures.files(results_dir)
     files: dict[Path, bytes] = {}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fwlora.experiment.evaluation.claims.claim import Claim
 from fwlora.experiment.evaluation.claims.verdicts import ClaimResult, judge_claims
 from fwlora.experiment.evaluation.compare.bootstrap import RESAMPLES, resample_runs
-from fwlora.experiment.evaluation.compare.cells import Cell, group_cells
+from fwlora.experiment.evaluation.compare.cells import Cell, PairChoice, group_cells
 from fwlora.experiment.evaluation.compare.comparability import find_warnings
 from fwlora.experiment.evaluation.compare.comparisons import compare_pairs
 from fwlora.experiment.evaluation.compare.results import Comparison, ComparisonWarning
@@ -38,7 +38,11 @@ class Evidence:
 
 
 def gather_evidence(
-    records: Sequence[RunRecord], claims: Mapping[str, Claim], rng_seed: int = RNG_SEED, resamples: int = RESAMPLES
+    records: Sequence[RunRecord],
+    claims: Mapping[str, Claim],
+    rng_seed: int = RNG_SEED,
+    resamples: int = RESAMPLES,
+    choice: PairChoice | None = None,
 ) -> Evidence:
     """Check runs, compare methods and judge claims.
 
@@ -47,6 +51,7 @@ def gather_evidence(
         claims: to be judged, by id.
         rng_seed: of all resampling.
         resamples: of the bootstrap.
+        choice: which pairs of methods are compared; None for the usual ones.
 
     Raises:
         UserError: runs that cannot be compared, all of them named.
@@ -57,7 +62,7 @@ def gather_evidence(
     return Evidence(
         runs=runs,
         cells=cells,
-        comparison=compare_pairs(cells, resampled, rng_seed),
+        comparison=compare_pairs(cells, resampled, rng_seed, choice),
         claim_results=judge_claims(claims, cells, resampled, rng_seed),
-        warnings=find_warnings(cells, resampled),
+        warnings=find_warnings(cells, resampled, choice),
     )

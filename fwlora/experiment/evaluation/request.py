@@ -14,6 +14,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from fwlora.experiment.errors import UserError, describe_validation_error
+from fwlora.experiment.evaluation.compare.cells import PairChoice
+from fwlora.experiment.evaluation.compare.variants import known_roles
 from fwlora.experiment.files import load_yaml
 from fwlora.experiment.settings.schema import FORBIDDEN_IN_RUN_IDS
 from fwlora.experiment.tracking import (
@@ -25,15 +27,19 @@ from fwlora.experiment.tracking import (
 )
 
 COMPARISON_FOLDER = "comparison"
+PLAIN_KEYS = ("results_dir", "run_ids", "source", "tracker", "reference", "pairs")
 SOURCES: tuple[SourceChoice, ...] = get_args(SourceChoice)
 USAGE = """\
 usage: python -m src.evaluate results_dir=<dir> run_ids='["a","b"]'
                               [source=auto|api|files] [tracker={trackers}]{tracker_keys}
+                              [reference=<role>] [pairs=reference|all]
 
   results_dir  where runs left their tracker's files, and where results go (empty: as in config/config.yaml)
   run_ids      JSON list of the runs to evaluate
   source       files: the tracker's files under results_dir; api: its server; auto: files, else the server
-  tracker      what recorded the runs (default: as in config/config.yaml)"""
+  tracker      what recorded the runs (default: as in config/config.yaml)
+  reference    the method that every other one is compared with: {roles} (default: lora)
+  pairs        reference: those pairs, and FW-LoRA with each other method; all: every pair"""
 
 
 @dataclass(frozen=True)
@@ -45,18 +51,21 @@ class EvaluationRequest:
         run_ids: of the runs to evaluate.
         source: whether records are read from files, a service or both.
         tracker_settings: of the tracker that recorded the runs.
+        pairs: which pairs of methods are compared.
     """
 
     results_dir: Path
     run_ids: tuple[str, ...]
     source: SourceChoice
     tracker_settings: TrackerSettings
+    pairs: PairChoice
 
 
 def usage() -> str:
     """Return the help text."""
     keys = "".join(f" [{key}=<value>]" for key in _tracker_keys())
-    return USAGE.format(trackers="|".join(known_trackers()), tracker_keys=keys)
+    roles = ", ".join(known_roles())
+    return USAGE.format(trackers="|".join(known_trackers()), tracker_keys=keys, roles=roles)
 
 
 def parse_request(arguments: Sequence[str], environment: Mapping[str, str], config_path: Path) -> EvaluationRequest:
@@ -70,7 +79,7 @@ def parse_request(arguments: Sequence[str], environment: Mapping[str, str], conf
     Raises:
         UserError: everything that is wrong with the arguments, at once.
     """
-    given, problems = _split_arguments(arguments, ("results_dir", "run_ids", "source", "tracker", *_tracker_keys()))
+    given, problems = _split_arguments(arguments, (*PLAIN_KEYS, *_tracker_keys()))
     if "results_dir" not in given:
         problems.append("results_dir is missing; give results_dir=<dir>")
     run_ids, found = _parse_run_ids(given.get("run_ids"))
@@ -78,11 +87,18 @@ def parse_request(arguments: Sequence[str], environment: Mapping[str, str], conf
     source = given.get("source", "auto")
     if source not in SOURCES:
         problems.append(f"source is {source!r}; one of {', '.join(SOURCES)} is expected")
+    reference, pairs = given.get("reference", PairChoice.reference), given.get("pairs", "reference")
+    if reference not in known_roles():
+        problems.append(f"reference is {reference!r}; one of {', '.join(known_roles())} is expected")
+    if pairs not in ("reference", "all"):
+        problems.append(f"pairs is {pairs!r}; one of reference, all is expected")
     results_dir, tracker_settings, found = _complete(given, environment, config_path)
     problems += found
     if problems or tracker_settings is None:
         raise UserError.collect("command line", problems)
-    return EvaluationRequest(Path(results_dir), run_ids, cast(SourceChoice, source), tracker_settings)
+    choice = PairChoice(reference, every=pairs == "all")
+    folder = Path(results_dir).expanduser()
+    return EvaluationRequest(folder, run_ids, cast(SourceChoice, source), tracker_settings, choice)
 
 
 def _split_arguments(arguments: Sequence[str], known_keys: Sequence[str]) -> tuple[dict[str, str], list[str]]:
@@ -114,10 +130,11 @@ def _parse_run_ids(text: str | None) -> tuple[tuple[str, ...], list[str]]:
         return (), [f"run_ids is missing; give {example}"]
     try:
         parsed: object = json.loads(text)
-    except json.JSONDecodeError as error:
-        return (), [f"run_ids={text} is not JSON ({error}); give {example}"]
+    except (ValueError, RecursionError) as error:  # also numbers and nesting that Python refuses
+        reason = "it is nested too deep" if isinstance(error, RecursionError) else str(error)
+        return (), [f"run_ids={_shorten(text)} is not JSON ({reason}); give {example}"]
     if not isinstance(parsed, list) or not all(isinstance(item, str) for item in parsed):
-        return (), [f"run_ids={text} is not a JSON list of strings; give {example}"]
+        return (), [f"run_ids={_shorten(text)} is not a JSON list of strings; give {example}"]
     run_ids: list[str] = parsed
     problems = [] if run_ids else [f"run_ids is empty; give {example}"]
     for run_id in dict.fromkeys(run_ids):
@@ -128,6 +145,11 @@ def _parse_run_ids(text: str | None) -> tuple[tuple[str, ...], list[str]]:
         elif run_id == COMPARISON_FOLDER:
             problems.append(f"run_ids: {run_id!r} is the folder of the comparison and cannot be a run id")
     return tuple(run_ids), problems
+
+
+def _shorten(text: str) -> str:
+    """Return a text for a message: its start, where it is long."""
+    return text if len(text) <= 200 else f"{text[:200]}... ({len(text):,} characters)"
 
 
 def _complete(

@@ -12,7 +12,7 @@ from sklearn.metrics import matthews_corrcoef
 
 from fwlora.experiment.errors import UserError
 from fwlora.experiment.evaluation.compare.bootstrap import resample_runs
-from fwlora.experiment.evaluation.compare.cells import group_cells
+from fwlora.experiment.evaluation.compare.cells import PairChoice, group_cells
 from fwlora.experiment.evaluation.compare.comparability import find_warnings
 from fwlora.experiment.evaluation.compare.comparisons import compare_pairs
 from fwlora.experiment.evaluation.compare.hypothesis_tests import holm_adjust, mcnemar_exact
@@ -78,8 +78,16 @@ def test_variants_are_labelled_by_the_keys_that_differ():
         "FW-LoRA (fw_lora.importance=unset)",
     ]
     assert [group.role for group in cell.groups] == ["lora", "control", "proposed", "proposed"]
-    pairs = [(first.runs[0].run_id, second.runs[0].run_id) for first, second in cell.pairs()]
-    assert sorted(pairs) == [("p", "a"), ("p", "u"), ("v", "a"), ("v", "u")]
+    pairs = [(first.runs[0].run_id, second.runs[0].run_id) for first, second in cell.pairs(PairChoice())]
+    assert sorted(pairs) == [("p", "a"), ("p", "u"), ("u", "a"), ("v", "a"), ("v", "u")]
+
+    def choose(**choice) -> list[tuple[str, str]]:
+        chosen = cell.pairs(PairChoice(**choice))
+        return sorted((first.runs[0].run_id, second.runs[0].run_id) for first, second in chosen)
+
+    assert choose(reference="control") == [("a", "u"), ("p", "a"), ("p", "u"), ("v", "a"), ("v", "u")]
+    assert choose(every=True) == sorted([*pairs, ("v", "p")])
+    assert choose(reference="adalora") == [("p", "a"), ("p", "u"), ("v", "a"), ("v", "u")]
 
 
 def test_an_integral_float_is_the_same_setting():
@@ -191,7 +199,8 @@ def test_several_cells_have_no_common_best():
 def test_statistics_pair_by_seed():
     given = [record for record in three_seeds() if record.run_id != "x2"]
     comparison = compare(cells_of(*given))
-    lora, adalora = comparison.pairs
+    lora, adalora, between = comparison.pairs
+    assert (between.first, between.second, between.second_is) == ("AdaLoRA", "LoRA", "baseline")
     assert (lora.first, lora.second, lora.seeds) == ("FW-LoRA", "LoRA", (1, 3))
     assert [(seed.first_run_id, seed.second_run_id) for seed in lora.per_seed] == [("z1", "x1"), ("z3", "x3")]
     assert adalora.seeds == (1, 2, 3)
@@ -203,12 +212,12 @@ def test_statistics_pair_by_seed():
     assert overall.low <= overall.tests.mean <= overall.high
     expected = mcnemar_exact(by_id["z1"].labels, by_id["z1"].predictions, by_id["y1"].predictions)
     assert adalora.per_seed[0].mcnemar == expected
-    p_values = [pair.primary.tests.t_p_value for pair in (lora, adalora)]
-    assert [pair.t_p_value_holm for pair in (lora, adalora)] == holm_adjust(p_values)
+    p_values = [pair.primary.tests.t_p_value for pair in comparison.pairs]
+    assert [pair.t_p_value_holm for pair in comparison.pairs] == holm_adjust(p_values)
     families = describe_comparison(comparison, [])["holm"]
     assert [test["p_value"] for test in families["paired_t"]] == p_values
     assert [test["p_value_holm"] for test in families["paired_t"]] == holm_adjust(p_values)
-    assert [test["seed"] for test in families["mcnemar"]] == [1, 3, 1, 2, 3]
+    assert [test["seed"] for test in families["mcnemar"]] == [1, 3, 1, 2, 3, 1, 3]
     mcnemar = [seed for pair in comparison.pairs for seed in pair.per_seed]
     assert [seed.mcnemar_p_value_holm for seed in mcnemar] == holm_adjust([seed.mcnemar.p_value for seed in mcnemar])
 

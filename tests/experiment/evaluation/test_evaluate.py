@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from fwlora.experiment.errors import UserError
+from fwlora.experiment.evaluation.compare.cells import PairChoice
 from fwlora.experiment.evaluation.evaluate import collect_records, remove_stale_figures, write_results
 from fwlora.experiment.evaluation.request import parse_request
 from fwlora.experiment.tracking import RecordSource
@@ -298,3 +299,22 @@ def test_writing_leaves_no_temporary_files(tmp_path: Path):
     with pytest.raises(UserError):
         write_results({target: b"new"})
     assert list(target.parent.iterdir()) == [target]
+
+
+def test_the_pairs_that_are_compared_can_be_chosen(config_path):
+    arguments = ["results_dir=~/r", 'run_ids=["x"]']
+    usual = parse_request(arguments, {}, config_path)
+    assert usual.pairs == PairChoice("lora", every=False) and usual.results_dir == Path("~/r").expanduser()
+    chosen = parse_request([*arguments, "reference=adalora", "pairs=all"], {}, config_path)
+    assert chosen.pairs == PairChoice("adalora", every=True)
+    with pytest.raises(UserError) as caught:
+        parse_request([*arguments, "reference=qlora", "pairs=some"], {}, config_path)
+    for told in ("reference is 'qlora'; one of lora, adalora, proposed", "pairs is 'some'; one of reference, all"):
+        assert told in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["[" * 5_000, "[" + "9" * 5_000 + "]", '["' + "a" * 100_000])
+def test_lists_that_no_reader_takes_are_refused_in_a_line(text, config_path):
+    with pytest.raises(UserError, match="run_ids=.* is not JSON") as caught:
+        parse_request(["results_dir=r", f"run_ids={text}"], {}, config_path)
+    assert len(str(caught.value)) < 600

@@ -76,6 +76,25 @@ class Group:
 
 
 @dataclass(frozen=True)
+class PairChoice:
+    """Which pairs of methods of a cell are compared: each proposed one with each other one, and all with a reference.
+
+    Attributes:
+        reference: role of the method that every other one is compared with.
+        every: whether all other pairs are compared, too.
+    """
+
+    reference: str = "lora"
+    every: bool = False
+
+    def is_usual(self, first: Group, second: Group) -> bool:
+        """Return whether the first group is measured against the second, whatever else is compared."""
+        if first.is_proposed or second.is_proposed:
+            return first.is_proposed and not second.is_proposed
+        return second.role == self.reference != first.role
+
+
+@dataclass(frozen=True)
 class Cell:
     """Comparable groups, the proposed method last.
 
@@ -111,11 +130,14 @@ class Cell:
         """Return the compared value of a run."""
         return run.values[self.primary_eval_name]
 
-    def pairs(self) -> Iterator[tuple[Group, Group]]:
-        """Yield each proposed group with each group that is not proposed."""
-        for first in self.groups:
-            if first.is_proposed:
-                yield from ((first, other) for other in self.groups if not other.is_proposed)
+    def pairs(self, choice: PairChoice) -> Iterator[tuple[Group, Group]]:
+        """Yield the pairs of groups that are compared, the second of each being what the first is measured against."""
+        ordered = sorted(enumerate(self.groups), key=lambda item: not item[1].is_proposed)
+        for place, first in ordered:
+            for other_place, second in enumerate(self.groups):
+                rest = choice.every and other_place < place and not choice.is_usual(second, first)
+                if rest or choice.is_usual(first, second):
+                    yield first, second
 
 
 def group_cells(runs: Sequence[EvaluatedRun]) -> list[Cell]:

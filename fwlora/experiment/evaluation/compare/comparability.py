@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fwlora.experiment.evaluation.compare.bootstrap import ResampledRuns, confusion_matrix, percentile_interval
-from fwlora.experiment.evaluation.compare.cells import Cell, Group
+from fwlora.experiment.evaluation.compare.cells import Cell, Group, PairChoice
 from fwlora.experiment.evaluation.compare.references import describe_reference
 from fwlora.experiment.evaluation.compare.results import ComparisonWarning
 from fwlora.experiment.evaluation.compare.runs import EvaluatedRun, as_finite
@@ -24,16 +24,23 @@ _POOLED_SETTINGS = ("training.learning_rate", "training.epochs", "training.batch
 DECIDING_FACTS = ("precision", "steps", "encoder weights", "engine", "data")
 
 
-def find_warnings(cells: Sequence[Cell], resampled: ResampledRuns) -> list[ComparisonWarning]:
+def find_warnings(
+    cells: Sequence[Cell], resampled: ResampledRuns, choice: PairChoice | None = None
+) -> list[ComparisonWarning]:
     """List what makes a comparison unequal or its numbers doubtful.
 
     Args:
         cells: of all runs.
         resampled: scores of all runs on resamples of their examples.
+        choice: which pairs are compared; None for the usual ones.
     """
     warnings: list[ComparisonWarning] = []
     for cell in cells:
-        problems = find_unequal_settings(cell.groups) + find_unequal_facts(cell.runs) + _find_unequal_seeds(cell)
+        problems = (
+            find_unequal_settings(cell.groups)
+            + find_unequal_facts(cell.runs)
+            + _find_unequal_seeds(cell, choice or PairChoice())
+        )
         problems += [problem for run in cell.runs for problem in _find_doubts(run, resampled)]
         problems += _find_equal_predictions(cell)
         warnings.extend(ComparisonWarning(cell.name, problem) for problem in problems)
@@ -120,9 +127,9 @@ def _name_some(run_ids: Sequence[str]) -> str:
     return run_ids[0] if len(run_ids) == 1 else f"{run_ids[0]} and {len(run_ids) - 1} more"
 
 
-def _find_unequal_seeds(cell: Cell) -> list[str]:
+def _find_unequal_seeds(cell: Cell, choice: PairChoice) -> list[str]:
     found = []
-    for first, second in cell.pairs():
+    for first, second in cell.pairs(choice):
         ours, theirs = ({run.seed for run in group.runs} for group in (first, second))
         if ours != theirs:
             found.append(
@@ -168,8 +175,9 @@ def _find_equal_predictions(cell: Cell) -> list[str]:
 def _find_doubts(run: EvaluatedRun, resampled: ResampledRuns) -> list[str]:
     disagreement = find_disagreement(run)
     low, _ = percentile_interval(resampled.scores[run.run_id, run.primary])
-    problem = disagreement or describe_reference(run, low)
-    found = [problem] if problem else []
+    # Values that its predictions contradict say nothing of what it learned.
+    unlearned = None if disagreement and np.ptp(run.predictions) else describe_reference(run, low)
+    found = [problem for problem in (disagreement, unlearned) if problem]
     cut = {"training": run.facts.train_examples_cut, "evaluation": run.facts.eval_examples_cut}
     found += [
         f"run {run.run_id}: {count} {split} examples were longer than max_length and cut"

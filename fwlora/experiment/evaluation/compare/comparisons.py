@@ -1,4 +1,4 @@
-"""The proposed method against each other one: per seed, per cell, and pooled over cells."""
+"""Pairs of methods: per seed, per cell, and pooled over cells."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from fwlora.experiment.evaluation.compare.bootstrap import ResampledRuns, percentile_interval
-from fwlora.experiment.evaluation.compare.cells import Cell, Group
+from fwlora.experiment.evaluation.compare.cells import Cell, Group, PairChoice
 from fwlora.experiment.evaluation.compare.contrasts import (
     Contrast,
     MissingMeasurementError,
@@ -45,7 +45,9 @@ HEADLINE_TEST = "stratified sign flips over cells, runs of one data set and seed
 NO_PAIR = "no seed-level test possible: no seed was run with both methods"
 
 
-def compare_pairs(cells: Sequence[Cell], resampled: ResampledRuns, rng_seed: int) -> Comparison:
+def compare_pairs(
+    cells: Sequence[Cell], resampled: ResampledRuns, rng_seed: int, choice: PairChoice | None = None
+) -> Comparison:
     """Compute every paired test and interval.
 
     Generators are seeded by ``rng_seed``, the data set and the roles of the pair, so a pair's interval does not depend
@@ -55,10 +57,12 @@ def compare_pairs(cells: Sequence[Cell], resampled: ResampledRuns, rng_seed: int
     Args:
         cells: of all runs.
         resampled: scores of all runs on resamples of their examples.
-        rng_seed: of the draws of seeds and sign patterns.
+        rng_seed: of sign patterns.
+        choice: which pairs are compared; None for the usual ones.
     """
-    pairs = [_compare_pair(cell, *pair, resampled, rng_seed) for cell in cells for pair in cell.pairs()]
-    pooled = _pool_pairs(cells, resampled, rng_seed)
+    choice = choice or PairChoice()
+    pairs = [_compare_pair(cell, *pair, resampled, rng_seed) for cell in cells for pair in cell.pairs(choice)]
+    pooled = _pool_pairs(cells, resampled, rng_seed, choice)
     adjusted = holm_adjust([entry.p_value for entry in pooled])
     return Comparison(
         resamples=resampled.resamples,
@@ -149,11 +153,13 @@ def _compare_seed(first: Group, second: Group, samples: Mapping[str, Sample], in
     )
 
 
-def _pool_pairs(cells: Sequence[Cell], resampled: ResampledRuns, rng_seed: int) -> list[PooledComparison]:
+def _pool_pairs(
+    cells: Sequence[Cell], resampled: ResampledRuns, rng_seed: int, choice: PairChoice
+) -> list[PooledComparison]:
     """Compare each pair of methods over all cells that have both."""
     by_labels: dict[tuple[str, str], list[Sample]] = {}
     for cell in cells:
-        for first, second in cell.pairs():
+        for first, second in cell.pairs(choice):
             try:
                 sample = sample_quality(cell, [(1.0, first), (-1.0, second)], resampled)
             except MissingMeasurementError:

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from fwlora.experiment.evaluation.claims.claim import Claim
 from fwlora.experiment.evaluation.compare.cells import Cell
 from fwlora.experiment.evaluation.compare.results import Comparison, ComparisonWarning, PairComparison
-from fwlora.experiment.evaluation.compare.variants import UNREGISTERED_ROLE, known_variants
+from fwlora.experiment.evaluation.compare.variants import UNREGISTERED_ROLE
 from fwlora.experiment.evaluation.evidence import Evidence
 from fwlora.experiment.evaluation.figures.draw import Figures
 from fwlora.experiment.evaluation.figures.style import MARKERS, display_metric, style_groups
@@ -90,7 +90,6 @@ class ReportPage:
     javascript: Markup
     strip_width: float
     methods: list[str]
-    proposed_methods: str
     summary: str
     cells: Sequence[Cell]
     comparison: Comparison
@@ -159,7 +158,6 @@ def _collect(evidence: Evidence, figures: Figures, made_by: ReportOrigin) -> Rep
         javascript=Markup((_FOLDER / "report.js").read_text(encoding="utf-8")),
         strip_width=STRIP_WIDTH,
         methods=_name_methods(cells),
-        proposed_methods=" or ".join(each.label for each in known_variants() if each.side == "proposed"),
         summary=_summarize(cells),
         cells=cells,
         comparison=comparison,

@@ -175,11 +175,13 @@ def test_runs_of_older_programs(drawing: Drawing):
     assert "commit not recorded old" in text
     assert "No claims were given, so there is nothing to judge." in text
     assert "No figures were drawn." in text
-    assert "No cell has runs of FW-LoRA and of another method, so there is no difference to test." in text
+    assert "AdaLoRA − LoRA" in text
 
 
 def test_one_run(drawing: Drawing):
     found = gather_evidence([make_run("only", "proposed_fw_lora", 1)], CLAIMS, resamples=50)
+    page = " ".join(parse(render_report(found, Figures({}, {}, {}), ORIGIN)).text.split())
+    assert "No cell has runs of two methods that are compared, so there is no difference to test." in page
     text = " ".join(parse(render_report(found, make_figures(found, drawing), ORIGIN)).text.split())
     assert "1 run, 1 method, 1 seed, 1 cell: glue/sst2, roberta-base, 0.2\xa0%." in text.replace("0.2 %", "0.2\xa0%")
     assert text.count("not measured") == len(CLAIMS)
