@@ -75,6 +75,11 @@ class FwLoraCallback(TrainerCallback, ExportableState):
             self.fisher_weighted.close()
         self.fisher_weighted = FisherWeightedLora(kwargs["model"], self.options, adapter_name=self.adapter_name)
         options = self.fisher_weighted.options
+        if state.max_steps < 2:
+            raise ValueError(
+                f"the Trainer takes {state.max_steps} optimizer steps, and FW-LoRA needs one to measure and one to "
+                "shrink; raise max_steps or num_train_epochs"
+            )
         if options.warmup_steps >= state.max_steps:
             raise ValueError(
                 f"`warmup_steps` is {options.warmup_steps}, but the Trainer takes {state.max_steps} optimizer steps: "
@@ -134,10 +139,18 @@ class AdaLoraCallback(TrainerCallback):
         """Check that the schedule fits the training; handle models that ``model_init`` made.
 
         Raises:
-            ValueError: the schedule is longer than the training, so the budget would never be reached.
+            ValueError: the schedule is longer than the training, so the budget would never be reached; a resume, or
+                ``load_best_model_at_end``, which need adapters that the Trainer cannot load.
         """
         tuner = _find_adalora(kwargs["model"])
         keep_orthogonal_term_out_of_evaluation(tuner)
+        if args.load_best_model_at_end or state.global_step > 0:
+            what = "`load_best_model_at_end` is True" if args.load_best_model_at_end else "training resumes"
+            raise ValueError(
+                f"{what}, but a saved AdaLoRA adapter holds the triplets in use alone, and the Trainer cannot load it "
+                "into the model, whose adapters have their initial rank; set load_best_model_at_end=False and train in "
+                "one go"
+            )
         config: Any = tuner.peft_config[tuner.trainable_adapter_name]
         total_step = config.total_step
         if total_step > state.max_steps:

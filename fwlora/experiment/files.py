@@ -11,13 +11,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
-from yaml import YAMLError
+from yaml import Node, YAMLError
 
 from fwlora.experiment.errors import UserError, describe_validation_error
 
+MOST_VALUES = 100_000
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -76,14 +78,39 @@ def load_yaml(path: Path) -> Any:
         ValueError: it cannot be read or parsed, or is no mapping: a clause that says where and why.
     """
     try:
+        _check_yaml_size(path.read_text(encoding="utf-8"))
         node = OmegaConf.load(path)
     except RecursionError:
         raise ValueError("cannot be read: nested too deeply") from None
-    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
+    except UnicodeDecodeError as error:
+        raise ValueError(f"cannot be read: byte {error.start} is no UTF-8") from None
+    except (OSError, YAMLError, OmegaConfBaseException) as error:
         raise ValueError(f"cannot be read: {_describe_yaml_error(error)}") from None
     if not OmegaConf.is_dict(node):
         raise ValueError("is not a mapping of keys")
     return node
+
+
+def _check_yaml_size(text: str) -> None:
+    """Refuse a text whose aliases refer to themselves, or stand for more values than settings ever have.
+
+    Raises:
+        ValueError: it is one of them.
+        YAMLError: it is no YAML.
+    """
+    sizes: dict[int, int] = {}
+
+    def count(node: Node) -> int:
+        if id(node) not in sizes:
+            sizes[id(node)] = MOST_VALUES + 1  # while it is being counted: an alias of itself has no end
+            children = [child for child in node.value if isinstance(child, Node | tuple)]
+            flat = [part for child in children for part in (child if isinstance(child, tuple) else (child,))]
+            sizes[id(node)] = 1 + sum(map(count, flat)) if not isinstance(node.value, str) else 1
+        return sizes[id(node)]
+
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    if root is not None and count(root) > MOST_VALUES:
+        raise ValueError(f"holds more than {MOST_VALUES:,} values, or an alias of itself")
 
 
 def load_model(path: Path, model: type[Model]) -> tuple[Model | None, list[str]]:

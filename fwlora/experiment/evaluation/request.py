@@ -17,7 +17,7 @@ from fwlora.experiment.errors import UserError, describe_validation_error
 from fwlora.experiment.evaluation.compare.cells import PairChoice
 from fwlora.experiment.evaluation.compare.variants import known_roles
 from fwlora.experiment.files import load_yaml
-from fwlora.experiment.settings.schema import FORBIDDEN_IN_RUN_IDS
+from fwlora.experiment.settings.schema import FORBIDDEN_IN_RUN_IDS, LONGEST_RUN_ID
 from fwlora.experiment.tracking import (
     DEFAULT_TRACKER,
     SourceChoice,
@@ -142,6 +142,8 @@ def _parse_run_ids(text: str | None) -> tuple[tuple[str, ...], list[str]]:
             problems.append(f"run_ids names {run_id!r} {run_ids.count(run_id)} times; name it once")
         if FORBIDDEN_IN_RUN_IDS & set(run_id) or run_id in ("", ".", ".."):
             problems.append(f"run_ids: {run_id!r} is no run id: it must be a plain file name without separators")
+        elif len(run_id.encode(errors="replace")) > LONGEST_RUN_ID:
+            problems.append(f"run_ids: {_shorten(run_id)!r} is longer than {LONGEST_RUN_ID} bytes and no run's id")
         elif run_id == COMPARISON_FOLDER:
             problems.append(f"run_ids: {run_id!r} is the folder of the comparison and cannot be a run id")
     return tuple(run_ids), problems

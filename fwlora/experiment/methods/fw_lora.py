@@ -136,6 +136,11 @@ class FwLoraSpec(MethodSpec):
     def check(self, run: RunSettings, total_steps: int) -> None:
         """Check that the Fisher warm-up ends, since FW-LoRA is plain LoRA until then; warn if it takes over half."""
         warmup_steps = weighting_of(run).warmup_steps
+        if total_steps < 2:
+            raise UserError(
+                "the run has one optimizer step, and FW-LoRA needs one to measure and one to shrink; lower "
+                "run.training.batch_size or raise run.training.epochs"
+            )
         if warmup_steps >= total_steps:
             raise UserError(
                 f"run.fw_lora.warmup_steps is {warmup_steps}, but the run has {total_steps} optimizer steps: "

@@ -52,6 +52,10 @@ usage: python -u -m {program} run=<run_id> results_dir=<dir> mode=trial|full [ru
 
 known run ids:
 {run_ids}"""
+RUN_ID = re.compile(r"[A-Za-z0-9._-]+", re.ASCII)
+ENVIRONMENT_VARIABLE = re.compile(r"\$\{\s*oc\.env\s*:")
+# What W&B still takes in its variable, and means by it.
+LEGACY_VALUES = {("WANDB_MODE", "dryrun"): "offline", ("WANDB_MODE", "run"): "online"}
 # Carries an invocation from src.main to the src.train that it starts.
 HANDED_VARIABLE = "FWLORA_INVOCATION"
 _COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, OSError, ValueError, RecursionError)
@@ -128,16 +132,30 @@ def prepare_arguments(argv: Sequence[str], config_dir: Path, environment: Mappin
         problems.append(f"mode is {mode or 'missing'}; give mode=trial or mode=full")
     for key, variable in environment_defaults().items():
         if environment.get(variable):
-            values.setdefault(key, environment[variable])
+            values.setdefault(key, LEGACY_VALUES.get((variable, environment[variable]), environment[variable]))
     overrides = {key: _as_override(key, value, multirun) for key, value in values.items()}
     problems += [
         f"{key}={values[key]}: not a value that Hydra can read; quote it"
         for key, override in overrides.items()
         if not _parses(override)
     ]
+    if multirun and mode == "full":
+        problems += _find_shared_ids(overrides, values)
     if problems:
         raise UserError.collect("command line", problems)
+    unreadable = list(_check_run_files(selected, config_dir))
+    if unreadable:
+        raise UserError("\n".join(unreadable))
     return [*flags, *passed_on, *selected, *overrides.values()]
+
+
+def _check_run_files(selected: Sequence[str], config_dir: Path) -> Iterator[str]:
+    """Yield what is wrong with the run files before Hydra, whose own reader trusts them, composes them."""
+    for file_id in (name for item in selected for name in item.partition("=")[2].split(",") if name):
+        try:
+            load_yaml(config_dir / "runs" / f"{file_id}.yaml")
+        except ValueError as error:
+            yield f"config/runs/{file_id}.yaml: {error}"
 
 
 def enter_program(
@@ -221,6 +239,13 @@ def resolve_composed(composed: DictConfig, overrides: Sequence[str], config_dir:
     file_id = _find_file_id(overrides)
     try:
         run_file = OmegaConf.to_container(load_yaml(config_dir / "runs" / f"{file_id}.yaml"))
+        written = OmegaConf.to_container(composed, resolve=False)
+        interpolated = list(_find_interpolated_variables(written))
+        if interpolated:
+            raise UserError(
+                f"config/runs/{file_id}.yaml and its overrides: {', '.join(interpolated)}: ${{oc.env:...}} would write "
+                "an environment variable into the record of the run; give the value itself"
+            )
         plain: Any = OmegaConf.to_container(composed, resolve=True)
     except (OmegaConfBaseException, ValueError) as error:
         raise UserError(f"config/runs/{file_id}.yaml: {str(error).splitlines()[0]}") from None
@@ -336,8 +361,10 @@ def split_run_id(run_id: str, config_dir: Path) -> tuple[str, int | None]:
     """
     known = known_run_ids(config_dir)
     if run_id in known:
-        if not _parses(f"runs@run={run_id}") or run_id.isdigit() or run_id.lower() in ("true", "false", "null"):
-            raise UserError(f"run={run_id}: rename the file; run ids take letters, digits, '.', '_' and '-'")
+        if not RUN_ID.fullmatch(run_id) or not _is_text(run_id):
+            raise UserError(
+                f"run={run_id}: rename the file; a run id is of letters, digits, '.', '_' and '-', and no number"
+            )
         return run_id, None
     with_seed = re.fullmatch(r"(.+)-s(0|[1-9][0-9]*)", run_id)
     if with_seed and with_seed.group(1) in known:
@@ -347,6 +374,11 @@ def split_run_id(run_id: str, config_dir: Path) -> tuple[str, int | None]:
     near = difflib.get_close_matches(run_id, known, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     raise UserError(f"run={run_id}: unknown run id; {hint}known: {', '.join(known) or 'none'}")
+
+
+def _is_text(value: str) -> bool:
+    """Return whether Hydra reads a value as text and not as a number, a truth value or null."""
+    return _parses(f"x={value}") and isinstance(OverridesParser.create().parse_override(f"x={value}").value(), str)
 
 
 def _as_override(key: str, value: str, multirun: bool) -> str:
@@ -367,6 +399,40 @@ def _quote(value: str) -> str:
 def _parses(override: str) -> bool:
     try:
         OverridesParser.create().parse_override(override)
-    except HydraException:
+    except (HydraException, RecursionError):
         return False
     return True
+
+
+def _find_shared_ids(overrides: Mapping[str, str], values: Mapping[str, str]) -> Iterator[str]:
+    """Yield a line for each value that --multirun varies without giving its jobs run ids of their own."""
+    for key, override in overrides.items():
+        if key in ("run.training.seed", "run.run_id", "mode") or not _parses(override):
+            continue
+        if OverridesParser.create().parse_override(override).is_sweep_override():
+            first, second, *_ = [*_list_choices(override), "...", "..."]
+            yield (
+                f"--multirun varies {key}={values[key]}, and its jobs ({key}={first}, {key}={second}, ...) would have "
+                "one run id, so that each replaces the one before; give each a run file, or vary run and "
+                "run.training.seed alone"
+            )
+
+
+def _list_choices(override: str) -> list[str]:
+    parsed = OverridesParser.create().parse_override(override)
+    try:
+        return list(parsed.sweep_string_iterator())
+    except (HydraException, ValueError, TypeError):
+        return []
+
+
+def _find_interpolated_variables(node: object, path: str = "") -> Iterator[str]:
+    """Yield the paths of values that would read an environment variable, a secret for instance, into a record."""
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield from _find_interpolated_variables(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(node, list):
+        for place, value in enumerate(node):
+            yield from _find_interpolated_variables(value, f"{path}[{place}]")
+    elif isinstance(node, str) and ENVIRONMENT_VARIABLE.search(node):
+        yield path

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeGuard
 
 from pydantic import ValidationError
 
@@ -42,7 +44,8 @@ def resolve_settings(composed: JsonMapping, *, file_id: str, file_seed: int | No
     if isinstance(run_id, str) and seed is not None and seed != file_seed and not run_id.endswith(f"-s{seed}"):
         run["run_id"] = f"{run_id}-s{seed}"
     # Pipelines may pass `results_dir=` with nothing behind it; that means the default.
-    composed["results_dir"] = composed.get("results_dir") or ProgramSettings.model_fields["results_dir"].default
+    results_dir = composed.get("results_dir") or ProgramSettings.model_fields["results_dir"].default
+    composed["results_dir"] = str(Path(results_dir).expanduser()) if _has_home(results_dir) else results_dir
     tracker = composed["tracker"] = str(composed.get("tracker") or DEFAULT_TRACKER)
     composed = _keep_tracker_node(composed, tracker)
     settings, settings_class = None, program_settings_class(tracker)
@@ -53,6 +56,10 @@ def resolve_settings(composed: JsonMapping, *, file_id: str, file_seed: int | No
     if settings is None or problems:
         raise UserError.collect(f"config/runs/{file_id}.yaml and its overrides", problems)
     return limit_to_trial(settings) if settings.mode == "trial" else settings
+
+
+def _has_home(folder: object) -> TypeGuard[str]:
+    return isinstance(folder, str) and folder.startswith("~")
 
 
 def limit_to_trial(settings: ProgramSettings) -> ProgramSettings:

@@ -17,6 +17,8 @@ from fwlora.experiment.settings.search_space import SearchSettings
 from fwlora.experiment.tracking import DEFAULT_TRACKER, TrackerSettings, known_trackers
 
 FORBIDDEN_IN_RUN_IDS = set("\":<>|*?/\\\r\n#%;,'")
+# Figures add up to 80 bytes to it, and file systems take names of 255.
+LONGEST_RUN_ID = 128
 RESERVED_RUN_IDS = {".", "..", "comparison"}
 
 
@@ -214,6 +216,10 @@ class RunSettings(SettingsNode):
         spec = find_method(self.method)
         if spec is not None and spec.settings_node and self.method_settings is None:
             problems.append(f"method {self.method} needs the node `{spec.settings_node}`")
+        if len(self.run_id.encode()) > LONGEST_RUN_ID:
+            problems.append(
+                f"`run_id` has {len(self.run_id.encode())} bytes; a file's name takes {LONGEST_RUN_ID} of it"
+            )
         if bad := sorted(FORBIDDEN_IN_RUN_IDS & set(self.run_id)):
             problems.append(f"`run_id` holds {bad}, which cannot stand in a folder name")
         if self.run_id in RESERVED_RUN_IDS:

@@ -67,7 +67,7 @@ class SearchSettings(SettingsNode):
 
     Attributes:
         n_trials: 0 for no search.
-        direction: of the objective, the task metric on the held-out part.
+        direction: of the objective, the task metric on the held-out part, of which more is better: ``maximize``.
         search_space: distributions by the names of searchable settings.
         epochs: of every trial, unless they are searched.
         train_examples: that a trial trains on, drawn from the training split without its held-out part; None for all.
@@ -77,7 +77,7 @@ class SearchSettings(SettingsNode):
     """
 
     n_trials: int = Field(ge=0)
-    direction: Literal["maximize", "minimize"]
+    direction: Literal["maximize"]
     search_space: dict[str, Distribution]
     epochs: int = Field(default=1, ge=1)
     train_examples: int | None = Field(default=8000, ge=1)

@@ -315,6 +315,6 @@ def test_the_pairs_that_are_compared_can_be_chosen(config_path):
 
 @pytest.mark.parametrize("text", ["[" * 5_000, "[" + "9" * 5_000 + "]", '["' + "a" * 100_000])
 def test_lists_that_no_reader_takes_are_refused_in_a_line(text, config_path):
-    with pytest.raises(UserError, match="run_ids=.* is not JSON") as caught:
+    with pytest.raises(UserError, match=r"run_ids=.* is not JSON") as caught:
         parse_request(["results_dir=r", f"run_ids={text}"], {}, config_path)
     assert len(str(caught.value)) < 600

@@ -36,6 +36,10 @@ DESIGN = [
 ]
 
 
+# Seven levels of ten aliases each stand for ten million values.
+BOMB = "run_id: mine\nl0: &l0 [x]\n" + "".join(f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 10)}]\n" for i in range(1, 8))
+
+
 def resolve(*arguments: str, run: str = PROPOSED, mode: str = "full", environment=None):
     return compose_settings([f"run={run}", f"mode={mode}", *arguments], CONFIG_DIR, environment or {})
 
@@ -357,17 +361,21 @@ def test_command_line_mistakes(arguments, expected):
     ("content", "expected"),
     [
         ("run_id: other\nmethod: baseline_lora\n", "run_id is 'other'; it must be the file's name, 'mine'"),
-        ("run_id: mine\nmethod: [unclosed\n", "cannot be composed"),
+        ("run_id: mine\nmethod: [unclosed\n", "config/runs/mine.yaml: cannot be read: line 3"),
         ("run_id: mine\nmethod: baseline_lora\nmodel: 3\n", "run.model = 3"),
         ("run_id: mine\nmethod: baseline_lora\n", "run.training.epochs: missing"),
         ("run_id: mine\nmethod: baseline_lora\ntraining: 5\n", "run.training = 5"),
-        ("5\n", "config/runs/mine.yaml cannot be composed: "),
+        ("5\n", "config/runs/mine.yaml: cannot be read: "),
+        ("run_id: &x {a: *x}\n", "config/runs/mine.yaml: holds more than 100,000 values, or an alias of itself"),
+        (BOMB, "config/runs/mine.yaml: holds more than 100,000 values"),
+        ("run_id: \udcff\n", "config/runs/mine.yaml: cannot be read: byte 8 is no UTF-8"),
+        ("[" * 900, "config/runs/mine.yaml"),
         ("- a\n", "config/runs/mine.yaml"),
     ],
 )
 def test_broken_run_files(tmp_path, content, expected):
     shutil.copytree(CONFIG_DIR, tmp_path / "config")
-    (tmp_path / "config" / "runs" / "mine.yaml").write_text(content)
+    (tmp_path / "config" / "runs" / "mine.yaml").write_text(content, errors="surrogateescape")
     with pytest.raises(UserError) as caught:
         compose_settings(["run=mine", "mode=full"], tmp_path / "config", {})
     assert expected in str(caught.value), str(caught.value)
@@ -389,3 +397,65 @@ def test_a_warmup_that_never_ends_is_an_error_and_a_long_one_a_warning(caplog):
     assert not caplog.records
     check_schedules(run, 804)
     assert "the Fisher warm-up takes 500 of 804 optimizer steps" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "value", ["${oc.env:HOME}", "x-${ oc.env:HOME}", "${oc.decode:${oc.env:HOME}}", "[a,'${oc.env:HOME}']"]
+)
+def test_environment_variables_are_not_read_into_settings(value, monkeypatch):
+    monkeypatch.setenv("HOME", "a-secret")
+    with pytest.raises(UserError) as caught:
+        resolve(f"run.model.name={value}")
+    assert "run.model.name" in str(caught.value) and "would write an environment variable" in str(caught.value)
+    assert "a-secret" not in str(caught.value)
+
+
+def test_a_sweep_whose_jobs_would_share_a_run_id_is_refused():
+    def prepare(*arguments: str, mode: str = "full") -> list[str]:
+        return prepare_arguments(["--multirun", f"run={LORA}", f"mode={mode}", *arguments], CONFIG_DIR, {})
+
+    with pytest.raises(UserError) as caught:
+        prepare("run.training.learning_rate=1e-3,4e-3", "run.training.epochs=range(1,3)")
+    for told in (
+        "varies run.training.learning_rate=1e-3,4e-3", "run.training.learning_rate=0.001", "one run id",
+        "varies run.training.epochs=range(1,3)",
+    ):  # fmt: skip
+        assert told in str(caught.value)
+    assert prepare("run.training.seed=1,2") and prepare(f"run={LORA}")
+    assert prepare("run.model.lora.target_modules=[query,key]")
+    assert prepare("run.training.learning_rate=1e-3,4e-3", mode="trial")
+
+
+@pytest.mark.parametrize("run_id", ["1e3", "a,b", "a b", "12", "null", "a=b", "é"])
+def test_files_that_cannot_be_run_ids_are_refused_in_our_words(run_id, tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / f"{run_id}.yaml").write_text(f"run_id: {run_id}\n")
+    with pytest.raises(UserError, match=r"a run id is of letters, digits, .*, and no number"):
+        prepare_arguments([f"run={run_id}", "mode=trial"], tmp_path, {})
+
+
+def test_the_search_maximizes():
+    with pytest.raises(UserError, match=r"run\.optuna\.direction = 'minimize'.*'maximize'"):
+        resolve("run.optuna.direction=minimize")
+
+
+def test_a_home_folder_is_the_users(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert resolve("results_dir=~/out").results_dir == "/home/someone/out"
+    assert resolve("results_dir=a~b").results_dir == "a~b"
+
+
+def test_values_nested_too_deep_are_refused_in_a_line():
+    with pytest.raises(UserError) as caught:
+        resolve("run.training.learning_rate=" + "[" * 900)
+    assert "run.training.learning_rate" in str(caught.value)
+
+
+@pytest.mark.parametrize(("given", "mode"), [("dryrun", "offline"), ("run", "online"), ("offline", "offline")])
+def test_wandbs_older_names_of_its_modes(given, mode):
+    assert resolve(environment={"WANDB_MODE": given}).wandb.mode == mode
+
+
+def test_a_run_id_fits_a_files_name():
+    with pytest.raises(UserError, match=r"`run_id` has 200 bytes; .*128"):
+        resolve("run.run_id=" + "a" * 200)
