@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from fwlora import plan_ranks
-from fwlora.architectures import encoder_parameter_count, head_module_names
+from fwlora.architectures import encoder_parameter_count, find_target_matrices, head_module_names
 
 TEXT, SOUND, IMAGE = (
     AutoModelForSequenceClassification, AutoModelForAudioClassification, AutoModelForImageClassification
@@ -123,3 +123,23 @@ def test_packed_weights_count_as_the_matrices_they_stand_for(packing):
             setattr(model.roberta.get_submodule(parent), name, packing(module))
     assert sum(p.numel() for p in model.roberta.parameters()) < expected
     assert encoder_parameter_count(model) == expected
+
+
+class Tied(nn.Module):
+    """A model without a prefix, which says which of its modules is its head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.fc1, self.lm_head = nn.Linear(8, 8), nn.Linear(8, 16), nn.Linear(8, 40)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def get_input_embeddings(self) -> None:
+        return None
+
+
+def test_the_output_embeddings_are_no_matrix_of_the_encoder():
+    with pytest.raises(ValueError, match=r"matches 'lm_head'; it has q_proj, fc1$"):
+        find_target_matrices(Tied(), ["lm_head"])
+    assert encoder_parameter_count(Tied()) == 8 * 8 + 8 + 8 * 16 + 16

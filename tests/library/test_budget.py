@@ -174,3 +174,10 @@ def test_reallocation_refuses_what_is_no_importance():
     for bad in (float("nan"), float("inf"), -1.0, 0.0):
         with pytest.raises(BudgetError, match="finite, at least 0, and not all of them 0"):
             reallocate_ranks(matrices, {"a": bad}, 100, {"a": 9})
+
+
+@pytest.mark.parametrize(
+    ("percent", "parameters", "expected"), [(50, 3, 1), (0.2, 999, 1), (33.4, 100, 33), (100, 7, 7)]
+)
+def test_a_budget_is_rounded_down(percent, parameters, expected):
+    assert budget_parameters(percent, parameters) == expected

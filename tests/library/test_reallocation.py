@@ -188,3 +188,27 @@ def test_reallocation_needs_the_optimizer_from_the_first_step_on():
     loss_of(model, batch).backward()
     with pytest.raises(ValueError, match="`optimizer` is missing: with allocation='reallocate' call step"):
         fw.step()
+
+
+def test_no_rank_grows_beyond_the_matrix():
+    """All importance on one matrix of 4 x 3: its rank may not pass 3, whatever the factor."""
+    model = make_adapted()
+    fw = attach(model, estimator="exact", warmup_steps=1, allocation="reallocate", max_rank_factor=100.0)
+    optimizer = torch.optim.SGD(trainable(model), lr=0.0)
+    hidden = torch.randn(8, 4, dtype=torch.float64)
+    (1e6 * model.base_model.model.output(hidden).square().sum()).backward()
+    fw.step(optimizer)
+    ranks = {pair.name: pair.rank for pair in fw.pairs}
+    assert ranks["output"] == 3 == min(fw.pairs[2].A.shape[1], fw.pairs[2].B.shape[0])
+
+
+def test_the_initial_ranks_survive_a_load():
+    model, fw, optimizer = reallocated()
+    train(model, fw, optimizer, 1)
+    state = fw.state_dict()
+    assert state["initial_ranks"] == [2, 2, 2] != state["ranks"]
+    ranks = {pair.name: pair.rank for pair in fw.pairs if pair.rank}
+    assert len(ranks) == 3, "the case is one in which no matrix is lost"
+    again = attach(make_adapted(ranks, hidden=9), **vars(fw.options))
+    again.load_state_dict(state)
+    assert again.state_dict()["initial_ranks"] == [2, 2, 2]

@@ -390,3 +390,34 @@ def test_adapters_that_cannot_be_weighted_are_refused():
     convolution = get_peft_model(nn.Sequential(nn.Conv2d(3, 4, 2)), LoraConfig(target_modules=["0"]))
     with pytest.raises(ValueError, match=r"carry a variant of LoRA .*'0': a convolution"):
         FisherWeightedLora(convolution)
+
+
+def test_every_step_has_a_sketch_of_its_own():
+    """The same batch on the same weights: only the signs differ between two steps."""
+    model = make_adapted()
+    fw = attach(model, estimator="sketch", sketch_size=1, decay=0.0, warmup_steps=9)
+    found = []
+    for _ in range(3):
+        model.zero_grad()
+        loss_of(model, make_batches(1)[0]).backward()
+        fw.step()
+        found.append(fw.fisher.values.tolist())
+    assert found[0] != found[1] != found[2] != found[0]
+
+
+def test_a_pass_without_adapters_is_no_pass_of_theirs():
+    """A penalty on the distance from the base model calls every layer a second time, with its adapter disabled."""
+    (x, _), batch = make_batches(1)[0], make_batches(1)[0]
+
+    def measure(with_base: bool) -> list[float]:
+        model = make_adapted()
+        fw = attach(model, estimator="exact", decay=0.0, warmup_steps=9)
+        loss = loss_of(model, batch)
+        if with_base:
+            with model.disable_adapter():
+                loss = loss + model(x.clone().requires_grad_(True)).square().mean()
+        loss.backward()
+        fw.step()
+        return fw.fisher.values.tolist()
+
+    assert measure(with_base=True) == measure(with_base=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -243,3 +244,12 @@ def test_adaloras_mistakes_are_named(tmp_path):
     trainer = make_trainer(adalora_model(total_step=50), tmp_path, [AdaLoraCallback()])
     with pytest.raises(ValueError, match=f"total_step` is 50, but the Trainer takes {STEPS} .* set total_step={STEPS}"):
         trainer.train()
+
+
+@pytest.mark.parametrize("argument", ["load_best_model_at_end", "resume"])
+def test_adalora_checkpoints_that_the_trainer_cannot_load_are_refused_before_a_step(argument):
+    model = wrap(make_base(), AdaLoraConfig(target_modules=["query"], total_step=10, task_type="SEQ_CLS"))
+    arguments = SimpleNamespace(load_best_model_at_end=argument == "load_best_model_at_end")
+    state = SimpleNamespace(global_step=4 if argument == "resume" else 0, max_steps=20)
+    with pytest.raises(ValueError, match=r"but a saved AdaLoRA adapter holds the triplets in use alone"):
+        AdaLoraCallback().on_train_begin(arguments, state, None, model=model)
