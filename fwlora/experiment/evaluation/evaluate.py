@@ -14,6 +14,7 @@ from fwlora.experiment.evaluation.compare.cells import PairChoice
 from fwlora.experiment.evaluation.compare.runs import read_runs
 from fwlora.experiment.evaluation.evidence import RNG_SEED, gather_evidence
 from fwlora.experiment.evaluation.figures.draw import draw_figures
+from fwlora.experiment.evaluation.figures.font import find_missing_characters
 from fwlora.experiment.evaluation.output import documents, tables
 from fwlora.experiment.evaluation.output.aggregate import aggregate
 from fwlora.experiment.evaluation.report.render import ReportOrigin, render_report
@@ -21,6 +22,8 @@ from fwlora.experiment.evaluation.request import COMPARISON_FOLDER
 from fwlora.experiment.files import write_files
 from fwlora.experiment.tracking import RecordSource
 from fwlora.experiment.tracking.records import RunRecord, UnreadableRunsError
+
+SHOWN_CHARACTERS = 20
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,13 @@ def evaluate_records(
     files.update({path: content for path, content in pictures.items() if path.parent == folder})
     summary = [tables.render_text_table(cells), *tables.render_verdicts(results)]
     summary += [f"warning: {warning}" for warning in warnings]
+    names = [name for run in evidence.runs for name in (run.run_id, *run.label_names)]
+    missing = find_missing_characters([*names, *(cell.name for cell in cells)])
+    if missing:
+        summary.append(
+            f"warning: figures show boxes for {missing[:SHOWN_CHARACTERS]!r}, which no font of theirs has; install "
+            "one, such as Debian's fonts-noto-cjk"
+        )
     return EvaluationOutput("\n".join(summary), files)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import itertools
 import json
 import math
@@ -483,3 +485,19 @@ def test_tables_hold_every_method_and_pair():
     assert lines[2].split('"')[2].startswith(f",FW-LoRA,eval_accuracy,3,1 2 3,{group.mean('eval_accuracy')},")
     header, *lines = tables.render_text_table(cells).splitlines()
     assert all(line[: header.index("metric") + len("metric")].endswith("  3  accuracy") for line in lines)
+
+
+def test_tables_hold_text_that_no_program_acts_on():
+    given = [change(make_record(name), config__run__model__name=model) for name, model in (("b", "=1+1"), ("c", "@x"))]
+    cells = cells_of(*given)
+    rows = list(csv.reader(io.StringIO(tables.render_csv(cells))))
+    assert all(not row[0].startswith(("=", "+", "-", "@")) for row in rows)
+    labelled = cells_of(change(make_record("b"), config__run__method="=cmd|' /C calc'!A0"))
+    assert "'=cmd|" in tables.render_csv(labelled)
+    page = cells_of(change(make_record("b"), config__run__model__name="<img src=x onerror=alert(1)> | & \n two"))
+    written = tables.render_markdown([], page, compare(page), [ComparisonWarning(None, "<script>")])
+    assert (
+        "<img" not in written
+        and "<script" not in written
+        and "&lt;img src=x onerror=alert(1)> \\| &amp; two" in written
+    )

@@ -25,6 +25,7 @@ from fwlora.experiment.evaluation.figures import overview as overview_figures
 from fwlora.experiment.evaluation.figures import run as run_figures
 from fwlora.experiment.evaluation.figures import style as figure_style
 from fwlora.experiment.evaluation.figures.draw import Figures, draw_figures
+from fwlora.experiment.evaluation.figures.font import find_missing_characters
 from fwlora.experiment.tracking import metrics
 from tests.helpers import evaluation_records as records
 from tests.helpers.paths import HELPERS, REPOSITORY
@@ -265,3 +266,22 @@ def test_several_processes_draw_the_same(monkeypatch: pytest.MonkeyPatch):
     alone = draw_figures(evidence)
     monkeypatch.setattr(drawing, "MIN_RUNS_TO_SHARE", 1)
     assert draw_figures(evidence, workers=2) == alone
+
+
+def test_names_are_drawn_as_they_are():
+    """Dollar signs are no formulas, and an unbalanced one ends nothing."""
+    given = [
+        records.change(
+            records.make_record(name, method),
+            config__resolved__label_names=["$x_1$ {", "100 % & \\frac"],
+            config__run__model__name="model $a_b",
+        )
+        for name, method in (("b$1$", "baseline_lora"), ("p^2_", "proposed_fw_lora"))
+    ]
+    figures = draw_figures(gather_evidence(given, {}, resamples=50))
+    assert all(drawing.pdf.startswith(b"%PDF") for drawing in figures.runs["b$1$"].values())
+
+
+def test_characters_without_a_glyph_are_found():
+    assert find_missing_characters(["Résumé α → 5 ≤ 6", "a b\tc"]) == ""
+    assert find_missing_characters(["x\U0010fffd", "\U0010fffdy"]) == "\U0010fffd"

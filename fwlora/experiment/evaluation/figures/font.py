@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import functools
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib
 from fontTools import subset
-from matplotlib.font_manager import fontManager
+from matplotlib.font_manager import findfont, fontManager, get_font
 
 WHOLE_FAMILY = "DejaVu Sans"
 SMALL_FAMILY = "DejaVu Sans fwlora"
+# Families with Chinese, Japanese and Korean characters, the first installed of which is used where a name needs it.
+CJK_FAMILIES = (
+    "Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans CJK KR", "Source Han Sans", "WenQuanYi Zen Hei",
+    "WenQuanYi Micro Hei", "Droid Sans Fallback", "IPAGothic", "Hiragino Sans", "PingFang SC", "Arial Unicode MS",
+)  # fmt: skip
 _FAMILY_NAME_IDS = (1, 4, 16)
 _POSTSCRIPT_NAME_ID = 6
 # Latin, Greek, and the punctuation, arrows and operators of labels; what is missing comes from the whole font.
@@ -48,7 +54,15 @@ def font_families() -> list[str]:
                 record.string = SMALL_FAMILY.replace(" ", "")
         font.save(path)
     fontManager.addfont(path)
-    return [SMALL_FAMILY, WHOLE_FAMILY]
+    installed = {font.name for font in fontManager.ttflist}
+    return [SMALL_FAMILY, WHOLE_FAMILY, *[name for name in CJK_FAMILIES if name in installed][:1]]
+
+
+def find_missing_characters(texts: Iterable[str]) -> str:
+    """Return the characters for which no font of the figures has a glyph, each once; figures show boxes for them."""
+    fonts = [get_font(findfont(family)) for family in font_families()]
+    characters = dict.fromkeys(character for text in texts for character in text if not character.isspace())
+    return "".join(each for each in characters if not any(font.get_char_index(ord(each)) for font in fonts))
 
 
 _folders: list[tempfile.TemporaryDirectory[str]] = []  # kept until the process ends, which removes them

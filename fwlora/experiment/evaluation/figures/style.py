@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,7 @@ MAX_POINTS = 1_000  # of a curve: a page holds many
 _STYLE: Any = {
     "pdf.fonttype": 42,
     "pdf.compression": 6,
+    "text.parse_math": False,  # names may hold dollar signs
     "font.size": 9,
     "axes.titlesize": 9,
     "axes.labelsize": 9,
@@ -70,7 +72,9 @@ def render(draw: Callable[[Figure], None], width: float, height: float, caption:
         caption: what the figure shows.
     """
     contents = {}
-    with matplotlib.rc_context():
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        # The evaluation says it once, see font.find_missing_characters.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_STYLE | {"font.family": font_families()})
         figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))

@@ -16,6 +16,7 @@ from fwlora.experiment.evaluation.compare.results import Comparison, ComparisonW
 from fwlora.experiment.tracking import metrics, task_metrics
 
 _NOTHING = "-"
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 _TERMINAL_WIDTH = 110
 _TEXT_COLUMNS = ("cell", "method", "first", "second", "metric")
 _LATEX = {
@@ -111,7 +112,7 @@ def render_markdown(
         parts += ["## Paired differences (first minus second)", _markdown_table(*pair_rows(comparison))]
         parts.append(explain_intervals(comparison))
     if warnings:
-        parts += ["## Warnings", "\n".join(f"- {warning}" for warning in warnings)]
+        parts += ["## Warnings", "\n".join(f"- {_escape_markdown(str(warning))}" for warning in warnings)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -155,7 +156,8 @@ def render_csv(cells: Sequence[Cell]) -> str:
         for group in cell.groups:
             seeds = " ".join(str(run.seed) for run in group.runs)
             values = [value for name in names for value in (group.mean(name), group.standard_deviation(name))]
-            cells_of_row = [cell.name, group.label, cell.primary_eval_name, len(group.runs), seeds]
+            texts = [_as_text(text) for text in (cell.name, group.label, cell.primary_eval_name)]
+            cells_of_row = [*texts, len(group.runs), _as_text(seeds)]
             writer.writerow([*cells_of_row, *("" if value is None else value for value in values)])
     return buffer.getvalue()
 
@@ -226,9 +228,20 @@ def pair_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
+def _as_text(text: str) -> str:
+    """Keep spreadsheets from taking a text for a formula."""
+    return f"'{text}" if text.startswith(_FORMULA_STARTS) else text
+
+
+def _escape_markdown(text: str) -> str:
+    """Escape what Markdown passes on as HTML, and write a text on one line."""
+    return " ".join(text.replace("&", "&amp;").replace("<", "&lt;").split())
+
+
 def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
+    lines = [[_escape_markdown(text).replace("|", "\\|") for text in line] for line in (header, *rows)]
+    lines.insert(1, ["---"] * len(header))
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _number(value: float | None, decimals: int) -> str:
