@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ from fwlora.experiment.settings.schema import ProgramSettings
 from fwlora.experiment.tracking import metrics
 from fwlora.experiment.tracking.environment import describe_environment
 from fwlora.experiment.tracking.facts import RunFacts
-from fwlora.experiment.tracking.records import pack_values
+from fwlora.experiment.tracking.records import pack_logits, pack_values
 
 logger = logging.getLogger(__name__)
 
@@ -203,6 +204,8 @@ def summarize_run(result: TrainingResult, adapted: AdaptedModel, inputs: RunInpu
         metrics.TIME_TRAIN_S: times["train"],
         metrics.TIME_EVAL_S: times["eval"],
         metrics.TIME_SEARCH_S: search_time_s,
+        metrics.CPU_TIME_S: result.cpu_time_s,
+        metrics.LOAD_AVERAGE: os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         metrics.STEP_TIME_MEDIAN_S: float(np.median(result.step_times_s)),
         metrics.PEAK_MEMORY_MIB: result.peak_memory_mib,
         metrics.TOTAL_STEPS: result.total_steps,
@@ -215,6 +218,7 @@ def summarize_run(result: TrainingResult, adapted: AdaptedModel, inputs: RunInpu
         metrics.MODULE_DELTA_NORMS: table.delta_norms,
         metrics.EVAL_PREDICTIONS: pack_values(result.last.predictions, classes),
         metrics.EVAL_LABELS: pack_values(inputs.evaluation.labels, classes),
+        metrics.EVAL_LOGITS: None if result.last.logits is None else pack_logits(result.last.logits),
         metrics.ENCODER_FINGERPRINT: adapted.encoder_fingerprint,
         metrics.EVAL_FINGERPRINT: inputs.data.evaluation.fingerprint,
     }

@@ -27,7 +27,7 @@ from fwlora.experiment.run import (
     summarize_run,
 )
 from fwlora.experiment.settings.hydra_arguments import compose_settings
-from fwlora.experiment.tracking.records import unpack_values
+from fwlora.experiment.tracking.records import unpack_logits, unpack_values
 from tests.helpers.engine_options import CPU
 from tests.helpers.paths import CONFIG_DIR
 
@@ -104,12 +104,15 @@ def test_a_summary_by_hand():
         {"epoch": 3, "eval_loss": 0.6, "eval_accuracy": 0.75},
     ]
     result = TrainingResult(
-        last=EvaluationResult(0.6, {"eval_loss": 0.6, "eval_accuracy": 0.75}, np.array([1, 0, 1, 1])),
+        last=EvaluationResult(
+            0.6, {"eval_loss": 0.6, "eval_accuracy": 0.75}, np.array([1, 0, 1, 1]), np.array([[0.5, 2.0]] * 4)
+        ),
         epochs=rows,
         times_s={"warmup": 1.5, "train": 4.0, "eval": 0.25},
         step_times_s=[0.1, 0.4, 0.2],
         total_steps=9,
         peak_memory_mib=12.5,
+        cpu_time_s=7.25,
     )
     table = SimpleNamespace(names=["q", "v"], ranks=[2, 1], importances=[0.75, 0.25], delta_norms=[3.0, 1.0])
     pairs = [SimpleNamespace(rank=rank, A=torch.zeros(rank, 4), B=torch.zeros(6, rank), E=None) for rank in (2, 1)]
@@ -123,6 +126,8 @@ def test_a_summary_by_hand():
     summary = summarize_run(result, adapted, inputs, search_time_s=2.0)
     assert unpack_values(summary.pop("eval_predictions")).tolist() == [1, 0, 1, 1]
     assert unpack_values(summary.pop("eval_labels")).tolist() == [1, 0, 1, 0]
+    assert unpack_logits(summary.pop("eval_logits")).tolist() == [[0.5, 2.0]] * 4
+    assert summary.pop("load_average") >= 0
     assert summary == {
         "primary_metric": "eval_accuracy",
         "training_time_s": 5.5,
@@ -130,6 +135,7 @@ def test_a_summary_by_hand():
         "time_train_s": 4.0,
         "time_eval_s": 0.25,
         "time_search_s": 2.0,
+        "cpu_time_s": 7.25,
         "step_time_median_s": 0.2,
         "peak_memory_mib": 12.5,
         "total_steps": 9,

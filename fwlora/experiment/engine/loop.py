@@ -44,11 +44,13 @@ class EvaluationResult:
         loss: mean over the examples, of cross-entropy or squared error.
         values: loss and task metrics by their names in :mod:`fwlora.experiment.tracking.metrics`.
         predictions: classes or numbers in data-set order, shape (examples,).
+        logits: float32 outputs in data-set order, shape (examples, classes); None where predictions are numbers.
     """
 
     loss: float
     values: dict[str, float]
     predictions: np.ndarray
+    logits: np.ndarray | None = None
 
 
 @dataclass
@@ -63,6 +65,7 @@ class TrainingResult:
             device: on a GPU single steps return before they are done.
         total_steps: optimizer steps taken.
         peak_memory_mib: allocated on the GPU during this training; elsewhere of the whole process, a search included.
+        cpu_time_s: seconds that this process computed in warm-up and training, over all its threads.
     """
 
     last: EvaluationResult
@@ -71,6 +74,7 @@ class TrainingResult:
     step_times_s: list[float] = field(default_factory=list)
     total_steps: int = 0
     peak_memory_mib: float = 0.0
+    cpu_time_s: float = 0.0
 
 
 def train(
@@ -132,7 +136,8 @@ def train(
         raise ValueError("`resume_from` is the state of a finished training")
     seconds, step_times_s = state.clock.seconds, state.meter.step_times_s
     peak_mib = peak_memory_mib(engine.device)
-    return TrainingResult(evaluation, state.epoch_rows, seconds, step_times_s, state.position.step, peak_mib)
+    steps, cpu_time_s = state.position.step, state.clock.cpu_seconds
+    return TrainingResult(evaluation, state.epoch_rows, seconds, step_times_s, steps, peak_mib, cpu_time_s)
 
 
 @torch.no_grad()
@@ -155,21 +160,24 @@ def evaluate(
     classifier.eval()
     batches = plan_evaluation(split.lengths, EVALUATION_BATCH_FACTOR * batch_size)[processes.index :: processes.count]
     total = torch.zeros((), dtype=torch.float64, device=engine.device)
-    predicted: list[Tensor] = []
+    outputs: list[Tensor] = []
     for batch in stage(split, batches, task.padding(engine), engine.device):
         logits = classifier(**batch.inputs())
         total += task.sum_losses(logits, batch.labels)
-        predicted.append(task.predict(logits))
+        outputs.append(logits)
     predictions = task.make_predictions(len(split))
+    logits_of_all = np.zeros((len(split), task.num_classes), dtype=np.float32)
     if batches:
-        predictions[np.concatenate(batches)] = torch.cat(predicted).cpu().numpy()
-    predictions = processes.sum_array(predictions)
+        order, joint = np.concatenate(batches), torch.cat(outputs)
+        predictions[order] = task.predict(joint).cpu().numpy()
+        logits_of_all[order] = joint.float().cpu().numpy()
+    predictions, logits_of_all = processes.sum_array(predictions), processes.sum_array(logits_of_all)
     loss = float(processes.sum(total)) / len(split)
     if not np.isfinite(loss):
         raise DivergedError(f"the evaluation loss is {loss}", loss=loss)
     values = task.score(split.labels, predictions)
     named = {metrics.EVAL_LOSS: loss, **{metrics.eval_name(k): v for k, v in values.items()}}
-    return EvaluationResult(loss, named, predictions)
+    return EvaluationResult(loss, named, predictions, logits_of_all if task.counts_correct else None)
 
 
 def _make_state(

@@ -33,10 +33,17 @@ class DivergedError(ArithmeticError):
 
 
 class PhaseClock:
-    """Wall-clock seconds by phase. On a GPU it waits for the device only where the phase changes."""
+    """Wall-clock seconds by phase. On a GPU it waits for the device only where the phase changes.
+
+    Attributes:
+        seconds: by phase.
+        cpu_seconds: that this process computed in warm-up and training, over all its threads; far from the wall clock's
+            where other programs kept the processor busy.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.seconds: dict[str, float] = {"warmup": 0.0, "train": 0.0, "eval": 0.0}
+        self.cpu_seconds = 0.0
         self._device = device
         self._current: str | None = None
 
@@ -46,9 +53,11 @@ class PhaseClock:
         if name != self._current:
             self._settle()
         self._current = name
-        started = time.perf_counter()
+        started, computed = time.perf_counter(), time.process_time()
         yield
         self.seconds[name] += time.perf_counter() - started
+        if name != "eval":
+            self.cpu_seconds += time.process_time() - computed
         if name == "eval":
             self._settle()
 

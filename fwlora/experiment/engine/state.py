@@ -70,6 +70,7 @@ class TrainState:
             "method": self.method.state_dict(),
             "meter": self.meter.state_dict(),
             "clock": dict(self.clock.seconds),
+            "cpu_seconds": self.clock.cpu_seconds,
             "epoch_rows": [dict(row) for row in self.epoch_rows],
             "random": self._random_states(),
         }
@@ -91,6 +92,7 @@ class TrainState:
         self.scheduler.load_state_dict(state["scheduler"])
         self.meter.load_state_dict(state["meter"])
         self.clock.seconds.update(state["clock"])
+        self.clock.cpu_seconds = state["cpu_seconds"]
         self.position = TrainingPosition(**state["position"])
         self.epoch_rows = [dict(row) for row in state["epoch_rows"]]
         torch.set_rng_state(state["random"]["cpu"])

@@ -28,6 +28,8 @@ TIME_WARMUP_S = "time_warmup_s"
 TIME_TRAIN_S = "time_train_s"
 TIME_EVAL_S = "time_eval_s"
 TIME_SEARCH_S = "time_search_s"
+CPU_TIME_S = "cpu_time_s"  # of this process in warm-up and remaining steps, over all its threads
+LOAD_AVERAGE = "load_average"  # of the machine over the last minute, when the training ended; null where unknown
 STEP_TIME_MEDIAN_S = "step_time_median_s"
 PEAK_MEMORY_MIB = "peak_memory_mib"
 TOTAL_STEPS = "total_steps"
@@ -45,6 +47,8 @@ MODULE_IMPORTANCES = "module_importances"  # null for methods that measure none
 MODULE_DELTA_NORMS = "module_delta_norms"  # Frobenius norm of the update that the adapter makes
 EVAL_PREDICTIONS = "eval_predictions"  # records.pack_values, in data-set order
 EVAL_LABELS = "eval_labels"
+EVAL_LOGITS = "eval_logits"  # records.pack_logits, in data-set order; null where predictions are numbers
+EVAL_ECE = "eval_ece"  # expected calibration error; computed from the logits when runs are evaluated
 ENCODER_FINGERPRINT = "encoder_fingerprint"  # hash of the pretrained weights
 EVAL_FINGERPRINT = "eval_fingerprint"  # hash of the eval split's texts and labels
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import sys
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -113,6 +114,34 @@ def pack_values(values: np.ndarray, num_classes: int) -> JsonObject:
         return pack_classes(values, num_classes)
     raw = np.asarray(values, dtype="<f4")
     return {"encoding": "float32", "count": int(raw.size), "data": base64.b64encode(raw.tobytes()).decode("ascii")}
+
+
+def pack_logits(logits: np.ndarray) -> JsonObject:
+    """Pack logits of shape ``(n, K)`` as float16, of which a calibration needs no more digits, compressed."""
+    limits = np.finfo(np.float16)
+    raw = np.clip(logits, limits.min, limits.max).astype("<f2")
+    packed = base64.b64encode(zlib.compress(raw.tobytes(), 9)).decode("ascii")
+    return {"encoding": "float16+zlib", "count": len(raw), "classes": raw.shape[1], "data": packed}
+
+
+def unpack_logits(packed: JsonMapping) -> np.ndarray:
+    """Unpack what :func:`pack_logits` made: float32, shape ``(n, K)``.
+
+    Raises:
+        ValueError: an unknown encoding, damaged data, or another number of values than announced.
+    """
+    count, classes = packed["count"], packed["classes"]
+    if packed["encoding"] != "float16+zlib":
+        raise ValueError(f"unknown encoding {packed['encoding']!r}")
+    # Data that unpack to more than is announced are not read to their end.
+    reader, wanted = zlib.decompressobj(), 2 * count * classes
+    try:
+        raw = reader.decompress(base64.b64decode(packed["data"]), wanted + 1)
+    except zlib.error as error:
+        raise ValueError(f"damaged data ({error})") from None
+    if len(raw) != wanted:
+        raise ValueError(f"{len(raw)} bytes are packed, {wanted} announced")
+    return np.frombuffer(raw, dtype="<f2").astype(np.float32).reshape(count, classes)
 
 
 def unpack_values(packed: JsonMapping) -> np.ndarray:

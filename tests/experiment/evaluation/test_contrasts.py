@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -167,3 +168,33 @@ def test_norms_are_means_over_half_of_the_modules():
     assert high.values.tolist() == pytest.approx([math.log(2) / 2])
     with pytest.raises(MissingMeasurementError, match="which is not part of the contrast"):
         sample_update_norm(cell, contrast[1:], "least_important")
+
+
+@pytest.mark.parametrize(
+    ("device", "cpu", "told"),
+    [
+        ("AMD EPYC", (100.0, 101.0), "wall-clock and CPU time disagree (3.000 and 1.010)"),
+        ("AMD EPYC", (100.0, 300.0), None),
+        ("AMD EPYC", (None, None), None),
+        ("NVIDIA H200", (100.0, 101.0), None),
+    ],
+)
+def test_times_of_a_busy_machine_decide_nothing(device, cpu, told):
+    """LoRA took 100 s and FW-LoRA 300 s; what the processor says of it decides, where it is what computed."""
+    given = [
+        change(
+            make_record(name, method),
+            summary__training_time_s=wall,
+            summary__cpu_time_s=computed,
+            config__resolved__environment={"device": device, "threads": 2},
+        )
+        for name, method, wall, computed in (
+            ("l", "baseline_lora", 100.0, cpu[0]), ("p", "proposed_fw_lora", 300.0, cpu[1])
+        )
+    ]  # fmt: skip
+    cell, contrast = make_cell(*given)
+    if told is None:
+        assert sample_cost(cell, contrast).values.tolist() == pytest.approx([math.log(3)])
+    else:
+        with pytest.raises(MissingMeasurementError, match=re.escape(told)):
+            sample_cost(cell, contrast)

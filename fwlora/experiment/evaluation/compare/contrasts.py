@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -26,6 +27,8 @@ from fwlora.experiment.evaluation.compare.runs import EvaluatedRun, as_finite
 from fwlora.experiment.tracking import metrics
 
 NORMAL_QUANTILE = normal_quantile((1 + CONFIDENCE) / 2)
+# Of logarithms: five per cent.
+MOST_APART = 0.05
 Contrast = Sequence[tuple[float, Group]]
 ImportanceHalf = Literal["least_important", "most_important"]
 
@@ -102,12 +105,24 @@ def sample_cost(cell: Cell, contrast: Contrast, metric: str = metrics.TRAINING_T
     """Compute Σ weight · log(cost of the run), whose exponential is a ratio.
 
     Raises:
-        MissingMeasurementError: no seed was run with all methods, a cost was not recorded, or the hardware differs.
+        MissingMeasurementError: no seed was run with all methods, a cost was not recorded, the hardware differs, or, on
+            a CPU, the processor's own time says otherwise than the clock.
     """
     runs = [run for _, members in _pair_runs(contrast) for run in members]
     if len(machines := sorted({_machine(run) for run in runs})) > 1:
         raise MissingMeasurementError(f"its times come from different machines ({'; '.join(machines)})")
-    return _sample_logarithms(cell, contrast, lambda run: [run.values.get(metric)], metric)
+    sample = _sample_logarithms(cell, contrast, lambda run: [run.values.get(metric)], metric)
+    if metric == metrics.TRAINING_TIME_S and all(_computes_on_cpu(run) for run in runs):
+        on_cpu = metrics.CPU_TIME_S
+        computed = _sample_logarithms(cell, contrast, lambda run: [run.values.get(on_cpu)], on_cpu)
+        apart = float(np.mean(sample.values) - np.mean(computed.values))
+        if abs(apart) > MOST_APART:
+            by_wall, by_cpu = (math.exp(float(np.mean(each.values))) for each in (sample, computed))
+            raise MissingMeasurementError(
+                f"wall-clock and CPU time disagree ({by_wall:.3f} and {by_cpu:.3f}): the machine was busy with other "
+                "work"
+            )
+    return sample
 
 
 def sample_update_norm(cell: Cell, contrast: Contrast, half: ImportanceHalf) -> Sample:
@@ -267,6 +282,12 @@ def _make_sample(
         resampled=None if resampled is None else np.round(resampled, 12),
         examples=runs[0].labels.size,
     )
+
+
+def _computes_on_cpu(run: EvaluatedRun) -> bool:
+    """Return whether a run's own time on the processor is known and is what its training took."""
+    device = str(run.facts.environment.get("device") or "")
+    return run.values.get(metrics.CPU_TIME_S, 0.0) > 0 and not re.search("NVIDIA|Tesla|AMD Instinct|cuda", device)
 
 
 def _machine(run: EvaluatedRun) -> str:

@@ -18,7 +18,7 @@ from fwlora.experiment.methods import Variant
 from fwlora.experiment.settings.schema import RunSettings, run_settings_class, searchable_paths
 from fwlora.experiment.tracking import metrics, task_metrics
 from fwlora.experiment.tracking.facts import RunFacts
-from fwlora.experiment.tracking.records import RunRecord, unpack_values
+from fwlora.experiment.tracking.records import RunRecord, unpack_logits, unpack_values
 
 _UNFINISHED = {
     "running": "is unfinished: it still runs, or its server lost sight of it; wait for it, or run it again",
@@ -27,8 +27,11 @@ _UNFINISHED = {
     "finished": "is unfinished: it ended before its last epoch was evaluated; run it again",
 }
 _IDENTITY = ("run_id", "training.seed")
+CALIBRATION_BINS = 15
 COST_NAMES = (
     metrics.TRAINING_TIME_S,
+    metrics.CPU_TIME_S,
+    metrics.LOAD_AVERAGE,
     metrics.STEP_TIME_MEDIAN_S,
     metrics.TIME_SEARCH_S,
     metrics.PEAK_MEMORY_MIB,
@@ -231,7 +234,39 @@ def _find_prediction_problems(record: RunRecord, predicts: task_metrics.Predicte
         return [] if np.isfinite([labels, predictions]).all() else ["has predictions or labels that are not finite"]
     if max(labels.max(), predictions.max()) >= num_classes:
         return [f"has classes beyond its {num_classes} label names"]
+    return _find_logit_problems(summary.get(metrics.EVAL_LOGITS), (labels.size, num_classes))
+
+
+def _find_logit_problems(packed: JsonMapping | None, shape: tuple[int, int]) -> list[str]:
+    """Find what is wrong with logits, which older programs did not record."""
+    if not packed:
+        return []
+    try:
+        logits = unpack_logits(packed)
+    except (ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
+        return [f"has logits that cannot be read: {error}"]
+    if logits.shape != shape or not np.isfinite(logits).all():
+        return [f"has logits of shape {logits.shape}, or some that are not finite; {shape} is expected"]
     return []
+
+
+def calibration_error(labels: np.ndarray, logits: np.ndarray, bins: int = CALIBRATION_BINS) -> float:
+    """Compute the expected calibration error: mean |accuracy − confidence| over bins of equal width of the confidence.
+
+    Args:
+        labels: gold classes, shape ``(n,)``.
+        logits: shape ``(n, K)``; the confidence is the largest probability.
+        bins: of (0, 1].
+
+    Source: Guo et al., On Calibration of Modern Neural Networks, ICML 2017.
+    """
+    scores = logits.astype(np.float64)
+    probabilities = np.exp(scores - scores.max(axis=1, keepdims=True))
+    confidence = probabilities.max(axis=1) / probabilities.sum(axis=1)
+    right = logits.argmax(axis=1) == labels
+    places = np.minimum(np.ceil(confidence * bins).astype(int) - 1, bins - 1)
+    gaps = np.bincount(places, weights=right - confidence, minlength=bins)
+    return float(np.abs(gaps).sum() / labels.size)
 
 
 def _read_run(record: RunRecord) -> EvaluatedRun:
@@ -242,6 +277,9 @@ def _read_run(record: RunRecord) -> EvaluatedRun:
     }
     sources = {**task_values, **{name: name for name in COST_NAMES}, "eval_loss": metrics.final_name("eval_loss")}
     values = {name: as_finite(summary.get(source)) for name, source in sources.items()}
+    labels = unpack_values(summary[metrics.EVAL_LABELS])
+    if summary.get(metrics.EVAL_LOGITS):
+        values[metrics.EVAL_ECE] = calibration_error(labels, unpack_logits(summary[metrics.EVAL_LOGITS]))
     return EvaluatedRun(
         record=record,
         seed=_whole(run.training.seed),
@@ -252,7 +290,7 @@ def _read_run(record: RunRecord) -> EvaluatedRun:
         cell_key=_find_cell(run),
         primary=str(_primary_eval_name(record)).removeprefix(metrics.eval_name("")),
         values={name: value for name, value in values.items() if value is not None},
-        labels=unpack_values(summary[metrics.EVAL_LABELS]),
+        labels=labels,
         predictions=unpack_values(summary[metrics.EVAL_PREDICTIONS]),
         label_names=facts.label_names,
     )
