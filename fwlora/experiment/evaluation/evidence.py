@@ -11,6 +11,7 @@ from fwlora.experiment.evaluation.compare.bootstrap import RESAMPLES, resample_r
 from fwlora.experiment.evaluation.compare.cells import Cell, PairChoice, group_cells
 from fwlora.experiment.evaluation.compare.comparability import find_warnings
 from fwlora.experiment.evaluation.compare.comparisons import compare_pairs
+from fwlora.experiment.evaluation.compare.contrasts import Estimate, estimate, sample_quality
 from fwlora.experiment.evaluation.compare.results import Comparison, ComparisonWarning
 from fwlora.experiment.evaluation.compare.runs import EvaluatedRun, read_runs
 from fwlora.experiment.tracking.records import RunRecord
@@ -28,6 +29,7 @@ class Evidence:
         comparison: every paired comparison of methods.
         claim_results: one for each claim.
         warnings: what makes the comparison unequal or its numbers doubtful.
+        means: every method's mean of the primary metric, with its interval, by cell and label.
     """
 
     runs: Sequence[EvaluatedRun]
@@ -35,6 +37,7 @@ class Evidence:
     comparison: Comparison
     claim_results: Sequence[ClaimResult]
     warnings: Sequence[ComparisonWarning]
+    means: Mapping[tuple[str, str], Estimate]
 
 
 def gather_evidence(
@@ -65,4 +68,9 @@ def gather_evidence(
         comparison=compare_pairs(cells, resampled, rng_seed, choice),
         claim_results=judge_claims(claims, cells, resampled, rng_seed),
         warnings=find_warnings(cells, resampled, choice),
+        means={
+            (cell.name, group.label): estimate([sample_quality(cell, [(1.0, group)], resampled)])
+            for cell in cells
+            for group in cell.groups
+        },
     )

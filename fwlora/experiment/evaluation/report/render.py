@@ -35,6 +35,13 @@ from fwlora.experiment.evaluation.report.runs import (
     describe_run_page,
     is_dirty,
 )
+from fwlora.experiment.evaluation.report.scores import (
+    LINE_WIDTH,
+    ScoreLines,
+    arrange_scores,
+    group_claim_reasons,
+    write_lead,
+)
 from fwlora.experiment.evaluation.report.text import (
     count_noun,
     format_number,
@@ -91,6 +98,10 @@ class ReportPage:
     strip_width: float
     methods: list[str]
     summary: str
+    lead: str
+    scores: list[ScoreLines]
+    line_width: float
+    undecided: list[tuple[str, str, list[str]]]
     cells: Sequence[Cell]
     comparison: Comparison
     claim_cards: list[ClaimCard]
@@ -159,6 +170,10 @@ def _collect(evidence: Evidence, figures: Figures, made_by: ReportOrigin) -> Rep
         strip_width=STRIP_WIDTH,
         methods=_name_methods(cells),
         summary=_summarize(cells),
+        lead=write_lead(cells, results),
+        scores=[arrange_scores(cell, evidence.means) for cell in cells],
+        line_width=LINE_WIDTH,
+        undecided=group_claim_reasons(results),
         cells=cells,
         comparison=comparison,
         claim_cards=[describe_claim(result, cells) for result in results],

@@ -12,6 +12,8 @@ import pytest
 from fwlora.experiment.evaluation.evidence import Evidence
 from tests.helpers.pages import HOSTILE
 
+VERDICTS = ("supported", "refuted", "undecided", "does-not-apply")
+
 
 @pytest.fixture(scope="module")
 def address(html: bytes, tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -63,11 +65,29 @@ def column_values(page: Any, table: str, index: int) -> list[float | None]:
     return [float(value) if value else None for value in values]
 
 
-def test_verdicts_come_first_and_are_seen_at_once(opened: Opened, evidence: Evidence):
+def test_scores_and_the_tally_are_seen_at_once(opened: Opened, evidence: Evidence):
+    lead = opened.page.locator(".lead")
+    assert lead.bounding_box()["y"] < 250 and "has the highest mean" in lead.inner_text()
+    assert opened.page.locator("h2").first.inner_text() == "Scores"
+    tables = opened.page.locator("table.score")
+    assert tables.count() == len(evidence.cells)
+    for index, cell in enumerate(evidence.cells):
+        rows = tables.nth(index).locator("tr")
+        assert rows.count() == len(cell.groups) + 1
+        assert [row.locator("th").inner_text().strip() for row in rows.all()[:-1]] == [g.label for g in cell.groups]
+    assert opened.page.locator(".tally").bounding_box()["y"] < 1000
+
+
+def test_cards_of_claims_fold_and_open_where_a_link_leads(opened: Opened):
+    card = opened.page.locator("details.claim").first
+    assert card.get_attribute("open") is None
+    opened.page.locator(".board .statement a").first.click()
+    assert card.get_attribute("open") is not None and card.locator("dl").is_visible()
+
+
+def test_every_verdict_has_its_line(opened: Opened, evidence: Evidence):
     board = opened.page.locator(".board > li")
     assert board.count() == len(evidence.claim_results)
-    assert opened.page.locator("h2").first.inner_text() == "Verdicts"
-    assert board.first.bounding_box()["y"] < 500
     for index, result in enumerate(evidence.claim_results):
         item = board.nth(index)
         assert item.locator(".badge").inner_text() == result.verdict
@@ -75,8 +95,8 @@ def test_verdicts_come_first_and_are_seen_at_once(opened: Opened, evidence: Evid
         assert shape["width"] > 10 and shape["height"] > 10
         assert item.locator("svg.strip").count() == sum(finding.value is not None for finding in result.findings)
     # Color is not alone: every verdict has a drawing of its own.
-    icons = [opened.page.locator(f"#icon-{name}").inner_html() for name in ("supported", "refuted", "undecided")]
-    assert len(set(icons)) == 3
+    icons = [opened.page.locator(f"#icon-{name}").inner_html() for name in VERDICTS]
+    assert len(set(icons)) == 4
 
 
 def test_headers_sort_by_number_both_ways(opened: Opened):

@@ -68,7 +68,7 @@ def test_structure_is_that_of_a_document(page: Page):
     assert {given.get("scope") for given in page.all("th")} == {"row", "col"}
     assert all(given["alt"] for given in page.all("img"))
     order = [given["id"] for given in page.all("section")]
-    assert order == ["verdicts", "warnings", "methods", "differences", "figures", "runs", "provenance"]
+    assert order == ["scores", "verdicts", "warnings", "methods", "differences", "figures", "runs", "provenance"]
 
 
 def test_every_claim_warning_and_run_is_there(page: Page, evidence: Evidence):
