@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from pydantic import ValidationError
 
 EXIT_USER_ERROR = 2
+EXIT_EXHAUSTED = 1
 EXIT_INTERRUPTED = 130
 
 
@@ -116,13 +118,33 @@ def _known_keys(parents: Sequence[str], model: Any) -> list[str]:
 def user_errors_exit() -> Iterator[None]:
     """End the process with the message and :data:`EXIT_USER_ERROR` where the block raises a :class:`UserError`.
 
-    A KeyboardInterrupt prints "interrupted" and exits with 130 (128 + SIGINT).
+    A KeyboardInterrupt prints "interrupted" and exits with 130 (128 + SIGINT). A machine without memory or room on its
+    disk is told in one line, with :data:`EXIT_EXHAUSTED`.
     """
     try:
         yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_USER_ERROR)
+    except (MemoryError, OSError, RuntimeError) as error:
+        reason = _describe_exhaustion(error)
+        if reason is None:
+            raise
+        print(f"error: {reason}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_EXHAUSTED)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(EXIT_INTERRUPTED)
+
+
+def _describe_exhaustion(error: MemoryError | OSError | RuntimeError) -> str | None:
+    """Describe an error by what the machine has run out of; None where it is another error."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" for {error.filename}" if error.filename else ""
+        return f"there is no room left on the disk{where}; free some, or give another results_dir"
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return "there is no memory left; lower run.training.batch_size or run.dataset.max_length"
+    text = str(error)
+    if "out of memory" in text or "can't allocate memory" in text:
+        return "there is no memory left on the device; lower run.training.batch_size or run.dataset.max_length"
+    return None

@@ -14,3 +14,11 @@ CACHE_DIR = ".cache/"
 def is_path(name: str) -> bool:
     """Return whether a name can only be a folder's: an id of the Hub is a name, or an owner and a name."""
     return name.startswith(("/", "~", ".")) or name.count("/") > 1
+
+
+def expand_home(name: str) -> Path:
+    """Return a path whose ``~`` is the home folder; that of a user whom the system does not know stays as it is."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)

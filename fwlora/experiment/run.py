@@ -36,7 +36,10 @@ from fwlora.experiment.tracking.records import pack_logits, pack_values
 
 logger = logging.getLogger(__name__)
 
-DIVERGENCE_REMEDY = "lower run.training.learning_rate, or set run.training.max_gradient_norm=1.0"
+DIVERGENCE_REMEDIES = {
+    "loss": "lower run.training.learning_rate, or set run.training.max_gradient_norm=1.0",
+    "term": "lower its weight, such as run.fw_lora.lambda_fw or run.adalora.orth_reg_weight",
+}
 
 
 @dataclass(frozen=True)
@@ -177,7 +180,7 @@ def engine_errors_name_settings() -> Iterator[None]:
     try:
         yield
     except DivergedError as error:
-        raise UserError(f"{error}; {DIVERGENCE_REMEDY}") from None
+        raise UserError(f"{error}; {DIVERGENCE_REMEDIES[error.cause]}") from None
     except ScheduleError as error:
         raise UserError(
             f"run.training.lr_scheduler = {error.name}, run.training.lr_scheduler_options = {error.options} with "

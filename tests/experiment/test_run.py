@@ -77,6 +77,9 @@ def test_errors_of_the_engine_name_the_setting_to_change():
         raise DivergedError("the training loss is nan at step 3", step=3)
     assert "lower run.training.learning_rate" in str(raised.value)
     with pytest.raises(UserError) as raised, engine_errors_name_settings():
+        raise DivergedError("the method's term is inf at step 3", step=3, cause="term")
+    assert "run.fw_lora.lambda_fw" in str(raised.value) and "learning_rate" not in str(raised.value)
+    with pytest.raises(UserError) as raised, engine_errors_name_settings():
         raise ScheduleError("polynomial", {"power": "x"}, 0.1, "power must be a number")
     assert "run.training.lr_scheduler = polynomial" in str(raised.value)
     assert "run.training.lr_scheduler_options = {'power': 'x'}" in str(raised.value)

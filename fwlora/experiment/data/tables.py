@@ -15,7 +15,7 @@ from fwlora.experiment.data.labels import LabelEncoder, describe_other_than_numb
 from fwlora.experiment.data.table_files import READERS, Table, read_table_file
 from fwlora.experiment.data.text import TextSplit, make_split
 from fwlora.experiment.errors import UserError, collecting
-from fwlora.experiment.paths import CACHE_DIR, is_path
+from fwlora.experiment.paths import CACHE_DIR, expand_home, is_path
 from fwlora.experiment.settings.schema import DatasetSettings
 from fwlora.experiment.tracking.task_metrics import Predicted
 
@@ -119,7 +119,7 @@ def _is_text(value: object) -> bool:
 
 
 def _load_table(dataset: DatasetSettings, split: str) -> Table:
-    folder = Path(dataset.name).expanduser()
+    folder = expand_home(dataset.name)
     if dataset.name == "glue":
         if glue.find_task(dataset.subset) is None:
             raise UserError(
@@ -170,7 +170,7 @@ def _fetch(dataset: DatasetSettings, *arguments: Any, cache_dir: str = CACHE_DIR
     datasets.disable_progress_bars()
     for name in ("datasets", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    local = Path(dataset.name).expanduser().exists()
+    local = expand_home(dataset.name).exists()
     try:
         loaded = datasets.load_dataset(*arguments, cache_dir=cache_dir, **options)
         names = {name: kind.names for name, kind in loaded.features.items() if getattr(kind, "names", None)}

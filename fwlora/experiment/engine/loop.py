@@ -130,7 +130,11 @@ def train(
         with state.clock.phase(_phase(method)):
             state.meter.flush()
         with state.clock.phase("eval"):
-            evaluation = evaluate(step.local_classifier, eval_split, training.batch_size, task, engine)
+            try:
+                evaluation = evaluate(step.local_classifier, eval_split, training.batch_size, task, engine)
+            except DivergedError as error:
+                reached = state.position.step
+                raise DivergedError(f"{error} after step {reached}", loss=error.loss, step=reached) from None
         _finish_epoch(state, evaluation, log)
     if evaluation is None:
         raise ValueError("`resume_from` is the state of a finished training")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,12 +24,20 @@ class DivergedError(ArithmeticError):
 
     Attributes:
         loss: the value; None where a measurement is not finite instead.
-        step: optimizer step, from 1; None in an evaluation.
+        step: optimizer step, from 1, also of an evaluation after it; None where there was none.
+        cause: what ceased to be finite first: the ``loss`` of the task, or the ``term`` that the method adds to it.
     """
 
-    def __init__(self, reason: str, *, loss: float | None = None, step: int | None = None) -> None:
+    def __init__(
+        self,
+        reason: str,
+        *,
+        loss: float | None = None,
+        step: int | None = None,
+        cause: Literal["loss", "term"] = "loss",
+    ) -> None:
         super().__init__(reason)
-        self.loss, self.step = loss, step
+        self.loss, self.step, self.cause = loss, step, cause
 
 
 class PhaseClock:
@@ -122,7 +130,7 @@ class EpochMeter:
         """Read all pending tensors in one transfer and log a row per step.
 
         Raises:
-            DivergedError: a loss that is not finite.
+            DivergedError: a loss or a method's term that is not finite.
         """
         if not self._pending:
             return
@@ -142,8 +150,10 @@ class EpochMeter:
             self._loss_sum += loss * examples
             self._examples += examples
             self._log(row)
+            step, term = int(row[metrics.GLOBAL_STEP]), row.get(metrics.PENALTY, 0.0)
+            if np.isfinite(loss) and not np.isfinite(term):
+                raise DivergedError(f"the method's term is {term} at step {step}", step=step, cause="term")
             if not np.isfinite(loss):
-                step = int(row[metrics.GLOBAL_STEP])
                 raise DivergedError(f"the training loss is {loss} at step {step}", loss=loss, step=step)
         step = int(row[metrics.GLOBAL_STEP])
         epoch = (step - 1) // self._steps_per_epoch + 1

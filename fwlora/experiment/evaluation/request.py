@@ -17,6 +17,7 @@ from fwlora.experiment.errors import UserError, describe_validation_error
 from fwlora.experiment.evaluation.compare.cells import PairChoice
 from fwlora.experiment.evaluation.compare.variants import known_roles
 from fwlora.experiment.files import load_yaml
+from fwlora.experiment.paths import expand_home
 from fwlora.experiment.settings.schema import FORBIDDEN_IN_RUN_IDS, LONGEST_RUN_ID
 from fwlora.experiment.tracking import (
     DEFAULT_TRACKER,
@@ -97,7 +98,7 @@ def parse_request(arguments: Sequence[str], environment: Mapping[str, str], conf
     if problems or tracker_settings is None:
         raise UserError.collect("command line", problems)
     choice = PairChoice(reference, every=pairs == "all")
-    folder = Path(results_dir).expanduser()
+    folder = expand_home(results_dir)
     return EvaluationRequest(folder, run_ids, cast(SourceChoice, source), tracker_settings, choice)
 
 

@@ -116,6 +116,9 @@ def load_classifier(settings: ModelSettings, num_classes: int, pad_token_id: int
         heads = head_module_names(model, sorted({*info["missing_keys"], *misshapen}))
     except ValueError as error:
         raise UserError(f"{where}: its weights do not fit {type(model).__name__}: {error}") from None
+    broken = [name for name, parameter in model.named_parameters() if not bool(torch.isfinite(parameter).all())]
+    if broken:
+        raise UserError(f"{where}: {len(broken)} of its weights are not finite, the first {broken[0]}; get them anew")
     for key, shapes in misshapen.items():
         logger.warning(f"{where}: {key} of its head has shape {shapes} and is drawn anew")
     return model, heads

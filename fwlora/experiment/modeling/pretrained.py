@@ -14,7 +14,7 @@ from torch import nn
 from transformers import logging as transformers_logging
 
 from fwlora.experiment.errors import UserError
-from fwlora.experiment.paths import CACHE_DIR, is_path
+from fwlora.experiment.paths import CACHE_DIR, expand_home, is_path
 
 PACKAGE_PREFIX = "package:"
 # The first that a folder has are its weights.
@@ -32,7 +32,7 @@ def resolve_pretrained(pretrained_id: str, setting: str) -> str:
         UserError: there is no such folder, or the package is not installed.
     """
     if not pretrained_id.startswith(PACKAGE_PREFIX):
-        folder = Path(pretrained_id).expanduser()
+        folder = expand_home(pretrained_id)
         if folder.is_dir():
             return str(folder)
         if is_path(pretrained_id):

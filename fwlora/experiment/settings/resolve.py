@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TypeGuard
 
 from pydantic import ValidationError
@@ -11,6 +10,7 @@ from pydantic import ValidationError
 from fwlora.experiment.errors import UserError, describe_validation_error
 from fwlora.experiment.json_types import JsonMapping, JsonObject
 from fwlora.experiment.methods import get_method, method_nodes
+from fwlora.experiment.paths import expand_home
 from fwlora.experiment.settings.schema import ProgramSettings, RunSettings, program_settings_class
 from fwlora.experiment.tracking import DEFAULT_TRACKER, known_trackers
 
@@ -45,7 +45,7 @@ def resolve_settings(composed: JsonMapping, *, file_id: str, file_seed: int | No
         run["run_id"] = f"{run_id}-s{seed}"
     # Pipelines may pass `results_dir=` with nothing behind it; that means the default.
     results_dir = composed.get("results_dir") or ProgramSettings.model_fields["results_dir"].default
-    composed["results_dir"] = str(Path(results_dir).expanduser()) if _has_home(results_dir) else results_dir
+    composed["results_dir"] = str(expand_home(results_dir)) if _has_home(results_dir) else results_dir
     tracker = composed["tracker"] = str(composed.get("tracker") or DEFAULT_TRACKER)
     composed = _keep_tracker_node(composed, tracker)
     settings, settings_class = None, program_settings_class(tracker)

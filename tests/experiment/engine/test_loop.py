@@ -277,6 +277,24 @@ def test_a_loss_that_is_not_finite_stops_with_its_step():
     assert np.isnan(raised.value.loss) and raised.value.step == 1
 
 
+def test_an_evaluation_that_diverges_names_the_step_before_it():
+    """One step of a huge rate leaves weights whose logits overflow; the training's own loss was finite."""
+    split = make_split(8)
+    with pytest.raises(DivergedError, match=r"the evaluation loss is (nan|inf) after step 1") as raised:
+        run({"epochs": 1, "learning_rate": 1e38, "warmup_ratio": 0.0, "max_gradient_norm": None}, split=split)
+    assert raised.value.step == 1 and raised.value.cause == "loss"
+
+
+def test_a_term_that_overflows_is_told_from_the_loss():
+    class Endless(Watcher):
+        def step_values(self):
+            return {"penalty": torch.tensor(float("inf") if len(self.calls) > 6 else 0.0)}
+
+    with pytest.raises(DivergedError, match="the method's term is inf at step 3") as raised:
+        run(method=Endless())
+    assert (raised.value.step, raised.value.cause) == (3, "term")
+
+
 def test_long_epochs_flush_in_order():
     split = make_split(8 * (2 * STEPS_PER_FLUSH + 3))
     _, rows, _ = run({"epochs": 1}, split=split)

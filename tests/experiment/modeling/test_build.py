@@ -6,6 +6,8 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
 
 from fwlora.adapters import find_adapter_pairs
 from fwlora.config import attach_lora, plan_ranks
@@ -72,3 +74,26 @@ def test_folders_without_a_tokenizer_or_weights_are_refused(tiny_roberta, tmp_pa
         load_tokenizer(model_settings(folder))
     with pytest.raises(UserError, match="holds no file of weights"):
         make_weightless_model(model_settings(folder))
+
+
+def test_weights_that_are_not_finite_are_refused_when_loaded(tiny_roberta, tmp_path):
+    folder = tmp_path / "broken"
+    shutil.copytree(tiny_roberta, folder)
+    weights = load_file(folder / "model.safetensors")
+    name = next(key for key in weights if key.endswith("query.weight"))
+    weights[name][0, 0] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"1 of its weights are not finite, the first .*query\.weight"):
+        load_classifier(model_settings(folder), 2, 1)
+
+
+def test_a_head_of_another_size_is_drawn_anew_and_says_so(tiny_roberta, tmp_path, caplog):
+    folder = tmp_path / "three"
+    AutoModelForSequenceClassification.from_pretrained(tiny_roberta, num_labels=3).save_pretrained(folder)
+    for file in tiny_roberta.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    model, heads = load_classifier(model_settings(folder), 2, 1)
+    assert heads == ["classifier"] and model.classifier.out_proj.weight.shape[0] == 2
+    assert (
+        "classifier.out_proj.weight of its head has shape (3, 32) instead of (2, 32) and is drawn anew" in caplog.text
+    )

@@ -140,10 +140,14 @@ class EvaluatedRun:
 
 
 def as_finite(value: Any) -> float | None:
-    """Return the number; None for what is missing, text ("NaN" as W&B returns it), boolean or not finite."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    """Return the number; None for what is missing, text ("NaN" as W&B returns it), boolean, or beyond a float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return None
+    return number if math.isfinite(number) else None
 
 
 def read_runs(records: Sequence[RunRecord]) -> list[EvaluatedRun]:
@@ -160,7 +164,7 @@ def read_runs(records: Sequence[RunRecord]) -> list[EvaluatedRun]:
             found = _find_problems(record)
             if not found:
                 runs.append(_read_run(record))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
             found = [f"records what src.train does not write ({type(error).__name__}: {error}); leave it out"]
         problems.extend(f"run {record.run_id!r} {problem} (read from {record.source})" for problem in found)
     for data in sorted({run.cell_key.data for run in runs}):
@@ -336,7 +340,7 @@ def _find_data_problems(data: str, runs: Sequence[EvaluatedRun]) -> list[str]:
         "have different gold labels (checksum)": lambda run: zlib.crc32(run.labels.tobytes()),
     }
     for message, read in checks.items():
-        if len({read(run) for run in runs}) > 1:
+        if len({str(read(run)) for run in runs}) > 1:
             found.append(f"{data}: runs {message}: " + ", ".join(f"{run.run_id} ({read(run)})" for run in runs))
     return found
 
