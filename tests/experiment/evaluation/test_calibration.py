@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from fwlora.experiment.errors import UserError
+from fwlora.experiment.evaluation.compare.cells import group_cells
 from fwlora.experiment.evaluation.compare.runs import calibration_error, read_runs
+from fwlora.experiment.evaluation.output.tables import method_rows
 from fwlora.experiment.tracking.records import pack_logits
 from tests.helpers import evaluation_records as records
 
@@ -48,3 +50,14 @@ def test_recorded_logits_give_a_calibration_error_and_damaged_ones_a_reason():
     ):  # fmt: skip
         with pytest.raises(UserError, match="has logits"):
             read_runs([records.change(record, summary__eval_logits={**packed, **damage})])
+
+
+def test_calibration_stands_beside_accuracy():
+    logits = np.random.default_rng(0).normal(size=(400, 2)).astype(np.float16)
+    record = records.change(records.make_record("a"), summary__eval_logits=pack_logits(logits))
+    runs = read_runs([record, records.make_record("b", "adalora")])
+    header, rows = method_rows(group_cells(runs))
+    assert header[-2:] == ["NLL", "ECE"]
+    with_logits, without = rows
+    assert with_logits[-1] == f"{runs[0].values['eval_ece']:.4f}" and without[-1] == "-"
+    assert "ECE" not in method_rows(group_cells(runs[1:]))[0]

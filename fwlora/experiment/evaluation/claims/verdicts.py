@@ -109,6 +109,22 @@ def join_reasons(reasons: Sequence[Reason]) -> str | None:
     return "; ".join(str(reason) for reason in reasons) or None
 
 
+def group_undecided(results: Sequence[ClaimResult]) -> list[tuple[str, str, list[str]]]:
+    """Group undecided claims by why, and by what would decide them.
+
+    Returns:
+        Reason, remedy, and the claims' ids, the commonest first.
+    """
+    grouped: dict[tuple[str, str], list[str]] = {}
+    for result in results:
+        if result.verdict == "undecided":
+            why = "; ".join(dict.fromkeys(reason.text for reason in result.reasons))
+            remedy = "; ".join(dict.fromkeys(reason.text for reason in result.remedies))
+            grouped.setdefault((why, remedy), []).append(result.claim_id)
+    ordered = sorted(grouped.items(), key=lambda item: -len(item[1]))
+    return [(why, remedy, claims) for (why, remedy), claims in ordered]
+
+
 @dataclass(frozen=True)
 class _Measured:
     """A finding on the scale of the contrast (fractions, or logarithms of ratios), before correction."""

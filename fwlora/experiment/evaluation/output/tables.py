@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import pandas
 
-from fwlora.experiment.evaluation.claims.verdicts import ClaimResult, Finding, join_reasons
+from fwlora.experiment.evaluation.claims.verdicts import ClaimResult, Finding, group_undecided, join_reasons
 from fwlora.experiment.evaluation.compare.cells import Cell, Group
 from fwlora.experiment.evaluation.compare.results import Comparison, ComparisonWarning
 from fwlora.experiment.tracking import metrics, task_metrics
@@ -50,16 +50,29 @@ def render_verdicts(results: Sequence[ClaimResult]) -> list[str]:
     lines = []
     for result in results:
         lines.append(f"{result.verdict.upper():<9}  {result.claim.statement}: {describe_findings(result)}")
-        text = " ".join(_explain(result))
-        lines += textwrap.wrap(text, _TERMINAL_WIDTH, initial_indent=" " * 11, subsequent_indent=" " * 11)
+        grouped = result.verdict == "undecided"
+        lines += _wrap(_remark(result) if grouped else _explain(result))
+    for why, remedy, claims in group_undecided(results):
+        count = f"{len(claims)} of {len(results)} claims {'is' if len(claims) == 1 else 'are'} undecided"
+        lines += _wrap([f"{count} because {why}." + (f" Decided by: {remedy}." if remedy else "")], indent=0)
     return lines
+
+
+def _wrap(sentences: Sequence[str], indent: int = 11) -> list[str]:
+    margin = " " * indent
+    return textwrap.wrap(" ".join(sentences), _TERMINAL_WIDTH, initial_indent=margin, subsequent_indent=margin)
 
 
 def _explain(result: ClaimResult) -> list[str]:
     """List why it is undecided, what would decide it, and what is left out, a sentence each."""
     sentences = [f"because {join_reasons(result.reasons)}."] if result.reasons else []
     sentences += [f"Decided by: {join_reasons(result.remedies)}."] if result.remedies else []
-    sentences += [f"Without {left_out}." for finding in result.findings for left_out in finding.left_out]
+    return sentences + _remark(result)
+
+
+def _remark(result: ClaimResult) -> list[str]:
+    """List what is left out, and what a decision rests on, a sentence each."""
+    sentences = [f"Without {left_out}." for finding in result.findings for left_out in finding.left_out]
     return sentences + [f"Caveat: {finding.caveat}." for finding in result.findings if finding.caveat]
 
 
@@ -171,6 +184,12 @@ def method_rows(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
     """Return the header, and one row per method of a cell."""
     header = ["cell", "method", "n", "metric", "mean", "sd", "accuracy", "time [s]", "adapter parameters"]
     rows = [[cell.name, group.label, *_method_values(cell, group)] for cell in cells for group in cell.groups]
+    groups = [group for cell in cells for group in cell.groups]
+    if any(group.values(metrics.EVAL_ECE) for group in groups):  # older programs recorded no logits
+        header += ["NLL", "ECE"]
+        names = (metrics.EVAL_LOSS, metrics.EVAL_ECE)
+        for row, group in zip(rows, groups, strict=True):
+            row += [_number(group.mean(name), 4) for name in names]
     return header, rows
 
 

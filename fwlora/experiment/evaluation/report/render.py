@@ -10,6 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from fwlora.experiment.evaluation.claims.claim import Claim
+from fwlora.experiment.evaluation.claims.verdicts import group_undecided
 from fwlora.experiment.evaluation.compare.cells import Cell
 from fwlora.experiment.evaluation.compare.results import Comparison, ComparisonWarning, PairComparison
 from fwlora.experiment.evaluation.compare.variants import UNREGISTERED_ROLE
@@ -39,7 +40,6 @@ from fwlora.experiment.evaluation.report.scores import (
     LINE_WIDTH,
     ScoreLines,
     arrange_scores,
-    group_claim_reasons,
     write_lead,
 )
 from fwlora.experiment.evaluation.report.text import (
@@ -173,7 +173,7 @@ def _collect(evidence: Evidence, figures: Figures, made_by: ReportOrigin) -> Rep
         lead=write_lead(cells, results),
         scores=[arrange_scores(cell, evidence.means) for cell in cells],
         line_width=LINE_WIDTH,
-        undecided=group_claim_reasons(results),
+        undecided=group_undecided(results),
         cells=cells,
         comparison=comparison,
         claim_cards=[describe_claim(result, cells) for result in results],

@@ -119,22 +119,6 @@ def write_lead(cells: Sequence[Cell], results: Sequence[ClaimResult]) -> str:
     return f"{'; '.join(parts)}."
 
 
-def group_claim_reasons(results: Sequence[ClaimResult]) -> list[tuple[str, str, list[str]]]:
-    """Group undecided claims by why, and by what would decide them.
-
-    Returns:
-        Reason, remedy, and the claims' ids, the commonest first.
-    """
-    grouped: dict[tuple[str, str], list[str]] = {}
-    for result in results:
-        if result.verdict == "undecided":
-            why = "; ".join(dict.fromkeys(reason.text for reason in result.reasons))
-            remedy = "; ".join(dict.fromkeys(reason.text for reason in result.remedies))
-            grouped.setdefault((why, remedy), []).append(result.claim_id)
-    ordered = sorted(grouped.items(), key=lambda item: -len(item[1]))
-    return [(why, remedy, claims) for (why, remedy), claims in ordered]
-
-
 def _describe_mean(group: Group, found: Estimate) -> str:
     interval = ""
     if found.low is not None and found.high is not None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from fwlora.experiment.evaluation.claims.verdicts import group_undecided
 from fwlora.experiment.evaluation.evidence import Evidence, gather_evidence
 from fwlora.experiment.evaluation.report.scores import (
     LINE_WIDTH,
     arrange_scores,
-    group_claim_reasons,
     write_lead,
 )
 from fwlora.experiment.tracking.records import pack_classes
@@ -58,6 +58,6 @@ def test_the_sentence_names_winners_verdicts_and_runs_that_did_not_learn():
 
 def test_reasons_are_grouped_over_claims():
     found = gather(make_runs([100]), a=make_claim(), b=make_claim(at_least=1.0), c=make_claim(budgets=[9.0]))
-    (first, second) = group_claim_reasons(found.claim_results)
+    (first, second) = group_undecided(found.claim_results)
     assert first == ("no seed-level test possible: one paired seed", "two seeds at least", ["a", "b"])
     assert second == ("no runs at a budget of 9 %", "runs at that budget", ["c"])
