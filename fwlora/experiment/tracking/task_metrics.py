@@ -173,13 +173,16 @@ class TaskMetric:
 
     Attributes:
         name: in records, such as ``matthews_correlation``.
-        label: in tables and figures.
+        label: in texts and figures.
         predicts: ``classes`` or ``numbers``, what the metric is defined for.
         from_predictions: value from labels and predictions, shape ``(n,)`` each, and the number of classes.
         from_confusion: of a metric of classes, for the bootstrap: values, shape ``(...)``, from confusion matrices,
             shape ``(..., K, K)`` with gold rows.
         from_counts: of a metric of numbers, for the bootstrap: values, shape ``(M, R)``, from labels ``(n,)``,
             predictions ``(M, n)`` and how often each example counts, ``(R, n)``.
+        short_label: in tables of papers, such as ``MCC``; empty where it is the label.
+        average: how classes are averaged where there are more than two, written before the label; empty where the
+            metric is defined for any number of classes.
     """
 
     name: str
@@ -188,6 +191,8 @@ class TaskMetric:
     from_predictions: Callable[[np.ndarray, np.ndarray, int], float]
     from_confusion: Callable[[np.ndarray], np.ndarray] | None = None
     from_counts: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray] | None = None
+    short_label: str = ""
+    average: str = ""
 
 
 # In the order in which documents list them.
@@ -215,17 +220,53 @@ def unregister_task_metric(name: str) -> None:
     TASK_METRICS.pop(name, None)
 
 
-register_task_metric(TaskMetric(ACCURACY, "accuracy", "classes", compute_accuracy, accuracy_from_confusion))
+def display_metric(name: str, num_classes: int = 2, short: bool = False) -> str:
+    """Write a metric's name for people: ``matthews_correlation`` as ``Matthews correlation``, or as ``MCC``.
+
+    Args:
+        name: of the metric; one that is not registered is written with spaces.
+        num_classes: of the data; F1 of more than two is ``macro F1``.
+        short: as in tables of papers.
+    """
+    metric = TASK_METRICS.get(name)
+    if metric is None:
+        return name.replace("_", " ")
+    label = (metric.short_label if short else "") or metric.label
+    return f"{metric.average} {label}" if metric.average and num_classes > 2 else label
+
+
 register_task_metric(
-    TaskMetric(MATTHEWS_CORRELATION, "Matthews correlation", "classes", compute_matthews, matthews_from_confusion)
-)
-register_task_metric(TaskMetric(F1, "F1", "classes", compute_f1, f1_from_confusion))
-register_task_metric(
-    TaskMetric(PEARSON_CORRELATION, "Pearson correlation", "numbers", compute_pearson, from_counts=pearson_from_counts)
+    TaskMetric(ACCURACY, "accuracy", "classes", compute_accuracy, accuracy_from_confusion, short_label="Acc.")
 )
 register_task_metric(
     TaskMetric(
-        SPEARMAN_CORRELATION, "Spearman correlation", "numbers", compute_spearman, from_counts=spearman_from_counts
+        MATTHEWS_CORRELATION,
+        "Matthews correlation",
+        "classes",
+        compute_matthews,
+        matthews_from_confusion,
+        short_label="MCC",
+    )
+)
+register_task_metric(TaskMetric(F1, "F1", "classes", compute_f1, f1_from_confusion, average="macro"))
+register_task_metric(
+    TaskMetric(
+        PEARSON_CORRELATION,
+        "Pearson correlation",
+        "numbers",
+        compute_pearson,
+        from_counts=pearson_from_counts,
+        short_label="Pearson",
+    )
+)
+register_task_metric(
+    TaskMetric(
+        SPEARMAN_CORRELATION,
+        "Spearman correlation",
+        "numbers",
+        compute_spearman,
+        from_counts=spearman_from_counts,
+        short_label="Spearman",
     )
 )
 

@@ -127,11 +127,78 @@ def test_difference_figure_shows_the_computed_intervals():
     given = [make_record(f"{m}{s}", m, s) for s in (1, 2) for m in ("baseline_lora", "proposed_fw_lora")]
     (cell,) = cells_of(*given)
     (pair,) = compare([cell]).pairs
-    rows, height = cell_figures._arrange_differences(cell, [pair])
+    panel = cell_figures._arrange_differences(cell, pair)
+    rows, height = panel.rows, panel.height
     assert [row.kind for row in rows] == ["baseline", "seed", "seed"]
     assert (rows[0].difference, rows[0].low) == (100 * pair.primary.tests.mean, 100 * pair.primary.low)
     assert rows[2].high == 100 * pair.per_seed[1].intervals["accuracy"].high
     assert sorted(row.position for row in rows) == [row.position for row in rows] and height > rows[-1].position
+
+
+def test_every_pair_has_an_axis_of_its_own():
+    """One weak method does not flatten the intervals of the others."""
+    given = [make_record(f"{m}{s}", m, s) for s in (1, 2) for m in ("baseline_lora", "proposed_fw_lora")]
+    given += [make_record(f"weak{s}", "adalora", s, error_rate=0.6) for s in (1, 2)]
+    cells = cells_of(*given)
+    comparison = compare(cells)
+    pairs = [pair for pair in comparison.pairs if pair.first == "FW-LoRA"]
+    figure = Figure()
+    panels = [cell_figures._arrange_differences(cells[0], pair) for pair in pairs]
+    cell_figures._draw_differences(figure, cells[0], pairs, panels)
+    for axes, pair in zip(figure.axes, pairs, strict=True):
+        low, high = axes.get_xlim()
+        shown = max(
+            abs(end)
+            for seed in pair.per_seed
+            for end in (seed.intervals["accuracy"].low, seed.intervals["accuracy"].high)
+        )
+        reach = 100 * max(shown, abs(pair.primary.low), abs(pair.primary.high))
+        assert low <= 0 <= high and reach / 2 < max(-low, high) < 1.5 * reach
+    assert {pair.second for pair in pairs} == {"LoRA", "AdaLoRA"}
+
+
+def one_epoch(record):
+    """Keep the last epoch alone."""
+    rows = record.history[-records.STEPS_PER_EPOCH :]
+    for place, row in enumerate(rows, start=1):
+        row[metrics.GLOBAL_STEP] = place
+    return records.change(record, history=rows)
+
+
+def test_one_epoch_is_shown_on_the_scale_of_its_metric():
+    (cell,) = cells_of(one_epoch(make_record("b")), one_epoch(make_record("p", "proposed_fw_lora")))
+    figure = Figure()
+    cell_figures._draw_curves(figure, cell)
+    assert figure.axes[1].get_ylim() == (0, 1) and figure.axes[1].get_xlim()[0] == 0
+    figure = Figure()
+    run_figures._draw_learning_curve(figure, cell.runs[0])
+    assert figure.axes[1].get_ylim() == (0, 1) and figure.axes[1].get_xlim() == (0, 1.1 * records.STEPS_PER_EPOCH)
+    figure = Figure()
+    run_figures._draw_learning_curve(figure, cells_of(make_record("b"))[0].runs[0])
+    assert figure.axes[1].get_ylim()[0] > 0.5, "several epochs keep an axis of their own"
+
+
+@pytest.mark.parametrize("scores", [(0.5,), (0.5, 0.5), (0.7, 0.6, 0.5), (0.5, 0.7, 0.6), (0.1, 0.5, 0.9)])
+def test_labels_of_final_and_best_stay_inside_the_axes(scores):
+    given = make_record("r", "proposed_fw_lora")
+    rows = [row for row in given.history if "eval_accuracy" not in row][: len(scores) * 4]
+    for epoch, score in enumerate(scores, start=1):
+        rows[4 * epoch - 1] |= {"eval_accuracy": score, metrics.EVAL_LOSS: 1 - score}
+    for place, row in enumerate(rows, start=1):
+        row[metrics.GLOBAL_STEP] = place
+    (run,) = read_runs([records.change(given, history=rows)])
+    drawn = []
+
+    def draw(figure: Figure) -> None:
+        run_figures._draw_learning_curve(figure, run)
+        drawn.append(figure)
+
+    figure_style.render(draw, *run_figures.LEARNING_CURVE_SIZE, "words")
+    for axes in drawn[0].axes:
+        inside = axes.get_window_extent()
+        for text in axes.texts:
+            box = text.get_window_extent()
+            assert inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1, text
 
 
 def test_colors_stay_with_their_methods():

@@ -11,13 +11,13 @@ import scipy.stats
 
 from fwlora.experiment.data.glue import find_task_metric, known_tasks
 from fwlora.experiment.evaluation.evidence import gather_evidence
-from fwlora.experiment.evaluation.figures.style import display_metric
 from fwlora.experiment.evaluation.output.aggregate import aggregate
 from fwlora.experiment.tracking import task_metrics
 from fwlora.experiment.tracking.task_metrics import (
     TASK_METRICS,
     TaskMetric,
     compute_task_metrics,
+    display_metric,
     list_compared,
     register_task_metric,
     score_confusion,
@@ -73,8 +73,11 @@ def test_every_task_is_scored_by_a_metric_of_the_table():
 
 
 def test_labels_are_those_of_the_table_and_else_the_name():
-    shown = [display_metric(name) for name in (*EXPECTED, "some_other")]
-    assert shown == ["accuracy", "Matthews correlation", "F1", "some other"]
+    names = (*EXPECTED, "some_other")
+    assert [display_metric(name) for name in names] == ["accuracy", "Matthews correlation", "F1", "some other"]
+    assert [display_metric(name, short=True) for name in names] == ["Acc.", "MCC", "F1", "some other"]
+    of_three = [display_metric(name, 3, short) for name in ("f1", "accuracy") for short in (False, True)]
+    assert of_three == ["macro F1", "macro F1", "accuracy", "Acc."]
 
 
 @pytest.mark.usefixtures("more_metrics")

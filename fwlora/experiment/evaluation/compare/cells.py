@@ -17,7 +17,7 @@ from fwlora.experiment.evaluation.compare.runs import Budget, EvaluatedRun
 from fwlora.experiment.evaluation.compare.settings import list_distinct, shorten_setting
 from fwlora.experiment.json_types import JsonMapping
 from fwlora.experiment.methods import Side, Variant
-from fwlora.experiment.tracking import metrics
+from fwlora.experiment.tracking import metrics, task_metrics
 
 _SIDES: tuple[Side, ...] = ("baseline", "control", "proposed")
 
@@ -103,6 +103,7 @@ class Cell:
         slug: the name as part of a file name.
         data: data set and subset, as shown.
         model: the model's name.
+        pretrained: id of the pretrained weights.
         budget: of adapter parameters.
         primary: the task metric that is compared.
         groups: baselines first, then the control, then the proposed method.
@@ -112,6 +113,7 @@ class Cell:
     slug: str
     data: str
     model: str
+    pretrained: str
     budget: Budget
     primary: str
     groups: tuple[Group, ...]
@@ -120,6 +122,10 @@ class Cell:
     def primary_eval_name(self) -> str:
         """The compared metric's name in values and histories."""
         return metrics.eval_name(self.primary)
+
+    def display_metric(self, name: str, short: bool = False) -> str:
+        """Write a task metric's name as it is called with the cell's classes; see :mod:`task_metrics`."""
+        return task_metrics.display_metric(name, self.groups[0].runs[0].num_classes, short)
 
     @property
     def runs(self) -> list[EvaluatedRun]:
@@ -156,7 +162,8 @@ def group_cells(runs: Sequence[EvaluatedRun]) -> list[Cell]:
         slug = re.sub(r"[^A-Za-z0-9.]+", "-", name.replace(" %", "pct")).strip("-.")
         taken = sum(cell.slug == slug for cell in cells)
         slug = f"{slug}-{taken + 1}" if taken else slug
-        cells.append(Cell(name, slug, display.data, key.model, key.budget, members[0].primary, _group_runs(members)))
+        where = (display.data, key.model, key.pretrained, key.budget)
+        cells.append(Cell(name, slug, *where, members[0].primary, _group_runs(members)))
     return cells
 
 

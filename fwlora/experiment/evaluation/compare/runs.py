@@ -134,6 +134,11 @@ class EvaluatedRun:
         return bool(self.label_names)
 
     @property
+    def num_classes(self) -> int:
+        """How many classes its labels have; 0 where they are numbers."""
+        return len(self.label_names)
+
+    @property
     def method(self) -> str:
         """The method's name in its settings."""
         return str(self.recorded["method"])

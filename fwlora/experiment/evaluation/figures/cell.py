@@ -15,12 +15,11 @@ from matplotlib.lines import Line2D
 
 from fwlora.experiment.evaluation.compare.cells import Cell
 from fwlora.experiment.evaluation.compare.results import Comparison, PairComparison
-from fwlora.experiment.evaluation.figures.run import history_column
+from fwlora.experiment.evaluation.figures.run import history_column, show_single_evaluation
 from fwlora.experiment.evaluation.figures.style import (
     COLORS,
     GREY,
     Drawing,
-    display_metric,
     render,
     running_mean,
     smoothing_window,
@@ -31,6 +30,7 @@ from fwlora.experiment.tracking import metrics, task_metrics
 
 _LABEL_WIDTH = 24
 _ROW_HEIGHT_INCH = 0.24
+_AXIS_HEIGHT_INCH = 0.4
 _ROWS_PER_TEXT_LINE = 0.58
 
 
@@ -49,13 +49,17 @@ def draw_cell(cell: Cell, comparison: Comparison) -> dict[str, Drawing]:
     width = max(4.2, 1.2 + len(cell.groups) * max(1.2, 0.075 * longest))
     drawn: dict[str, Drawing] = {}
     if pairs:
-        rows, height = _arrange_differences(cell, pairs)
-        draw = partial(_draw_differences, cell=cell, pairs=pairs, rows=rows)
+        panels = [_arrange_differences(cell, pair) for pair in pairs]
+        height = sum(_ROW_HEIGHT_INCH * panel.height + _AXIS_HEIGHT_INCH for panel in panels)
+        draw = partial(_draw_differences, cell=cell, pairs=pairs, panels=panels)
         caption = "Paired differences with 95 % intervals; right of the dashed line the first method is better"
-        drawn["paired_difference"] = render(draw, 6.4, 1.7 + _ROW_HEIGHT_INCH * height, caption)
+        drawn["paired_difference"] = render(draw, 6.4, 1.3 + height, caption)
     for metric in dict.fromkeys((cell.primary, task_metrics.shown_beside(cell.primary))):
-        shown: dict[str, Any] = {"metric": metrics.eval_name(metric), "label": f"{display_metric(metric)}, last epoch"}
-        name = display_metric(metric)
+        shown: dict[str, Any] = {
+            "metric": metrics.eval_name(metric),
+            "label": f"{cell.display_metric(metric)}, last epoch",
+        }
+        name = cell.display_metric(metric)
         draw = partial(_draw_bars, cell=cell, decimals=4, **shown)
         drawn[f"{metric}_bar_chart"] = render(draw, width, 3.8, f"Mean {name} after the last epoch")
         if any(len(group.runs) > 1 for group in cell.groups):
@@ -171,7 +175,7 @@ def _draw_time(figure: Figure, cell: Cell) -> None:
     handles.append(Line2D([], [], markersize=4, label="one run", **mark))
     axes.margins(0.12)
     axes.set_xlabel("training time [s]")
-    axes.set_ylabel(f"{display_metric(cell.primary)}, last epoch")
+    axes.set_ylabel(f"{cell.display_metric(cell.primary)}, last epoch")
     axes.set_title(textwrap.fill(cell.name, 60))
     _add_legend(figure, handles, columns=1 if len(cell.groups) > 3 else 2)
 
@@ -199,8 +203,9 @@ def _draw_curves(figure: Figure, cell: Cell) -> None:
         text = f"{group.label}: final {values[-1]:.4f}, best {values[best]:.4f}"
         handles.append(Line2D([], [], label=text, **look))
     loss.set_ylabel("train loss, running mean")
-    score.set_ylabel(display_metric(cell.primary))
+    score.set_ylabel(cell.display_metric(cell.primary))
     score.margins(x=0.08, y=0.1)
+    show_single_evaluation(score, [history_column(run.record.history, cell.primary_eval_name) for run in cell.runs])
     for axes in (loss, score):
         axes.set_xlabel("optimizer step")
     marks: dict[str, Any] = {"color": GREY, "linestyle": ""}
@@ -229,45 +234,53 @@ class _DifferenceRow:
     high: float
 
 
-def _arrange_differences(cell: Cell, pairs: Sequence[PairComparison]) -> tuple[list[_DifferenceRow], float]:
-    """Place rows from top to bottom with room for their labels; also return the height of all of them in rows."""
-    rows: list[_DifferenceRow] = []
-    position = 0.0
-    for pair in pairs:
-        overall = pair.primary
-        assert overall is not None, "only pairs with seeds are drawn"
-        mean, low, high = (100 * value for value in (overall.tests.mean, overall.low, overall.high))
-        names = "\nminus ".join(_wrap(label, 36) for label in (pair.first, pair.second))
-        label = f"{names}\n{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
-        half = _ROWS_PER_TEXT_LINE * (label.count("\n") + 1) / 2
-        position += half + 0.2
-        rows.append(_DifferenceRow(position, label, pair.second_is, mean, low, high))
-        position += half + 0.2
-        for seed in pair.per_seed if len(pair.seeds) > 1 else ():
-            one = seed.intervals[cell.primary]
-            values = (100 * value for value in (one.difference, one.low, one.high))
-            rows.append(_DifferenceRow(position + 0.3, f"seed {seed.seed}", "seed", *values))
-            position += 1.0
-    return rows, position
+@dataclass(frozen=True)
+class _DifferencePanel:
+    """The rows of one pair, from top to bottom, and their height in rows."""
+
+    rows: tuple[_DifferenceRow, ...]
+    height: float
+
+
+def _arrange_differences(cell: Cell, pair: PairComparison) -> _DifferencePanel:
+    """Place a pair's rows with room for their labels."""
+    overall = pair.primary
+    assert overall is not None, "only pairs with seeds are drawn"
+    mean, low, high = (100 * value for value in (overall.tests.mean, overall.low, overall.high))
+    names = "\nminus ".join(_wrap(label, 36) for label in (pair.first, pair.second))
+    label = f"{names}\n{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+    half = _ROWS_PER_TEXT_LINE * (label.count("\n") + 1) / 2 + 0.2
+    rows = [_DifferenceRow(half, label, pair.second_is, mean, low, high)]
+    position = 2 * half
+    for seed in pair.per_seed if len(pair.seeds) > 1 else ():
+        one = seed.intervals[cell.primary]
+        values = (100 * value for value in (one.difference, one.low, one.high))
+        rows.append(_DifferenceRow(position + 0.3, f"seed {seed.seed}", "seed", *values))
+        position += 1.0
+    return _DifferencePanel(tuple(rows), position)
 
 
 def _draw_differences(
-    figure: Figure, cell: Cell, pairs: Sequence[PairComparison], rows: Sequence[_DifferenceRow]
+    figure: Figure, cell: Cell, pairs: Sequence[PairComparison], panels: Sequence[_DifferencePanel]
 ) -> None:
-    axes = figure.subplots()
+    """Draw a panel per pair, each with an axis of its own: one weak method would flatten an axis that all share."""
+    all_axes = np.atleast_1d(figure.subplots(len(panels), 1, height_ratios=[panel.height for panel in panels]))
     colors = {"baseline": COLORS[0], "control": COLORS[4], "seed": GREY}
-    for row in rows:
-        look: dict[str, Any] = {"fmt": "D", "capsize": 4, "linewidth": 2}
-        if row.kind == "seed":
-            look = {"fmt": "o", "capsize": 2, "linewidth": 0.8, "markersize": 4}
-        # Rounding can put a degenerate interval's end past its estimate by one unit in the last place.
-        reach = [[max(0.0, row.difference - row.low)], [max(0.0, row.high - row.difference)]]
-        axes.errorbar(row.difference, row.position, xerr=reach, color=colors[row.kind], **look)
-    axes.axvline(0.0, color="black", linewidth=1.0, linestyle="--")
-    axes.set_yticks([row.position for row in rows], [row.label for row in rows])
-    axes.set_ylim(rows[-1].position + 1.0, 0.0)
-    axes.set_xlabel(f"difference in {display_metric(cell.primary)}, in points, 95 % interval")
-    axes.set_title(textwrap.fill(cell.name, 60))
+    for axes, panel in zip(all_axes, panels, strict=True):
+        for row in panel.rows:
+            look: dict[str, Any] = {"fmt": "D", "capsize": 4, "linewidth": 2}
+            if row.kind == "seed":
+                look = {"fmt": "o", "capsize": 2, "linewidth": 0.8, "markersize": 4}
+            # Rounding can put a degenerate interval's end past its estimate by one unit in the last place.
+            reach = [[max(0.0, row.difference - row.low)], [max(0.0, row.high - row.difference)]]
+            axes.errorbar(row.difference, row.position, xerr=reach, color=colors[row.kind], **look)
+        axes.axvline(0.0, color="black", linewidth=1.0, linestyle="--")
+        axes.set_yticks([row.position for row in panel.rows], [row.label for row in panel.rows])
+        axes.set_ylim(panel.height, 0.0)
+    name = cell.display_metric(cell.primary)
+    scales = "; each pair has its own scale" if len(panels) > 1 else ""
+    all_axes[-1].set_xlabel(f"difference in {name}, in points, 95 % interval{scales}")
+    all_axes[0].set_title(textwrap.fill(cell.name, 60))
     several = any(len(pair.seeds) > 1 for pair in pairs)
     over = "mean over seeds, interval over seeds and examples" if several else "one seed, interval over examples only"
     handles = [Line2D([], [], color=COLORS[0], marker="D", linewidth=2, label=over)]

@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 
 from fwlora.experiment.evaluation.compare.cells import Cell
 from fwlora.experiment.evaluation.compare.results import Comparison, PooledComparison
-from fwlora.experiment.evaluation.figures.style import COLORS, GREY, Drawing, display_metric, render, style_groups
+from fwlora.experiment.evaluation.figures.style import COLORS, GREY, Drawing, render, style_groups
 
 
 def draw_overview(cells: Sequence[Cell], comparison: Comparison) -> dict[str, Drawing]:
@@ -21,7 +21,7 @@ def draw_overview(cells: Sequence[Cell], comparison: Comparison) -> dict[str, Dr
     if pooled:
         draw = partial(_draw_pooled, pooled=pooled)
         caption = "Mean difference over all cells, every cell counting alike, with 95 % intervals"
-        drawn["pooled_difference"] = render(draw, 6.4, 1.6 + 0.5 * len(pooled), caption)
+        drawn["pooled_difference"] = render(draw, 6.4, 1.2 + 0.9 * len(pooled), caption)
     series: dict[tuple[str, str], list[Cell]] = {}
     for cell in cells:
         if cell.budget.percent is not None:
@@ -34,21 +34,21 @@ def draw_overview(cells: Sequence[Cell], comparison: Comparison) -> dict[str, Dr
 
 
 def _draw_pooled(figure: Figure, pooled: Sequence[PooledComparison]) -> None:
-    axes = figure.subplots()
-    for position, entry in enumerate(pooled):
+    all_axes = np.atleast_1d(figure.subplots(len(pooled), 1))
+    for axes, entry in zip(all_axes, pooled, strict=True):
         mean, low, high = (100 * value for value in (entry.mean, entry.low, entry.high))
         reach = [[max(0.0, mean - low)], [max(0.0, high - mean)]]
-        axes.errorbar(mean, position, xerr=reach, fmt="D", capsize=4, linewidth=2, color=COLORS[0])
-    axes.axvline(0.0, color="black", linewidth=1.0, linestyle="--")
-    labels = [
-        f"{entry.first} minus {entry.second}\n{100 * entry.mean:+.2f} "
-        f"[{100 * entry.low:+.2f}, {100 * entry.high:+.2f}], {len(entry.cells)} cells, {entry.pairs} pairs"
-        for entry in pooled
-    ]
-    axes.set_yticks(range(len(labels)), labels)
-    axes.set_ylim(len(labels) - 0.4, -0.6)
-    over = {entry.interval_over for entry in pooled}
-    axes.set_xlabel(f"difference in points of the primary metric,\n95 % interval over {' / '.join(sorted(over))}")
+        axes.errorbar(mean, 0.0, xerr=reach, fmt="D", capsize=4, linewidth=2, color=COLORS[0])
+        axes.axvline(0.0, color="black", linewidth=1.0, linestyle="--")
+        label = (
+            f"{entry.first} minus {entry.second}\n{mean:+.2f} [{low:+.2f}, {high:+.2f}], {len(entry.cells)} cells, "
+            f"{entry.pairs} pairs"
+        )
+        axes.set_yticks([0.0], [label])
+        axes.set_ylim(0.6, -0.6)
+    over = " / ".join(sorted({entry.interval_over for entry in pooled}))
+    scales = "; each pair has its own scale" if len(pooled) > 1 else ""
+    all_axes[-1].set_xlabel(f"difference in points of the primary metric,\n95 % interval over {over}{scales}")
 
 
 def _draw_budgets(figure: Figure, rows: Sequence[Sequence[Cell]]) -> None:
@@ -72,7 +72,7 @@ def _draw_budgets(figure: Figure, rows: Sequence[Sequence[Cell]]) -> None:
         axes.set_xticks(budgets, [str(cell.budget) for cell in cells])
         axes.minorticks_off()
         axes.set_xlabel("adapter parameters, of the encoder's")
-        axes.set_ylabel(f"{display_metric(cells[0].primary)}, last epoch")
+        axes.set_ylabel(f"{cells[0].display_metric(cells[0].primary)}, last epoch")
         axes.set_title(f"{cells[0].data}, {cells[0].model}")
         axes.margins(0.1)
     several = any(len(group.runs) > 1 for cells in rows for cell in cells for group in cell.groups)

@@ -20,7 +20,6 @@ from fwlora.experiment.evaluation.figures.style import (
     COLORS,
     GREY,
     Drawing,
-    display_metric,
     draw_grid,
     render,
     running_mean,
@@ -31,6 +30,7 @@ from fwlora.experiment.methods import find_method
 from fwlora.experiment.tracking import metrics, task_metrics
 
 _ANNOTATED_MODULES = 200
+LEARNING_CURVE_SIZE = (6.4, 5.0)  # in inches
 _LAYER = re.compile(r"\.(\d+)(?:\.|$)")
 
 
@@ -59,7 +59,9 @@ def draw_run(run: EvaluatedRun) -> dict[str, Drawing]:
     """Draw the figures of one run by topic: learning curve, predictions, and module heat maps where recorded."""
     drawn = {
         "learning_curve": render(
-            partial(_draw_learning_curve, run=run), 6.4, 5.0, "Training and evaluation, final and best epoch marked"
+            partial(_draw_learning_curve, run=run),
+            *LEARNING_CURVE_SIZE,
+            "Training and evaluation, final and best epoch marked",
         )
     }
     if run.has_classes:
@@ -93,6 +95,19 @@ def history_column(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[np.nda
     points = [(row[metrics.GLOBAL_STEP], as_finite(row.get(name))) for row in rows]
     kept = [(step, value) for step, value in points if value is not None]
     return np.array([step for step, _ in kept], dtype=float), np.array([value for _, value in kept], dtype=float)
+
+
+def show_single_evaluation(axes: Axes, curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+    """Scale axes to all that a metric can be if every curve is one point, which an axis of its own would magnify.
+
+    Args:
+        axes: the curves are drawn on.
+        curves: steps and values, shape ``(n,)`` each.
+    """
+    if all(values.size < 2 for _, values in curves):
+        values = np.concatenate([values for _, values in curves])
+        axes.set_ylim(-1.0 if (values < 0).any() else 0.0, 1.0)
+        axes.set_xlim(0.0, 1.1 * max(steps.max() for steps, _ in curves))
 
 
 def arrange_modules(names: Sequence[str], values: Sequence[float]) -> tuple[np.ndarray, list[str], list[str]]:
@@ -154,7 +169,8 @@ def _draw_learning_curve(figure: Figure, run: EvaluatedRun) -> None:
     if run.primary == task_metrics.ACCURACY and train_accuracy.size:
         score.plot(train_steps, train_accuracy, color=COLORS[0], marker="^", label="train, mean over the epoch")
     _mark_final_and_best(score, steps, values, COLORS[2], best=int(np.argmax(values)))
-    score.set_ylabel(display_metric(run.primary))
+    show_single_evaluation(score, [(steps, values)])
+    score.set_ylabel(task_metrics.display_metric(run.primary, run.num_classes))
     score.set_xlabel("optimizer step")
     warmup = [row[metrics.GLOBAL_STEP] for row in rows if as_finite(row.get(metrics.FISHER_WARMUP)) == 1]
     for axes in (loss, score):
@@ -168,7 +184,7 @@ def _draw_learning_curve(figure: Figure, run: EvaluatedRun) -> None:
 
 
 def _mark_final_and_best(axes: Axes, steps: np.ndarray, values: np.ndarray, color: str, best: int) -> None:
-    """Mark both points; the text of the best goes above and that of the final below, so that they do not overlap."""
+    """Mark both points; the best's text goes above it and the final's below, both towards the middle of the axes."""
     final = len(values) - 1
     same = best == final
     axes.plot(steps[final], values[final], marker="o", markersize=9, markerfacecolor="none", color=color, linestyle="")
@@ -178,12 +194,12 @@ def _mark_final_and_best(axes: Axes, steps: np.ndarray, values: np.ndarray, colo
     below: dict[str, Any] = {
         "xytext": (0, -9),
         "textcoords": "offset points",
-        "ha": "center",
+        "ha": "right",
         "va": "top",
         "fontsize": 8,
         "bbox": box,
     }
-    above = {**below, "xytext": (0, 8), "va": "bottom"}
+    above = {**below, "xytext": (0, 8), "va": "bottom", "ha": "left" if steps[best] < steps[final] / 2 else "right"}
     axes.annotate(f"{text} {values[final]:.4f}", (steps[final], values[final]), **below)
     if not same:
         axes.annotate(f"best {values[best]:.4f}", (steps[best], values[best]), **above)

@@ -19,7 +19,6 @@ from matplotlib.ticker import MaxNLocator
 from fwlora.experiment.evaluation.compare.cells import Group
 from fwlora.experiment.evaluation.compare.variants import UNREGISTERED_STYLE
 from fwlora.experiment.evaluation.figures.font import font_families
-from fwlora.experiment.tracking import task_metrics
 
 # Okabe and Ito's colors, which stay apart for color-blind readers; yellow is left out, it vanishes in print.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
@@ -155,9 +154,3 @@ def thin_curve(steps: np.ndarray, values: np.ndarray, most: int = MAX_POINTS) ->
     for stretch in np.array_split(np.arange(values.size), most // 2):
         kept += sorted({stretch[0] + int(np.argmin(values[stretch])), stretch[0] + int(np.argmax(values[stretch]))})
     return steps[kept], values[kept]
-
-
-def display_metric(task_metric: str) -> str:
-    """Write a metric's name for people: ``matthews_correlation`` as ``Matthews correlation``."""
-    metric = task_metrics.TASK_METRICS.get(task_metric)
-    return task_metric.replace("_", " ") if metric is None else metric.label

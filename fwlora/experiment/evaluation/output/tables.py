@@ -13,12 +13,12 @@ import pandas
 from fwlora.experiment.evaluation.claims.verdicts import ClaimResult, Finding, group_undecided, join_reasons
 from fwlora.experiment.evaluation.compare.cells import Cell, Group
 from fwlora.experiment.evaluation.compare.results import Comparison, ComparisonWarning
+from fwlora.experiment.evaluation.output.score_table import NOTHING, arrange_scores, format_mean, score_rows
 from fwlora.experiment.tracking import metrics, task_metrics
 
-_NOTHING = "-"
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 _TERMINAL_WIDTH = 110
-_TEXT_COLUMNS = ("cell", "method", "first", "second", "metric")
+_TEXT_COLUMNS = ("budget", "task", "cell", "method", "first", "second", "metric")
 _LATEX = {
     **{character: f"\\{character}" for character in "&%$#_{}"},
     "\\": r"\textbackslash{}",
@@ -28,6 +28,7 @@ _LATEX = {
     ">": "$>$",
     "|": "$|$",
     "→": r"$\rightarrow$",
+    "±": r"$\pm$",
 }
 
 
@@ -106,7 +107,7 @@ def render_markdown(
     comparison: Comparison,
     warnings: Sequence[ComparisonWarning],
 ) -> str:
-    """Write verdicts, the table of methods, paired differences and warnings."""
+    """Write verdicts, scores as in papers, the table of methods, paired differences and warnings."""
     parts = ["# Comparison"]
     if results:
         header = ["claim", "verdict", "measured", "why, and what would decide it"]
@@ -120,9 +121,16 @@ def render_markdown(
             for result in results
         ]
         parts += ["## Claims", _markdown_table(header, rows)]
+    parts.append("## Scores")
+    for table in arrange_scores(cells):
+        header, blocks = score_rows(table, lambda text, is_best: f"**{text}**" if is_best else text)
+        parts += [
+            f"{_escape_markdown(table.caption)}.",
+            _markdown_table(header, [row for block in blocks for row in block]),
+        ]
     parts += ["## Methods", _markdown_table(*method_rows(cells))]
     if comparison.pairs:
-        parts += ["## Paired differences (first minus second)", _markdown_table(*pair_rows(comparison))]
+        parts += ["## Paired differences (first minus second)", _markdown_table(*pair_rows(comparison, cells))]
         parts.append(explain_intervals(comparison))
     if warnings:
         parts += ["## Warnings", "\n".join(f"- {_escape_markdown(str(warning))}" for warning in warnings)]
@@ -140,15 +148,33 @@ def explain_intervals(comparison: Comparison) -> str:
 
 
 def render_latex(cells: Sequence[Cell], comparison: Comparison) -> str:
-    """Write two ``booktabs`` tables: methods, and paired differences."""
+    """Write ``booktabs`` tables: scores as in papers, methods, and paired differences."""
     parts = ["% needs \\usepackage{booktabs}"]
-    for header, rows in (method_rows(cells), pair_rows(comparison)):
+    for table in arrange_scores(cells):
+        header, blocks = score_rows(table, _mark_latex)
+        parts += [f"% {' '.join(table.caption.split())}", _latex_table(header, blocks)]
+    for header, rows in (method_rows(cells), pair_rows(comparison, cells)):
         if rows:
             escaped = [[_escape_latex(text) for text in row] for row in rows]
-            frame = pandas.DataFrame(escaped, columns=[_escape_latex(name) for name in header])
-            alignment = "".join("l" if name in _TEXT_COLUMNS else "r" for name in header)
-            parts.append(frame.to_latex(index=False, escape=False, column_format=alignment))
+            parts.append(_latex_table([_escape_latex(name) for name in header], [escaped]))
     return "\n".join(parts)
+
+
+def _latex_table(header: Sequence[str], blocks: Sequence[Sequence[Sequence[str]]]) -> str:
+    """Write a table of LaTeX texts, with a rule between blocks of rows."""
+    frame = pandas.DataFrame([row for block in blocks for row in block], columns=list(header))
+    alignment = "".join("l" if name in _TEXT_COLUMNS else "r" for name in header)
+    lines = frame.to_latex(index=False, escape=False, column_format=alignment).split("\n")
+    place = lines.index("\\midrule")
+    for block in blocks[:-1]:
+        place += len(block) + 1
+        lines.insert(place, "\\midrule")
+    return "\n".join(lines)
+
+
+def _mark_latex(text: str, is_best: bool) -> str:
+    escaped = _escape_latex(text)
+    return rf"\textbf{{{escaped}}}" if is_best else escaped
 
 
 def _escape_latex(text: str) -> str:
@@ -177,12 +203,12 @@ def render_csv(cells: Sequence[Cell]) -> str:
 
 def format_p_value(value: float | None) -> str:
     """Write three decimals, ``<0.001`` for smaller values, a dash for None."""
-    return _NOTHING if value is None else "<0.001" if value < 0.001 else f"{value:.3f}"
+    return NOTHING if value is None else "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def method_rows(cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
     """Return the header, and one row per method of a cell."""
-    header = ["cell", "method", "n", "metric", "mean", "sd", "accuracy", "time [s]", "adapter parameters"]
+    header = ["cell", "method", "n", "metric", "score [points]", "accuracy [points]", "time [s]", "adapter parameters"]
     rows = [[cell.name, group.label, *_method_values(cell, group)] for cell in cells for group in cell.groups]
     groups = [group for cell in cells for group in cell.groups]
     if any(group.values(metrics.EVAL_ECE) for group in groups):  # older programs recorded no logits
@@ -199,49 +225,50 @@ def _method_values(cell: Cell, group: Group) -> list[str]:
     counts = dict.fromkeys(f"{count:.0f}" for count in (start, final) if count is not None)
     return [
         str(len(group.runs)),
-        cell.primary,
-        _number(group.mean(metric), 4),
-        _number(group.standard_deviation(metric), 4),
-        _number(group.mean(metrics.eval_name(task_metrics.ACCURACY)), 4),
+        cell.display_metric(cell.primary, short=True),
+        format_mean(group, metric, 100),
+        format_mean(group, metrics.eval_name(task_metrics.ACCURACY), 100),
         _number(group.mean(metrics.TRAINING_TIME_S), 1),
-        " -> ".join(counts) or _NOTHING,
+        " -> ".join(counts) or NOTHING,
     ]
 
 
-def pair_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+def pair_rows(comparison: Comparison, cells: Sequence[Cell]) -> tuple[list[str], list[list[str]]]:
     """Return the header, and one row per pair of methods in a cell."""
+    by_name = {cell.name: cell for cell in cells}
     header = [
         "cell",
         "first",
         "second",
         "metric",
         "seeds",
-        "difference",
-        "interval",
+        "difference [points]",
+        "interval [points]",
         "wins",
         "t p",
         "flip p",
         "t p (Holm)",
         "g",
-        "MDD",
+        "MDD [points]",
     ]
     rows = []
     for pair in comparison.pairs:
-        names = [pair.cell, pair.first, pair.second, pair.primary_metric]
+        metric = by_name[pair.cell].display_metric(pair.primary_metric, short=True)
+        names = [pair.cell, pair.first, pair.second, metric]
         if pair.primary is None:
-            rows.append([*names, "0", *[_NOTHING] * 8])
+            rows.append([*names, "0", *[NOTHING] * 8])
             continue
         tests = pair.primary.tests
         rows.append(
             [
                 *names,
                 str(tests.count),
-                f"{tests.mean:+.4f}",
-                f"[{pair.primary.low:+.4f}, {pair.primary.high:+.4f}]",
+                f"{100 * tests.mean:+.2f}",
+                f"[{100 * pair.primary.low:+.2f}, {100 * pair.primary.high:+.2f}]",
                 f"{tests.wins}/{tests.count}",
                 *(format_p_value(value) for value in (tests.t_p_value, tests.sign_flip_p_value, pair.t_p_value_holm)),
                 _number(tests.hedges_g, 2),
-                _number(tests.minimum_detectable_difference, 4),
+                _number(tests.minimum_detectable_difference, 2, factor=100.0),
             ]
         )
     return header, rows
@@ -263,5 +290,5 @@ def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _number(value: float | None, decimals: int) -> str:
-    return _NOTHING if value is None else f"{value:.{decimals}f}"
+def _number(value: float | None, decimals: int, factor: float = 1.0) -> str:
+    return NOTHING if value is None else f"{factor * value:.{decimals}f}"

@@ -13,11 +13,13 @@ from fwlora.experiment.evaluation.claims.claim import Claim
 from fwlora.experiment.evaluation.claims.verdicts import group_undecided
 from fwlora.experiment.evaluation.compare.cells import Cell
 from fwlora.experiment.evaluation.compare.results import Comparison, ComparisonWarning, PairComparison
+from fwlora.experiment.evaluation.compare.runs import CALIBRATION_BINS
 from fwlora.experiment.evaluation.compare.variants import UNREGISTERED_ROLE
 from fwlora.experiment.evaluation.evidence import Evidence
 from fwlora.experiment.evaluation.figures.draw import Figures
-from fwlora.experiment.evaluation.figures.style import MARKERS, display_metric, style_groups
-from fwlora.experiment.evaluation.output import tables
+from fwlora.experiment.evaluation.figures.style import MARKERS, style_groups
+from fwlora.experiment.evaluation.output import score_table, tables
+from fwlora.experiment.evaluation.output.score_table import ScoreTable
 from fwlora.experiment.evaluation.report.claims import (
     STRIP_WIDTH,
     ClaimCard,
@@ -55,7 +57,7 @@ from fwlora.experiment.evaluation.report.text import (
 )
 from fwlora.experiment.json_types import JsonMapping
 from fwlora.experiment.methods import Variant
-from fwlora.experiment.tracking import metrics
+from fwlora.experiment.tracking import metrics, task_metrics
 
 _FOLDER = Path(__file__).parent
 
@@ -113,7 +115,10 @@ class ReportPage:
     anchors: Mapping[str, str]
     styles: Mapping[str, Mapping[str, MarkerStyle]]
     ranges: Mapping[str, tuple[float, float]]
-    pair_range: tuple[float, float]
+    score_tables: list[ScoreTable]
+    with_calibration: bool
+    calibration_bins: int
+    by_name: Mapping[str, Cell]
     single_seeds: list[PairComparison]
     how_to_read: str
     figures: list[tuple[str, list[EmbeddedFigure]]]
@@ -154,7 +159,7 @@ def render_report(evidence: Evidence, figures: Figures, made_by: ReportOrigin) -
         mean_and_deviation=mean_and_deviation,
         metrics=metrics,
         strip=arrange_strip,
-        display_metric=display_metric,
+        display_metric=task_metrics.display_metric,
     )
     template = environment.get_template("page.html.jinja")
     page = template.render(vars(_collect(evidence, figures, made_by)))
@@ -189,7 +194,10 @@ def _collect(evidence: Evidence, figures: Figures, made_by: ReportOrigin) -> Rep
         anchors=name_anchors("run", [run.run_id for run in runs]),
         styles={cell.name: _describe_styles(cell) for cell in cells},
         ranges={cell.name: _find_range(cell.read(run) for run in cell.runs) for cell in cells},
-        pair_range=_find_range(_pair_ends(comparison)),
+        score_tables=score_table.arrange_scores(cells),
+        with_calibration=any(metrics.EVAL_ECE in run.values for run in runs),
+        calibration_bins=CALIBRATION_BINS,
+        by_name={cell.name: cell for cell in cells},
         single_seeds=[pair for pair in comparison.pairs if len(pair.seeds) == 1],
         how_to_read=tables.explain_intervals(comparison),
         figures=describe_figures(figures, cells),
@@ -247,8 +255,3 @@ def _describe_styles(cell: Cell) -> dict[str, MarkerStyle]:
 def _find_range(values: Iterable[float]) -> tuple[float, float]:
     known = list(values)
     return (min(known), max(known)) if known else (0.0, 0.0)
-
-
-def _pair_ends(comparison: Comparison) -> list[float]:
-    differences = [pair.primary for pair in comparison.pairs if pair.primary is not None]
-    return [0.0, *(value for each in differences for value in (each.low, each.high, each.tests.mean))]

@@ -10,7 +10,6 @@ from fwlora.experiment.evaluation.claims.verdicts import ClaimResult
 from fwlora.experiment.evaluation.compare.cells import Cell, Group
 from fwlora.experiment.evaluation.compare.contrasts import Estimate
 from fwlora.experiment.evaluation.compare.references import has_learned, score_constant
-from fwlora.experiment.evaluation.figures.style import display_metric
 from fwlora.experiment.evaluation.report.claims import scale_to_line
 from fwlora.experiment.evaluation.report.text import count_noun, typeset
 
@@ -94,7 +93,7 @@ def arrange_scores(cell: Cell, means: Mapping[tuple[str, str], Estimate]) -> Sco
     ticks = [low + (high - low) * step / (TICKS - 1) for step in range(TICKS)] if high > low else [low]
     return ScoreLines(
         cell.name,
-        display_metric(cell.primary),
+        cell.display_metric(cell.primary),
         tuple(rows),
         tuple((name, at(value)) for name, value in references.items()),
         tuple((typeset(f"{100 * tick:.1f}"), at(tick)) for tick in ticks),

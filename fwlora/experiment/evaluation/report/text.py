@@ -11,7 +11,7 @@ from typing import Any
 from markupsafe import Markup
 
 from fwlora.experiment.evaluation.compare.cells import Group
-from fwlora.experiment.evaluation.output import tables
+from fwlora.experiment.evaluation.output import score_table, tables
 
 
 def typeset(text: Any) -> str:
@@ -58,11 +58,8 @@ def mean_and_deviation(group: Group, metric: str, factor: float = 1.0, decimals:
         factor: that the value is multiplied by.
         decimals: of both numbers.
     """
-    mean, deviation = group.mean(metric), group.standard_deviation(metric)
-    if mean is None:
-        return "–"
-    text = f"{factor * mean:,.{decimals}f}" + ("" if deviation is None else f" ± {factor * deviation:,.{decimals}f}")
-    return typeset(text)
+    text = score_table.format_mean(group, metric, factor, decimals)
+    return "–" if text == score_table.NOTHING else typeset(text)
 
 
 def name_anchors(prefix: str, names: Sequence[str]) -> dict[str, str]:
