@@ -488,6 +488,9 @@ def test_tables_hold_every_method_and_pair():
     header, *lines = tables.render_csv(cells).splitlines()
     assert header.startswith("cell,method,primary_metric,n,seeds,eval_accuracy_mean,eval_accuracy_sd")
     assert lines[2].split('"')[2].startswith(f",FW-LoRA,eval_accuracy,3,1 2 3,{group.mean('eval_accuracy')},")
+    wide = cells_of(change(make_record("b"), config__run__model__name="模型"), make_record("c", subset="cola"))
+    lines = tables.render_text_table(wide).splitlines()
+    assert len({len(line) + line.count("模型") * 2 for line in lines[1:]}) == 1, "a wide character fills two columns"
     header, *lines = tables.render_text_table(cells).splitlines()
     assert all(line[: header.index("metric")].endswith("  3  ") for line in lines)
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from fwlora.experiment.evaluation.compare.bootstrap import resample_runs
 from fwlora.experiment.evaluation.compare.cells import group_cells
@@ -352,3 +353,37 @@ def test_names_are_drawn_as_they_are():
 def test_characters_without_a_glyph_are_found():
     assert find_missing_characters(["Résumé α → 5 ≤ 6", "a b\tc"]) == ""
     assert find_missing_characters(["x\U0010fffd", "\U0010fffdy"]) == "\U0010fffd"
+
+
+LONG = "a-run-id-of-many-words-that-goes-on-until-no-figure-is-wide-enough-for-it"
+
+
+@pytest.mark.parametrize(("subset", "seeds", "budgets"), [("cola", (1,), (0.2,)), ("stsb", (1, 2), (0.2, 0.5))])
+def test_no_text_leaves_its_figure(monkeypatch: pytest.MonkeyPatch, subset, seeds, budgets):
+    drawn: dict[int, tuple[Text, Figure]] = {}
+    draw_text = Text.draw
+
+    def draw_and_keep(text: Text, renderer) -> None:
+        figure = text.get_figure(root=True)
+        if figure is not None and text.get_text().strip():
+            drawn[id(text)] = text, figure
+        draw_text(text, renderer)
+
+    monkeypatch.setattr(Text, "draw", draw_and_keep)
+    methods = ("baseline_lora", "proposed_fw_lora", "a_method_of_my_own_with_a_long_name")
+    given = [
+        records.change(
+            make_record(f"{LONG}-{method}-{budget}-{seed}", method, seed, 0.1, subset, budget, modules=True),
+            config__run__model__name="an-organization/and-a-model-of-its-own-with-a-long-name",
+        )
+        for method in methods
+        for seed in seeds
+        for budget in budgets
+    ]
+    draw_figures(gather_evidence(given, {}, resamples=20))
+    outside = []
+    for text, figure in drawn.values():
+        box, frame = text.get_window_extent(), figure.bbox
+        if not (box.x0 >= -1 and box.y0 >= -1 and box.x1 <= frame.x1 + 1 and box.y1 <= frame.y1 + 1):
+            outside.append(text.get_text())
+    assert outside == [] and len({figure for _, figure in drawn.values()}) > 10

@@ -20,6 +20,7 @@ from fwlora.experiment.evaluation.figures.style import (
     COLORS,
     GREY,
     Drawing,
+    add_legend,
     render,
     running_mean,
     smoothing_window,
@@ -121,7 +122,7 @@ def _draw_bars(figure: Figure, *, cell: Cell, metric: str, label: str, decimals:
         look: dict[str, Any] = {"marker": "o", "markerfacecolor": "white", "markeredgecolor": "black", "linestyle": ""}
         handles.append(Line2D([], [], label="one seed", **look))
     title = "bar: mean over seeds" if several else "bar: one run, no seed variance"
-    _add_legend(figure, [Line2D([], [], color=GREY, linewidth=6, alpha=0.75, label=title), *handles])
+    add_legend(figure, [Line2D([], [], color=GREY, linewidth=6, alpha=0.75, label=title), *handles])
 
 
 def _draw_boxes(figure: Figure, *, cell: Cell, metric: str, label: str) -> None:
@@ -155,7 +156,7 @@ def _draw_boxes(figure: Figure, *, cell: Cell, metric: str, label: str) -> None:
         Line2D([], [], color=GREY, linewidth=6, alpha=0.5, label="quartiles"),
         Line2D([], [], color=GREY, marker="o", markeredgecolor="black", linestyle="", label="one seed"),
     ]
-    _add_legend(figure, handles)
+    add_legend(figure, handles)
 
 
 def _draw_time(figure: Figure, cell: Cell) -> None:
@@ -177,7 +178,7 @@ def _draw_time(figure: Figure, cell: Cell) -> None:
     axes.set_xlabel("training time [s]")
     axes.set_ylabel(f"{cell.display_metric(cell.primary)}, last epoch")
     axes.set_title(textwrap.fill(cell.name, 60))
-    _add_legend(figure, handles, columns=1 if len(cell.groups) > 3 else 2)
+    add_legend(figure, handles, columns=1 if len(cell.groups) > 3 else 2)
 
 
 def _draw_curves(figure: Figure, cell: Cell) -> None:
@@ -211,7 +212,7 @@ def _draw_curves(figure: Figure, cell: Cell) -> None:
     marks: dict[str, Any] = {"color": GREY, "linestyle": ""}
     handles.append(Line2D([], [], marker="o", markersize=9, markerfacecolor="none", label="final (compared)", **marks))
     handles.append(Line2D([], [], marker="*", markersize=9, label="best (never compared)", **marks))
-    _add_legend(figure, handles, columns=1 if len(cell.groups) > 3 else 2)
+    add_legend(figure, handles, columns=1 if len(cell.groups) > 3 else 2)
 
 
 def _mean_curve(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
@@ -278,8 +279,8 @@ def _draw_differences(
         axes.set_yticks([row.position for row in panel.rows], [row.label for row in panel.rows])
         axes.set_ylim(panel.height, 0.0)
     name = cell.display_metric(cell.primary)
-    scales = "; each pair has its own scale" if len(panels) > 1 else ""
-    all_axes[-1].set_xlabel(f"difference in {name}, in points, 95 % interval{scales}")
+    scales = "\neach pair has its own scale" if len(panels) > 1 else ""
+    figure.supxlabel(f"difference in {name}, in points, 95 % interval{scales}")
     all_axes[0].set_title(textwrap.fill(cell.name, 60))
     several = any(len(pair.seeds) > 1 for pair in pairs)
     over = "mean over seeds, interval over seeds and examples" if several else "one seed, interval over examples only"
@@ -290,8 +291,4 @@ def _draw_differences(
     if several:
         text = "one seed, interval over examples"
         handles.append(Line2D([], [], color=GREY, marker="o", markersize=4, linewidth=0.8, label=text))
-    _add_legend(figure, handles, columns=1)
-
-
-def _add_legend(figure: Figure, handles: Sequence[Any], columns: int = 3) -> None:
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+    add_legend(figure, handles, columns=1)

@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 
 from fwlora.experiment.evaluation.compare.cells import Cell
 from fwlora.experiment.evaluation.compare.results import Comparison, PooledComparison
-from fwlora.experiment.evaluation.figures.style import COLORS, GREY, Drawing, render, style_groups
+from fwlora.experiment.evaluation.figures.style import COLORS, GREY, Drawing, add_legend, render, style_groups
 
 
 def draw_overview(cells: Sequence[Cell], comparison: Comparison) -> dict[str, Drawing]:
@@ -48,7 +48,7 @@ def _draw_pooled(figure: Figure, pooled: Sequence[PooledComparison]) -> None:
         axes.set_ylim(0.6, -0.6)
     over = " / ".join(sorted({entry.interval_over for entry in pooled}))
     scales = "; each pair has its own scale" if len(pooled) > 1 else ""
-    all_axes[-1].set_xlabel(f"difference in points of the primary metric,\n95 % interval over {over}{scales}")
+    figure.supxlabel(f"difference in points of the primary metric,\n95 % interval over {over}{scales}")
 
 
 def _draw_budgets(figure: Figure, rows: Sequence[Sequence[Cell]]) -> None:
@@ -78,4 +78,4 @@ def _draw_budgets(figure: Figure, rows: Sequence[Sequence[Cell]]) -> None:
     several = any(len(group.runs) > 1 for cells in rows for cell in cells for group in cell.groups)
     if several:
         handles["seeds"] = Line2D([], [], color=GREY, marker=".", linestyle="", label="one seed")
-    figure.legend(handles=list(handles.values()), loc="outside lower center", ncols=4)
+    add_legend(figure, list(handles.values()), columns=4)

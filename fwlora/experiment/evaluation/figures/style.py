@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from fwlora.experiment.evaluation.compare.cells import Group
@@ -26,6 +27,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINE_STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 GREY = "#666666"
 MISSING = "#DDDDDD"
+_LEGEND_ENTRY_INCH, _LEGEND_LETTER_INCH = 0.5, 0.065
 MAX_POINTS = 1_000  # of a curve: a page holds many
 
 _STYLE: Any = {
@@ -40,6 +42,7 @@ _STYLE: Any = {
     "legend.fontsize": 8,
     "legend.frameon": False,
     "figure.titlesize": 9,
+    "figure.labelsize": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "lines.linewidth": 1.4,
@@ -131,6 +134,19 @@ def style_groups(groups: Sequence[Group]) -> dict[str, dict[str, Any]]:
         taken.append(style)
         styles[group.label] = {"color": COLORS[style], "marker": MARKERS[style], "linestyle": LINE_STYLES[style]}
     return styles
+
+
+def add_legend(figure: Figure, handles: Sequence[Line2D], columns: int = 3) -> None:
+    """Add a legend below the axes.
+
+    Args:
+        figure: that it belongs to.
+        handles: entries, with labels.
+        columns: at most; fewer where labels are too long for the figure's width.
+    """
+    longest = max(len(str(handle.get_label())) for handle in handles)
+    fitting = int(figure.get_figwidth() / (_LEGEND_ENTRY_INCH + _LEGEND_LETTER_INCH * longest))
+    figure.legend(handles=list(handles), loc="outside lower center", ncols=max(1, min(columns, fitting)))
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:

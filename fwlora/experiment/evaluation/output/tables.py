@@ -6,6 +6,7 @@ import csv
 import io
 import re
 import textwrap
+import unicodedata
 from collections.abc import Sequence
 
 import pandas
@@ -35,15 +36,20 @@ _LATEX = {
 def render_text_table(cells: Sequence[Cell]) -> str:
     """Align columns for a terminal, one row per method of a cell."""
     header, rows = method_rows(cells)
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    widths = [max(_count_columns(row[column]) for row in [header, *rows]) for column in range(len(header))]
     lines = []
     for row in [header, *rows]:
-        padded = (
-            text.ljust(width) if column < 2 else text.rjust(width)
-            for column, (text, width) in enumerate(zip(row, widths, strict=True))
-        )
+        padded = []
+        for column, (text, width) in enumerate(zip(row, widths, strict=True)):
+            space = " " * (width - _count_columns(text))
+            padded.append(text + space if column < 2 else space + text)
         lines.append("  ".join(padded).rstrip())
     return "\n".join(lines)
+
+
+def _count_columns(text: str) -> int:
+    """Count the columns that a terminal shows a text in: two for a wide character."""
+    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
 
 
 def render_verdicts(results: Sequence[ClaimResult]) -> list[str]:
