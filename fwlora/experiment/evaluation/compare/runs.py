@@ -23,7 +23,7 @@ from fwlora.experiment.tracking.records import RunRecord, unpack_logits, unpack_
 _UNFINISHED = {
     "running": "is unfinished: it still runs, or its server lost sight of it; wait for it, or run it again",
     "failed": "is unfinished: it failed or was killed, as the end of its log may say; run it again",
-    "crashed": "is unfinished: it crashed or was killed before its last epoch ended; run it again",
+    "crashed": "is unfinished: it crashed, it was killed, or the end of its record is damaged; run it again",
     "finished": "is unfinished: it ended before its last epoch was evaluated; run it again",
 }
 _IDENTITY = ("run_id", "training.seed")

@@ -14,12 +14,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fwlora.experiment.files import write_files
 from fwlora.experiment.json_types import JsonObject
+from fwlora.experiment.process_identity import ProcessIdentity
 from fwlora.experiment.tracking.records import RunRecord
 from fwlora.experiment.tracking.wandb.raw_run import RawRun, RunUnavailableError
 from fwlora.experiment.tracking.wandb.transaction_log import read_payloads
 
 RECORDS_AFTER_END = 100  # there are a few at most
+WRITER_FILE = "writer.json"
 LIVE_S = 60.0  # W&B's client writes to the log of a run that is under way more often than this
 
 _Items = dict[tuple[str, ...], Any]  # protocol buffer items by path into nested mappings
@@ -70,6 +73,30 @@ def has_end(file: Path) -> bool:
     return any(parse(payload).WhichOneof("record_type") == "exit" for payload in last)
 
 
+def note_writer(folder: Path, ended: bool = False) -> None:
+    """Note in a run folder that this process writes its log, or has written the last of it.
+
+    Raises:
+        OSError: the note cannot be written.
+    """
+    note = {**ProcessIdentity.of_this_process().to_record(), "ended": ended}
+    write_files({folder / WRITER_FILE: json.dumps(note).encode()})
+
+
+def is_written(folder: Path, file: Path) -> bool:
+    """Return whether a process still writes to the log of a run folder.
+
+    Its writer's note decides. Where there is none, or where it names a process of another machine, the log's age does.
+    """
+    with suppress(OSError, ValueError, RecursionError):
+        note = json.loads((folder / WRITER_FILE).read_bytes())
+        writer = ProcessIdentity.from_record(note)
+        lives = writer.lives() if writer else None
+        if lives is not None:
+            return lives and not note.get("ended")
+    return time.time() - file.stat().st_mtime < LIVE_S
+
+
 def read_attempt(folder: Path, run_id: str) -> RawRun:
     """Read the log of a run folder, as far as it is intact."""
     from google.protobuf.message import DecodeError
@@ -77,7 +104,7 @@ def read_attempt(folder: Path, run_id: str) -> RawRun:
 
     parse: Any = wandb_internal_pb2.Record.FromString  # type: ignore[attr-defined]
     file = folder / f"run-{run_id}.wandb"
-    attempt = RawRun(str(folder), state="running" if time.time() - file.stat().st_mtime < LIVE_S else "crashed")
+    attempt = RawRun(str(folder), state="running" if is_written(folder, file) else "crashed")
     summary: _Items = {}
     with suppress(DecodeError, ValueError):  # damage that the checksum missed ends the log as well
         for payload in read_payloads(file):

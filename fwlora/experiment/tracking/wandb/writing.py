@@ -14,7 +14,7 @@ from fwlora.experiment.errors import UserError
 from fwlora.experiment.json_types import JsonMapping, JsonObject
 from fwlora.experiment.tracking import metrics
 from fwlora.experiment.tracking import tracker as tracking
-from fwlora.experiment.tracking.wandb.files import find_run_folders, has_end
+from fwlora.experiment.tracking.wandb.files import find_run_folders, has_end, note_writer
 from fwlora.experiment.tracking.wandb.session import end_session, explain, find_upload_error, one_line, open_session
 
 if TYPE_CHECKING:
@@ -142,6 +142,7 @@ class _WandbTracker(tracking.Tracker):
         self._finished = False
         self.url: str | None = None if run.offline else run.url
         self.folder = Path(run.dir).parent
+        self._note_writer()
 
     def log(self, values: Mapping[str, float | int]) -> None:
         self._guard(lambda: self._run.log(tracking.check_row(values)))
@@ -160,6 +161,12 @@ class _WandbTracker(tracking.Tracker):
         if self._finished:
             return
         self._finished = True
+        try:
+            self._finish(exit_code)
+        finally:
+            self._note_writer(ended=True)
+
+    def _finish(self, exit_code: int) -> None:
         log = Path(self._run.settings.log_internal)
         try:
             self._run.finish(exit_code=exit_code)
@@ -177,6 +184,11 @@ class _WandbTracker(tracking.Tracker):
                 unsent,
                 self.folder,
             )
+
+    def _note_writer(self, ended: bool = False) -> None:
+        # A reader of a folder without the note goes by the log's age.
+        with suppress(OSError):
+            note_writer(self.folder, ended)
 
     def _await_log(self) -> None:
         """Wait for the end of the log, which W&B's client writes a moment after it reports the end of the run."""

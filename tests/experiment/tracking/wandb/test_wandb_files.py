@@ -7,6 +7,7 @@ import math
 import os
 import struct
 import subprocess
+import sys
 import threading
 import time
 import zlib
@@ -20,7 +21,7 @@ from wandb.util import get_core_path
 from fwlora.experiment.errors import UserError
 from fwlora.experiment.tracking.records import canonicalize
 from fwlora.experiment.tracking.tracker import spell_non_finite
-from fwlora.experiment.tracking.wandb.files import read_attempt
+from fwlora.experiment.tracking.wandb.files import WRITER_FILE, note_writer, read_attempt
 from fwlora.experiment.tracking.wandb.raw_run import RawRun
 from fwlora.experiment.tracking.wandb.transaction_log import BLOCK_BYTES, FULL, HEADER, read_payloads
 from tests.helpers.wandb_runs import (
@@ -227,14 +228,32 @@ def load_when_there(results: Path) -> list[Any]:
     return load(results, "files")
 
 
+ELSEWHERE = {"place": "another machine", "pid": 1, "started": 0.0, "ended": False}
+IDENTIFY = """
+import json
+from fwlora.experiment.process_identity import ProcessIdentity
+print(json.dumps(ProcessIdentity.of_this_process().to_record()))
+"""
+
+
 def test_log_without_an_end_that_nobody_writes_any_more_is_of_a_crashed_run(tmp_path: Path) -> None:
     write(start(OFFLINE, tmp_path), [1, 2, 4])
     file = run_folders(tmp_path)[0] / "run-a.wandb"
     file.write_bytes(file.read_bytes()[:-30])
-    assert load(tmp_path, "files")[0].state == "running"
-    long_ago = time.time() - 3600
-    os.utime(file, (long_ago, long_ago))
-    assert load(tmp_path, "files")[0].state == "crashed"
+    assert load(tmp_path, "files")[0].state == "crashed", "its writer has ended, however young the damaged log is"
+    for note in ("", "[" * 9000, "7", "{}", *(json.dumps(each) for each in (ELSEWHERE, {"pid": 1}))):
+        (file.parent / WRITER_FILE).write_text(note)
+        os.utime(file)
+        assert load(tmp_path, "files")[0].state == "running", f"{note[:40]}: the log's age decides"
+        long_ago = time.time() - 3600
+        os.utime(file, (long_ago, long_ago))
+        assert load(tmp_path, "files")[0].state == "crashed"
+    note_writer(file.parent)
+    assert load(tmp_path, "files")[0].state == "running", "its writer lives, however old the log is"
+    child = subprocess.run([sys.executable, "-c", IDENTIFY], capture_output=True, text=True, check=True)
+    (file.parent / WRITER_FILE).write_text(child.stdout)
+    os.utime(file)
+    assert load(tmp_path, "files")[0].state == "crashed", "its writer is gone, however young the log is"
 
 
 def test_clock_orders_attempts_but_not_the_rows_of_one() -> None:
