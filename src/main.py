@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fwlora.experiment.interrupts import end_imports
+
 import os
 import signal
 import subprocess
@@ -96,4 +98,5 @@ def main(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    end_imports()
     enter_program("src.main", main, run, CONFIG_DIR)

@@ -12,6 +12,8 @@
 
 from __future__ import annotations
 
+from fwlora.experiment.interrupts import end_imports
+
 import logging
 import time
 from pathlib import Path
@@ -221,4 +223,5 @@ def main(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    end_imports()
     enter_program("src.train", main, run, CONFIG_DIR)

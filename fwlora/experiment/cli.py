@@ -45,11 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = make_parser().parse_args(argv)
     with user_errors_exit():
         load_plugins()
-    try:
-        return _plan(arguments) if arguments.command == "plan" else _study(arguments)
-    except ModuleNotFoundError as error:
-        print(MISSING_EXTRA.format(command=arguments.command, name=error.name), file=sys.stderr)
-        return 2
+        try:
+            return _plan(arguments) if arguments.command == "plan" else _study(arguments)
+        except ModuleNotFoundError as error:
+            print(MISSING_EXTRA.format(command=arguments.command, name=error.name), file=sys.stderr)
+    return 2
 
 
 def _plan(arguments: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 EXIT_USER_ERROR = 2
 EXIT_EXHAUSTED = 1
-EXIT_INTERRUPTED = 130
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 class UserError(ValueError):

@@ -164,6 +164,33 @@ def test_a_request_to_stop_reaches_the_child(tmp_path, tiny, number, expected):
         assert "Traceback" not in rest
 
 
+WAITS = """
+import time
+print("importing", flush=True)
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    raise ImportError
+"""
+
+
+@pytest.mark.parametrize(("module", "library"), [("src.main", "hydra"), ("src.train", "hydra"), ("src.train", "torch")])
+def test_an_interrupt_while_libraries_are_imported_is_one_word(tmp_path, module, library):
+    """The library waits while it is imported; some take such an interrupt for an import that failed."""
+    (tmp_path / f"{library}.py").write_text(WAITS)
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{REPOSITORY}"}
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(
+        [sys.executable, "-m", module, f"run={LORA}"], cwd=REPOSITORY, env=environment, **output
+    ) as started:
+        signal.signal(signal.SIGINT, before)
+        assert started.stdout.readline() == "importing\n"
+        started.send_signal(signal.SIGINT)
+        _, told = started.communicate(timeout=30)
+    assert (started.returncode, told) == (130, "interrupted\n")
+
+
 def test_multirun_takes_runs_and_seeds(tmp_path, tiny):
     done = python(
         "src.main", "--multirun", f"run={LORA},{PROPOSED}", "run.training.seed=1,2", f"results_dir={tmp_path}",
