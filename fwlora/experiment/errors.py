@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
+_UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
 EXIT_USER_ERROR = 2
 EXIT_EXHAUSTED = 1
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -135,6 +136,34 @@ def user_errors_exit() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(EXIT_INTERRUPTED)
+
+
+def list_causes(error: BaseException) -> list[BaseException]:
+    """List an error and what it was raised from or during, the last one first."""
+    found: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in found:
+        found.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    return found
+
+
+def explain_loader_error(error: Exception) -> str | None:
+    """Return why a cache on this machine kept a library from loading what it was to load; None for another cause.
+
+    Raises:
+        OSError: there is no room left on the disk.
+        MemoryError: there is no memory left.
+    """
+    for cause in list_causes(error):
+        if isinstance(cause, (MemoryError, OSError)) and _describe_exhaustion(cause):
+            raise cause
+        if isinstance(cause, OSError) and cause.filename and cause.errno in _UNUSABLE:
+            return (
+                f"{cause.filename} cannot be used ({cause.strerror}); make the caches writable, or name others: "
+                "HF_HOME for the Hub's, the working folder for .cache"
+            )
+    return None
 
 
 def _describe_exhaustion(error: MemoryError | OSError | RuntimeError) -> str | None:

@@ -14,7 +14,7 @@ from fwlora.experiment.data import glue
 from fwlora.experiment.data.labels import LabelEncoder, describe_other_than_numbers, encode_numbers
 from fwlora.experiment.data.table_files import READERS, Table, read_table_file
 from fwlora.experiment.data.text import TextSplit, make_split
-from fwlora.experiment.errors import UserError, collecting
+from fwlora.experiment.errors import UserError, collecting, explain_loader_error
 from fwlora.experiment.paths import CACHE_DIR, expand_home, is_path
 from fwlora.experiment.settings.schema import DatasetSettings
 from fwlora.experiment.tracking.task_metrics import Predicted
@@ -176,6 +176,9 @@ def _fetch(dataset: DatasetSettings, *arguments: Any, cache_dir: str = CACHE_DIR
         names = {name: kind.names for name, kind in loaded.features.items() if getattr(kind, "names", None)}
         return Table({name: list(loaded[name]) for name in loaded.column_names}, names)
     except Exception as error:  # datasets raises over twenty types here, several of them third-party
+        unusable = explain_loader_error(error)
+        if unusable and not local:
+            raise UserError(f"run.dataset.name = {dataset.name!r} cannot be loaded: {unusable}") from None
         cause = error.__cause__ or error
         reason = f"{type(cause).__name__}: {str(cause).strip().splitlines()[0] if str(cause).strip() else 'no details'}"
         expected = (

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import logging as transformers_logging
 
-from fwlora.experiment.errors import UserError
+from fwlora.experiment.errors import UserError, explain_loader_error
 from fwlora.experiment.paths import CACHE_DIR, expand_home, is_path
 
 PACKAGE_PREFIX = "package:"
@@ -85,6 +85,9 @@ def fetching(pretrained_id: str, setting: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # loaders raise types of several libraries, safetensors' among them
+        unusable = explain_loader_error(error)
+        if unusable and not Path(pretrained_id).is_dir():
+            raise UserError(f"{setting} = {pretrained_id!r} cannot be fetched: {unusable}") from None
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"{setting} = {pretrained_id!r} cannot be fetched ({reason}); without the Hub give a folder that holds "
