@@ -9,12 +9,16 @@ import json
 import random
 import shutil
 import string
+import struct
 import time
+import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from wandb.proto import wandb_internal_pb2
 
 from fwlora.experiment.data.batching import TokenizedSplit
 from fwlora.experiment.data.table_files import READERS, read_table_file
@@ -25,8 +29,20 @@ from fwlora.experiment.evaluation.compare.runs import read_runs
 from fwlora.experiment.evaluation.request import parse_request
 from fwlora.experiment.settings.hydra_arguments import compose_settings
 from fwlora.experiment.study.spec import load_study
+from fwlora.experiment.tracking.records import RunRecord
+from fwlora.experiment.tracking.wandb.reading import WandbSource
+from fwlora.experiment.tracking.wandb.transaction_log import (
+    BLOCK_BYTES,
+    CHUNK_HEAD,
+    FIRST,
+    FULL,
+    HEADER,
+    LAST,
+    MIDDLE,
+)
 from tests.helpers import evaluation_records as records
 from tests.helpers.paths import CONFIG_DIR
+from tests.helpers.wandb_server import StoredRun, WandbServer
 
 FAST, SLOW = 500, 10_000
 LONGEST_S = 5.0
@@ -159,6 +175,91 @@ def token_cache(tmp_path: Path, rng: random.Random) -> None:
     assert got.cut == 1
 
 
+def entries_of(values: dict) -> list[tuple[str, str]]:
+    return [(name, json.dumps(value)) for name, value in values.items()]
+
+
+def make_log(record: RunRecord, rng: random.Random) -> bytes:
+    """Write a run as W&B's client does, one value of one record exchanged under a right checksum."""
+    messages = []
+    for kind in ("run", "summary", *["history"] * len(record.history), "exit"):
+        messages.append((kind, wandb_internal_pb2.Record()))
+    rows = iter(record.history)
+    broken = rng.randrange(len(messages))
+    for place, (kind, message) in enumerate(messages):
+        given = {"run": record.config, "summary": record.summary, "exit": {}}
+        entries = entries_of(given[kind] if kind in given else dict(next(rows)))
+        if place == broken and entries:
+            one = rng.randrange(len(entries))
+            name, text = entries[one]
+            changed = scramble(text, rng) if rng.random() < 0.2 else json.dumps(scramble_value(json.loads(text), rng))
+            entries[one] = (scramble(name, rng) if rng.random() < 0.2 else name, changed)
+        target = {"run": message.run.config.update, "summary": message.summary.update, "history": message.history.item}
+        for name, text in entries:
+            item = target[kind].add()
+            item.key, item.value_json = (each.encode(errors="replace").decode() for each in (name, text))
+        if kind == "exit":
+            message.exit.exit_code = rng.choice([0, 0, 0, 1, 2**31 - 1])
+    log = bytearray(HEADER)
+    for _, message in messages:
+        log += make_chunks(message.SerializeToString(), len(log))
+    return bytes(log)
+
+
+def make_chunks(payload: bytes, position: int) -> bytes:
+    """Frame a record as LevelDB's log does, split where a block ends."""
+    framed, begun = b"", False
+    while True:
+        left = BLOCK_BYTES - (position + len(framed)) % BLOCK_BYTES
+        if left < CHUNK_HEAD.size:
+            framed += bytes(left)
+            continue
+        part, payload = payload[: left - CHUNK_HEAD.size], payload[left - CHUNK_HEAD.size :]
+        kind = (LAST if begun else FULL) if not payload else (MIDDLE if begun else FIRST)
+        typed = bytes([kind]) + part
+        framed += struct.pack("<IH", zlib.crc32(typed), len(part)) + typed
+        begun = True
+        if not payload:
+            return framed
+
+
+def wandb_logs(tmp_path: Path, rng: random.Random) -> None:
+    folder = tmp_path / "a" / "wandb" / "offline-run-20260101_000000-a"
+    folder.mkdir(parents=True, exist_ok=True)
+    raw = bytearray(make_log(records.make_record("a"), rng))
+    if rng.random() < 0.25:
+        for _ in range(rng.randint(1, 3)):
+            place = rng.randrange(len(raw))
+            raw[place : place + rng.randint(0, 9)] = bytes(rng.choices(range(256), k=rng.randint(0, 9)))
+    (folder / "run-a.wandb").write_bytes(bytes(raw))
+    read_runs(WandbSource(tmp_path, "files", "team", "project").load(["a"]))
+
+
+def wandb_payloads(server: WandbServer, rng: random.Random) -> None:
+    record = json.loads(json.dumps(vars(records.make_record("a", rng.choice(["baseline_lora", "proposed_fw_lora"])))))
+    stored = StoredRun("team", "project", "a", "a", state=rng.choice(["finished"] * 5 + ["running", "", "killed"]))
+    parts = {
+        "config": {name: {"value": value} for name, value in record["config"].items()},
+        "summary": record["summary"],
+        "history": [{**row, "_step": step} for step, row in enumerate(record["history"])],
+    }
+    part = rng.choice(list(parts))
+    if rng.random() < 0.7:
+        parts[part] = scramble_value(parts[part], rng)
+    texts = {name: json.dumps(value) for name, value in parts.items() if name != "history"}
+    rows = parts["history"] if isinstance(parts["history"], list) else [parts["history"]]
+    lines = [json.dumps(row) for row in rows]
+    if rng.random() < 0.3:
+        place = rng.randrange(len(lines)) if lines else 0
+        lines[place : place + 1] = [scramble(line, rng) for line in lines[place : place + 1]]
+        name = rng.choice(list(texts))
+        texts[name] = scramble(texts[name], rng)
+    stored.config, stored.summary = texts["config"], texts["summary"]
+    stored.lines, stored.steps = dict(enumerate(lines)), {number: number for number in range(len(lines))}
+    server.runs["team", "project", "a"] = stored
+    read_runs(WandbSource(Path("nowhere"), "api", "team", "project").load(["a"]))
+
+
 BOUNDARIES: dict[str, Callable[[Path, random.Random], None]] = {
     "run files": with_file("runs", RUN, lambda config: compose_settings([f"run={RUN}", "mode=full"], config, {})),
     "claims": with_file("claims", "above-lora", lambda config: load_claims(config / "claims")),
@@ -168,16 +269,19 @@ BOUNDARIES: dict[str, Callable[[Path, random.Random], None]] = {
     "data files": data_files,
     "records": recorded_runs,
     "token cache": token_cache,
+    "W&B logs": wandb_logs,
 }
+PAYLOADS = "W&B payloads"
+SHARE = 1 / (len(BOUNDARIES) + 1)
 
 
-def fuzz(boundary: str, inputs: int, tmp_path: Path) -> None:
+def fuzz(boundary: str, attempt: Callable[[random.Random], None], inputs: int) -> None:
     """Try so many inputs; name the seed of one that is neither read nor refused in one message."""
     for seed in range(inputs):
         rng = random.Random(f"{boundary} {seed}")
         started = time.perf_counter()
         try:
-            BOUNDARIES[boundary](tmp_path, rng)
+            attempt(rng)
         except UserError as error:
             if not str(error).strip():
                 pytest.fail(f"{boundary}, input {seed}: an empty message")
@@ -189,11 +293,21 @@ def fuzz(boundary: str, inputs: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("boundary", BOUNDARIES)
 def test_malformed_input_is_read_or_refused(boundary, tmp_path):
-    fuzz(boundary, FAST // len(BOUNDARIES), tmp_path)
+    fuzz(boundary, partial(BOUNDARIES[boundary], tmp_path), int(FAST * SHARE) + 1)
+
+
+def test_malformed_answers_of_a_server_are_read_or_refused(server):
+    fuzz(PAYLOADS, partial(wandb_payloads, server), int(FAST * SHARE) + 1)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("boundary", BOUNDARIES)
 def test_much_malformed_input_is_read_or_refused(boundary, tmp_path):
-    fuzz(boundary, SLOW // len(BOUNDARIES), tmp_path)
+    fuzz(boundary, partial(BOUNDARIES[boundary], tmp_path), int(SLOW * SHARE) + 1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_many_malformed_answers_of_a_server_are_read_or_refused(server):
+    fuzz(PAYLOADS, partial(wandb_payloads, server), int(SLOW * SHARE) + 1)

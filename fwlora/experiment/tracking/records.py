@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import sys
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +19,7 @@ from fwlora.experiment.tracking import metrics
 # Ended with exit code 0; ended with another; not ended; its process is gone without an end.
 RunState = Literal["finished", "failed", "running", "crashed"]
 
+LARGEST_FLOAT = int(sys.float_info.max)
 LARGEST_INTEGER = 2**53  # services keep larger whole numbers as floats, some of them rounded
 
 
@@ -191,13 +193,16 @@ def make_record(
 def canonicalize(value: JsonValue) -> JsonValue:
     """Return a deep copy in which equal values have one form, whatever service kept them.
 
-    Names are in order, tuples are lists, whole numbers are ``int`` (``float`` beyond 2**53), and a name whose mapping
-    is empty is left out: services do not preserve 1 vs 1.0, or a missing name vs an empty mapping.
+    Names are in order, tuples are lists, whole numbers are ``int`` (``float`` beyond 2**53, infinite beyond a float's
+    range, as 1e400 is), and a name whose mapping is empty is left out: services do not preserve 1 vs 1.0, or a missing
+    name vs an empty mapping.
     """
     if isinstance(value, float):
         return int(value) if value.is_integer() and abs(value) <= LARGEST_INTEGER else value
     if isinstance(value, int):
-        return value if abs(value) <= LARGEST_INTEGER else float(value)
+        if abs(value) <= LARGEST_INTEGER:
+            return value
+        return float(value) if abs(value) <= LARGEST_FLOAT else (math.inf if value > 0 else -math.inf)
     if isinstance(value, Mapping):
         spelled = {sys.intern(name): canonicalize(value[name]) for name in sorted(value)}
         return {name: item for name, item in spelled.items() if item != {}}

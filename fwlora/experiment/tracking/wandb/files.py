@@ -106,7 +106,7 @@ def read_attempt(folder: Path, run_id: str) -> RawRun:
     file = folder / f"run-{run_id}.wandb"
     attempt = RawRun(str(folder), state="running" if is_written(folder, file) else "crashed")
     summary: _Items = {}
-    with suppress(DecodeError, ValueError):  # damage that the checksum missed ends the log as well
+    with suppress(DecodeError, ValueError, RecursionError):  # damage that the checksum missed ends the log as well
         for payload in read_payloads(file):
             record = parse(payload)
             kind = record.WhichOneof("record_type")
@@ -167,7 +167,8 @@ def _join(place: JsonObject, entries: JsonObject) -> None:
 def _decode_entries(entries: _Items) -> JsonObject:
     decoded: JsonObject = {}
     for item in entries.values():
-        _join(decoded, _as_mapping(item))
+        with suppress(ValueError, RecursionError):  # what is no JSON is missing
+            _join(decoded, _as_mapping(item))
     return decoded
 
 

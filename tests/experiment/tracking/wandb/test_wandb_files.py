@@ -291,3 +291,23 @@ def test_file_that_a_crash_cut_off_is_read_as_far_as_it_goes(tmp_path: Path) -> 
     assert 0 < len(record.history) < 7 and record.history == rows([1, 2, 4, 5, 6, 7, 8])[: len(record.history)]
     with pytest.raises(UserError, match="`b`: no readable W&B file in"):
         load(tmp_path, "files", "b")
+
+
+def test_values_that_no_client_writes_are_missing_or_infinite(tmp_path: Path) -> None:
+    record = wandb_internal_pb2.Record()
+    deep = "[" * 15_000 + "]" * 15_000
+    for name, text in {"large": "9" * 400, "low": "-" + "9" * 400, "cut": "[1", "right": "2"}.items():
+        record.summary.update.add(key=name, value_json=text)
+    row = wandb_internal_pb2.Record()
+    row.history.item.add(key="global_step", value_json=deep)
+    folder = tmp_path / "a" / "wandb" / "offline-run-20260101_000000-a"
+    folder.mkdir(parents=True)
+    config = wandb_internal_pb2.Record()
+    config.config.update.add(key="run", value_json="{}")
+    log = HEADER + make_chunk(config.SerializeToString()) + make_chunk(record.SerializeToString())
+    (folder / "run-a.wandb").write_bytes(log)
+    summary = {"large": math.inf, "low": -math.inf, "right": 2}
+    attempt = read_attempt(folder, "a")
+    assert attempt.to_record("a").summary == summary
+    (folder / "run-a.wandb").write_bytes(HEADER + make_chunk(row.SerializeToString()))
+    assert read_attempt(folder, "a").rows == []
