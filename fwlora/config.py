@@ -48,12 +48,15 @@ class RankPlan:
         ranks: rank by matrix name, 0 for none.
         encoder_parameters: of which a budget is a percentage.
         budget: parameters that the adapters may have.
+        left_out: what targets that the library chose leave out of attention and feed-forward layers; see
+            :func:`fwlora.architectures.list_left_out`.
     """
 
     matrices: list[MatrixShape]
     ranks: dict[str, int]
     encoder_parameters: int
     budget: int
+    left_out: tuple[str, ...] = ()
 
     @property
     def mean_rank(self) -> float:
@@ -85,20 +88,19 @@ def plan_ranks(model: nn.Module, budget_percent: float, target_modules: Sequence
     targets = present_roles(model) if target_modules is None else list(target_modules)
     if not targets:
         raise ValueError("`target_modules` is empty; name modules or roles, or give None for all projections")
-    if target_modules is None:
-        left_out = list_left_out(model, targets)
-        if left_out:
-            warnings.warn(
-                f"`target_modules` is None, and these of {type(model).__name__} get no adapter: {'; '.join(left_out)}",
-                stacklevel=2,
-            )
+    left_out = list_left_out(model, targets) if target_modules is None else []
+    if left_out:
+        warnings.warn(
+            f"`target_modules` is None, and these of {type(model).__name__} get no adapter: {'; '.join(left_out)}",
+            stacklevel=2,
+        )
     matrices = find_target_matrices(model, targets)
     encoder_parameters = encoder_parameter_count(model)
     budget = budget_parameters(budget_percent, encoder_parameters)
     # + 1: an AdaLoRA triplet costs d_in + d_out + 1 parameters.
     needed = math.ceil(1e6 * (min(matrix.cost for matrix in matrices) + 1) / encoder_parameters) / 1e4
     try:
-        return RankPlan(matrices, solve_ranks(matrices, budget), encoder_parameters, budget)
+        return RankPlan(matrices, solve_ranks(matrices, budget), encoder_parameters, budget, tuple(left_out))
     except BudgetError as error:
         raise BudgetError(
             f"{budget_percent:g} % of {encoder_parameters:,} encoder parameters: {error}; use at least {needed:.4f} %"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -28,7 +29,9 @@ def plan_pretrained(model_id: str, budget_percent: float, target_modules: Sequen
     with fetching(model_id, setting), torch.device("meta"):
         model = AutoModel.from_config(AutoConfig.from_pretrained(resolve_pretrained(model_id, setting)))
     try:
-        return plan_ranks(model, budget_percent, target_modules)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # the plan says what it leaves out
+            return plan_ranks(model, budget_percent, target_modules)
     except TargetModuleError as error:
         raise UserError(f"--target-modules: {error}") from None
     except BudgetError as error:
@@ -55,15 +58,18 @@ def rank_table(plan: RankPlan) -> Table:
 
 
 def summary_lines(plan: RankPlan, budget_percent: float) -> list[str]:
-    """Write the budget, and how much of it the ranks use."""
+    """Write the budget, how much of it the ranks use, and what gets no adapter."""
     smallest, largest = min(plan.ranks.values()), max(plan.ranks.values())
     ranks = f"rank {smallest}" if smallest == largest else f"ranks {smallest} and {largest}"
     used = math.floor(1000 * plan.cost / plan.budget) / 10
-    return [
+    lines = [
         f"budget: {budget_percent:g} % of {plan.encoder_parameters:,} encoder parameters = {plan.budget:,}",
         f"used:   {plan.cost:,} ({used} %) on {sum(rank > 0 for rank in plan.ranks.values())} of "
         f"{len(plan.ranks)} matrices, {ranks}",
     ]
+    if plan.left_out:
+        lines.append(f"left out: {'; '.join(plan.left_out)}; name them with --target-modules where they are linear")
+    return lines
 
 
 def as_json(plan: RankPlan, model_id: str, budget_percent: float) -> str:
@@ -76,6 +82,7 @@ def as_json(plan: RankPlan, model_id: str, budget_percent: float) -> str:
             "budget": plan.budget,
             "cost": plan.cost,
             "ranks": plan.ranks,
+            "left_out": plan.left_out,
         },
         indent=2,
     )

@@ -51,6 +51,23 @@ def test_json_and_named_targets(config_folder, capsys):
     assert len(plan["ranks"]) == 24 and sum(plan["ranks"].values()) * 1536 == plan["cost"]
 
 
+def test_what_gets_no_adapter_is_said_once(tmp_path, capsys):
+    """A Mixtral: its experts are one tensor each, which no linear layer's adapter fits."""
+    settings = {
+        "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "vocab_size": 200, "hidden_size": 32,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48,
+        "num_local_experts": 4,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    command = ["plan", str(tmp_path), "--budget", "5"]
+    assert main(command) == 0
+    printed = capsys.readouterr()
+    lines = [line for line in printed.out.splitlines() if line.startswith("left out: ")]
+    assert len(lines) == 1 and "experts" in lines[0] and "Warning" not in printed.err
+    assert main([*command, "--json"]) == 0
+    assert any("experts" in text for text in json.loads(capsys.readouterr().out)["left_out"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
