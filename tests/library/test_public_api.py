@@ -23,7 +23,7 @@ PARAMETERS = {
     ),
     "FwLoraCallback": "options adapter_name",
     "MatrixShape": "name in_features out_features",
-    "RankPlan": "matrices ranks encoder_parameters budget",
+    "RankPlan": "matrices ranks encoder_parameters budget left_out",
     "attach_adalora": "model matrices plan scaling dropout total_steps schedule head_modules task_type",
     "attach_lora": "model ranks scaling dropout head_modules task_type",
     "budget_parameters": "percent encoder_parameters",

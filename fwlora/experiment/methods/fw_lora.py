@@ -176,7 +176,7 @@ class FwLoraSpec(MethodSpec):
 def weighting_of(run: RunSettings) -> FisherWeighting:
     """Return the options of the method that a run's settings name, with the run's seed."""
     assert run.method_settings is not None
-    given = run.method_settings.model_dump()
+    given = dict(run.method_settings)
     options = {
         option.name: given[_run_file_name(option)]
         for option in fields(FisherWeighting)

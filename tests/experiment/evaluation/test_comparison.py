@@ -401,7 +401,7 @@ def test_examples_that_were_cut_are_warned_of():
 @pytest.mark.parametrize(
     ("paths", "expected"),
     [
-        ({"state": "crashed"}, "is unfinished: it crashed or was killed"),
+        ({"state": "crashed"}, "is unfinished: it crashed, it was killed, or the end of its record is damaged"),
         ({"state": "failed"}, "is unfinished: it failed or was killed"),
         ({"state": "running"}, "is unfinished: it still runs"),
         ({"summary__completed": None}, "is unfinished"),
@@ -445,6 +445,12 @@ def test_runs_that_cannot_be_compared_are_all_named(paths, expected):
     message = str(raised.value)
     assert f"run 'broken' {expected}" in message or expected in message
     assert "'other' is unfinished" in message and "'good'" not in message
+
+
+def test_an_option_of_another_type_is_refused_by_its_range():
+    broken = change(make_record("broken", "proposed_fw_lora"), config__run__fw_lora__fisher_alpha=[])
+    with pytest.raises(UserError, match=r"run 'broken' records what src.train does not write \(ValueError: `decay` is"):
+        read_runs([broken])
 
 
 def test_runs_evaluated_on_different_examples_are_refused():
