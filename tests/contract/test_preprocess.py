@@ -82,6 +82,13 @@ def test_bad_data_is_named(tmp_path, train, options, expected):
     assert all(part in str(caught.value) for part in expected), str(caught.value)
 
 
+def test_a_table_without_rows_is_empty_and_nothing_else(tmp_path):
+    write(tmp_path, "csv", ROWS[:0], ROWS)
+    with pytest.raises(UserError) as caught:
+        load_task(make_dataset(tmp_path))
+    assert "split 'train' is empty" in str(caught.value) and "column" not in str(caught.value)
+
+
 def test_quotation_marks_in_tsv_are_text(tmp_path):
     lines = 'sentence\tlabel\nan "unbalanced quote\t0\n"another\t1\nplain\t0\n'
     for split in ("train", "validation"):

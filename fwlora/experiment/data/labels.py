@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from reprlib import repr as shorten
 
 import numpy as np
 
@@ -14,6 +16,7 @@ LARGEST_NUMBER = float(np.finfo(np.float32).max)
 HIDDEN_LABEL = -1
 SHOWN_NAMES = 10
 HIDDEN = f"{HIDDEN_LABEL} marks the hidden labels of a GLUE test split"
+AS_NUMBERS = "set run.dataset.metric to pearson_correlation or spearman_correlation to predict numbers"
 WHOLE_NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,17})")
 NUMBER = re.compile(r"\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?\s*", re.ASCII)
 # A label as classes are told apart by it: an integer, or a text.
@@ -71,13 +74,17 @@ class LabelEncoder:
         """
         present = {label for label in (normalize_label(value, class_names) for value in values) if label is not None}
         if not present:
-            return cls((), (), f"holds neither integers nor text, but {list(values[:1])}; labels are classes")
+            advice = f"; {AS_NUMBERS}" if values and describe_other_than_numbers(values) is None else ""
+            return cls(
+                (), (), f"holds neither integers nor text, but {shorten(list(values[:1]))}; labels are classes{advice}"
+            )
         if len({type(label) for label in present}) > 1:
             if class_names:
                 stray = sorted(label for label in present if isinstance(label, int))
                 hidden = f"; {HIDDEN}" if HIDDEN_LABEL in stray else ""
                 return cls((), (), f"holds {stray[0]}, which is none of its classes {_join(class_names)}{hidden}")
-            return cls((), (), f"mixes integers and text, such as {_join(_examples(present))}; use one of them")
+            advice = AS_NUMBERS if describe_other_than_numbers(values) is None else "use one of them"
+            return cls((), (), f"mixes integers and text, such as {_join(_examples(present))}; {advice}")
         if class_names and all(isinstance(label, str) for label in present):
             ordered: list[Label] = [name for name in dict.fromkeys(class_names) if name in present]
         else:
@@ -113,7 +120,7 @@ class LabelEncoder:
             hidden = "; integers and names cannot be matched: let both splits hold the same kind"
         return (
             f"{len(unknown)} labels outside the classes {_join(self.names)}, first row {row}: "
-            f"{value if label is None else label!r}{hidden}"
+            f"{shorten(value if label is None else label)}{hidden}"
         )
 
     def encode(self, values: Sequence[object], class_names: Sequence[str] = ()) -> np.ndarray:
@@ -128,9 +135,9 @@ def describe_other_than_numbers(values: Sequence[object]) -> str | None:
     numbers = [_as_number(value) for value in values]
     bad = [row for row, number in enumerate(numbers) if number is None]
     if bad:
-        return f"{len(bad)} labels are no finite numbers, first row {bad[0]}: {values[bad[0]]!r}"
+        return f"{len(bad)} labels are no finite numbers, first row {bad[0]}: {shorten(values[bad[0]])}"
     if values and all(number == HIDDEN_LABEL for number in numbers):
-        return f"every label is {values[0]!r}; {HIDDEN}"
+        return f"every label is {shorten(values[0])}; {HIDDEN}"
     return None
 
 
@@ -149,13 +156,28 @@ def _as_number(value: object) -> float | None:
 
 
 def _describe_unusual(labels: Sequence[Label], class_names: Sequence[str]) -> str | None:
-    """Describe integer classes that are not 0, 1, ..., and classes that the source names but the split lacks."""
+    """Describe what a reader may not expect of classes.
+
+    They are integers other than 0, 1, ...; named by the source and without an example; decimal numbers; or differ
+    in nothing but case and the space around them.
+    """
     absent = [name for name in class_names if name not in labels]
     if absent and isinstance(labels[0], str):
         return f"has no example of the class {absent[0]!r}, which the data set names"
     if isinstance(labels[0], int) and list(labels) != list(range(len(labels))):
         return f"holds the integers {_join(labels)}: class 0 is {labels[0]}, class 1 is {labels[1]}, and so on"
+    numbers = [_as_number(label) for label in labels]
+    if None not in numbers and not all(number.is_integer() for number in numbers if number is not None):
+        return f"holds the numbers {_join(labels)}, read as {len(labels)} classes; {AS_NUMBERS}"
+    alike = [list(group) for _, group in groupby(sorted(labels, key=_fold), key=_fold)]
+    pair = next((group for group in alike if len(group) > 1), None)
+    if pair:
+        return f"holds the classes {pair[0]!r} and {pair[1]!r}, which differ in case or in spaces alone"
     return None
+
+
+def _fold(label: Label) -> str:
+    return str(label).strip().casefold()
 
 
 def _examples(labels: set[Label]) -> list[str]:

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from reprlib import repr as shorten
 from typing import Any
 
 from fwlora.experiment.data import glue
@@ -80,7 +81,7 @@ def encode_tables(
             train.columns[label_column], train.class_names.get(label_column, ()), dataset.label_names
         )
     with collecting(name_dataset(dataset)) as problems:
-        if encoder is not None and encoder.problem:
+        if encoder is not None and encoder.problem and train.columns[label_column]:
             problems.append(f"column {label_column!r} {encoder.problem}")
         for name, table in tables.items():
             labels, class_names = table.columns[label_column], table.class_names.get(label_column, ())
@@ -109,7 +110,7 @@ def _find_other_than_text(columns: Mapping[str, Sequence[object]], split: str) -
     for column, values in columns.items():
         bad = [row for row, value in enumerate(values) if not _is_text(value)]
         if bad:
-            first = f"first row {bad[0]}: {values[bad[0]]!r}"
+            first = f"first row {bad[0]}: {shorten(values[bad[0]])}"
             yield f"split {split!r}, column {column!r}: {len(bad)} rows are not text, {first}"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fwlora.experiment.data.labels import LabelEncoder, describe_other_than_numbers, encode_numbers
+from fwlora.experiment.data.labels import AS_NUMBERS, LabelEncoder, describe_other_than_numbers, encode_numbers
 
 
 @pytest.mark.parametrize(
@@ -44,6 +44,9 @@ def test_the_classes_are_the_values_present(values, class_names, names, encoded)
         ([4, 1], (), "holds the integers 1, 4: class 0 is 1, class 1 is 4, and so on"),
         ([0, 2], ("a", "b", "c"), "has no example of the class 'b', which the data set names"),
         ([0, 1], ("a", "b"), None),
+        (["0.5", "2.0"], (), f"holds the numbers 0.5, 2.0, read as 2 classes; {AS_NUMBERS}"),
+        (["1.0", "0.0"], (), None),
+        (["neg", "pos", "Neg "], (), "holds the classes 'Neg ' and 'neg', which differ in case or in spaces alone"),
     ],
 )
 def test_what_a_reader_may_not_expect_is_remarked(values, class_names, remark):
@@ -53,7 +56,8 @@ def test_what_a_reader_may_not_expect_is_remarked(values, class_names, remark):
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ([0.5, 0.5], "holds neither integers nor text, but [0.5]; labels are classes"),
+        ([0.5, 0.5], f"holds neither integers nor text, but [0.5]; labels are classes; {AS_NUMBERS}"),
+        (["0.5", "3"], f"mixes integers and text, such as 3, '0.5'; {AS_NUMBERS}"),
         ([], "holds neither integers nor text, but []; labels are classes"),
         ([0, "a"], "mixes integers and text, such as 0, 'a'; use one of them"),
         ([0, 0], "has 1 class (0); 2 to 256 classes can be learnt"),
