@@ -106,20 +106,23 @@ def test_online_run_is_evaluated_from_a_fresh_checkout_through_the_api(tiny, tmp
     assert [row["epoch"] for row in metrics["epochs"]] == [1, 2]
 
 
+TWO_MISTAKES = [f"run={PROPOSED}", "mode=trial", "run.training.epoch=1", "run.training.seed=x"]
+
+
 @pytest.mark.parametrize(
-    ("arguments", "expected"),
+    ("program", "arguments", "expected"),
     [
-        ([f"run={PROPOSED}"], "mode is missing"),
-        (["run=unknown", "mode=trial"], "unknown run id"),
-        (["run=a/b", "mode=trial"], "no path separator"),
-        ([f"run={PROPOSED}", "mode=trial", "run.training.epoch=1", "run.training.seed=x"], "2 problems"),
+        ("src.main", [f"run={PROPOSED}"], "mode is missing"),
+        ("src.main", ["run=unknown", "mode=trial"], "unknown run id"),
+        ("src.main", ["run=a/b", "mode=trial"], "no path separator"),
+        ("src.main", TWO_MISTAKES, "2 problems"),
+        ("src.train", TWO_MISTAKES, "2 problems"),
     ],
 )
-def test_bad_arguments_end_in_one_message_and_exit_code_2(arguments, expected, tmp_path):
-    for program in ("src.main", "src.train"):
-        done = python(program, f"results_dir={tmp_path / 'results'}", *arguments)
-        assert done.returncode == 2 and done.stderr.startswith("error: ") and expected in done.stderr
-        assert "Traceback" not in done.stderr + done.stdout and not (tmp_path / "results").exists()
+def test_bad_arguments_end_in_one_message_and_exit_code_2(program, arguments, expected, tmp_path):
+    done = python(program, f"results_dir={tmp_path / 'results'}", *arguments)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and expected in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout and not (tmp_path / "results").exists()
 
 
 def test_a_failing_child_decides_the_exit_code_and_its_message_is_in_the_log(tiny, tmp_path):
