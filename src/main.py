@@ -17,7 +17,7 @@ import hydra
 from omegaconf import DictConfig
 
 from fwlora.experiment.errors import UserError
-from fwlora.experiment.paths import CONFIG_DIR
+from fwlora.experiment.paths import CONFIG_DIR, find_log
 from fwlora.experiment.settings.hydra_arguments import Invocation, enter_program, run_task
 
 INTERRUPT_PATIENCE_S = 10.0
@@ -83,7 +83,7 @@ def launch_training(invocation: Invocation, log_path: Path, environment: Mapping
 def run(invocation: Invocation) -> None:
     """Launch the training that was asked for, and end as it ends."""
     settings = invocation.settings
-    log_path = Path(settings.results_dir) / settings.run.run_id / f"{settings.mode}.log"
+    log_path = find_log(settings.results_dir, settings.run.run_id, settings.mode)
     exit_code = launch_training(invocation, log_path, os.environ)
     # A child killed by signal n is reported by subprocess as -n, by shells as 128 + n.
     exit_code = 128 - exit_code if exit_code < 0 else exit_code

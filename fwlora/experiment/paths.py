@@ -9,6 +9,14 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG_DIR = REPOSITORY / "config"
 # Relative to the working folder: models, data sets and tokens.
 CACHE_DIR = ".cache/"
+# Below a run's folder and the comparison's, beside which pipelines take every file but two documents for a figure.
+REPORT_FOLDER = "report"
+LOG_FOLDER = "logs"
+
+
+def find_log(results_dir: str | Path, run_id: str, mode: str) -> Path:
+    """Return the path of the log that ``src.main`` appends to."""
+    return Path(results_dir, run_id, LOG_FOLDER, f"{mode}.log")
 
 
 def is_path(name: str) -> bool:

@@ -137,10 +137,10 @@ def test_a_plugins_method_measure_tracker_and_task_through_trial_full_and_evalua
     assert len(norms) == len(metrics["modules"]["names"]) and max(norms) <= 0.001 * (1 + 1e-5)
     assert max(documents[LORA]["modules"]["delta_norms"]) > 0.001, "the cap has to bind"
 
-    claim = json.loads((results / "comparison" / "claims.json").read_text())["memory"]
+    claim = json.loads((results / "comparison" / "report" / "claims.json").read_text())["memory"]
     memory = [document["summary"]["peak_memory_mib"] for document in documents.values()]
     assert claim["unit"] == "ratio" and claim["findings"][0]["value"] == pytest.approx(memory[0] / memory[1])
-    text = " ".join(parse((results / "comparison" / "report.html").read_bytes()).text.split())
+    text = " ".join(parse((results / "comparison" / "report" / "report.html").read_bytes()).text.split())
     for expected in (
         "Capped LoRA needs at most twice LoRA’s memory",
         "Capped LoRA / LoRA, ratio of peak memory: at most 2",

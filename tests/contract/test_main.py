@@ -39,7 +39,7 @@ def test_trial_runs_train_keeps_its_log_and_writes_nothing_else(tiny, tmp_path):
     done = python("src.main", f"run={PROPOSED}-s3", f"results_dir={results}", "mode=trial", *tiny)
     assert done.returncode == 0, done.stdout + done.stderr
     written = [path.relative_to(results).as_posix() for path in results.rglob("*") if path.is_file()]
-    assert written == [f"{PROPOSED}-s3/trial.log"]
+    assert written == [f"{PROPOSED}-s3/logs/trial.log"]
     log = (results / written[0]).read_text()
     assert "src.train" in log.splitlines()[0] and log.split("\n", 1)[1] == done.stdout
     assert "seed 3, mode trial" in done.stdout and "step 2/2" in done.stdout
@@ -61,7 +61,7 @@ def test_full_offline_run_then_evaluation(tiny, tmp_path):
             run_ids.append(f"{run_id}-s{seed}")
             typed[run_ids[-1]] = shlex.join(["python", "-u", "-m", *command])
     before = {path.relative_to(tmp_path).parts[1] for path in tmp_path.rglob("*") if path.is_file()}
-    assert before == {"full.log", "wandb", "checkpoint"}
+    assert before == {"logs", "wandb", "checkpoint"}
     assert not list(tmp_path.rglob("*.pdf")) + list(tmp_path.rglob("metrics.json")), "training evaluates nothing"
     done = python("src.evaluate", f"results_dir={tmp_path}", f"run_ids={json.dumps(run_ids)}")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -76,7 +76,7 @@ def test_full_offline_run_then_evaluation(tiny, tmp_path):
         assert metrics["resolved"]["command"] == typed[run_id]
         recorded = aggregated["metrics"]["eval_matthews_correlation"][run_id]
         assert recorded == metrics["summary"]["final_eval_matthews_correlation"]
-    (cell,) = json.loads((tmp_path / "comparison" / "statistics.json").read_text())["cells"]
+    (cell,) = json.loads((tmp_path / "comparison" / "report" / "statistics.json").read_text())["cells"]
     assert [(method["method"], method["seeds"]) for method in cell["methods"]] == [
         ("LoRA", [1, 2]),
         ("FW-LoRA", [1, 2]),
@@ -132,7 +132,7 @@ def test_a_failing_child_decides_the_exit_code_and_its_message_is_in_the_log(tin
     )
     assert done.returncode == 2
     message = "error: run.model.pretrained_id = 'no/such' cannot be fetched"
-    assert message in done.stdout and message in (tmp_path / LORA / "trial.log").read_text()
+    assert message in done.stdout and message in (tmp_path / LORA / "logs" / "trial.log").read_text()
 
 
 def test_a_crash_of_the_child_is_not_lost(tmp_path, tiny):
@@ -200,7 +200,7 @@ def test_multirun_takes_runs_and_seeds(tmp_path, tiny):
         "mode=trial", *tiny,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert sorted(path.parent.name for path in tmp_path.glob("*/trial.log")) == sorted(
+    assert sorted(path.parents[1].name for path in tmp_path.glob("*/logs/trial.log")) == sorted(
         f"{run_id}-s{seed}" for run_id in (LORA, PROPOSED) for seed in (1, 2)
     )
 

@@ -130,14 +130,14 @@ def test_evaluation_writes_the_same_bytes_from_both(
         assert main([f"results_dir={folder}", f"run_ids={json.dumps(run_ids)}", f"source={source}", *place]) == 0
         paths = [Path(line) for line in capsys.readouterr().out.splitlines() if line.startswith(str(folder))]
         written.append({path.relative_to(folder): path.read_bytes() for path in paths})
-    pages = [contents.pop(Path("comparison/report.html")).decode() for contents in written]
+    pages = [contents.pop(Path("comparison/report/report.html")).decode() for contents in written]
     assert written[0] == written[1]
     assert sum(path.suffix == ".json" for path in written[0]) == 2 * len(run_ids) + 3
     # The page alone says where a run was read.
     assert f"{TARGET.entity}/{TARGET.project}/{run_ids[0]}" in pages[1] and str(results_dir) in pages[0]
     aggregated = json.loads(written[0][Path("comparison/aggregated_metrics.json")])
     assert aggregated["best_proposed"]["run_id"] in run_ids
-    claims = json.loads(written[0][Path("comparison/claims.json")])
+    claims = json.loads(written[0][Path("comparison/report/claims.json")])
     assert len(claims) == len(list((CONFIG_DIR / "claims").glob("*.yaml")))
 
 

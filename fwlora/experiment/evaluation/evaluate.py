@@ -20,6 +20,7 @@ from fwlora.experiment.evaluation.output.aggregate import aggregate
 from fwlora.experiment.evaluation.report.render import ReportOrigin, render_report
 from fwlora.experiment.evaluation.request import COMPARISON_FOLDER
 from fwlora.experiment.files import write_files
+from fwlora.experiment.paths import REPORT_FOLDER
 from fwlora.experiment.tracking import RecordSource
 from fwlora.experiment.tracking.records import RunRecord, UnreadableRunsError
 
@@ -94,19 +95,20 @@ def evaluate_records(
     for run in evidence.runs:
         folder = results_dir / run.run_id
         files[folder / "metrics.json"] = documents.to_json(documents.describe_run(run))
-        files[folder / "history.json"] = documents.to_json(documents.describe_history(run))
+        files[folder / REPORT_FOLDER / "history.json"] = documents.to_json(documents.describe_history(run))
         files.update({path: content for path, content in pictures.items() if path.parent == folder})
     cells, comparison, warnings = evidence.cells, evidence.comparison, evidence.warnings
     results = evidence.claim_results
     folder = results_dir / COMPARISON_FOLDER
-    files[folder / "report.html"] = render_report(evidence, figures, made_by)
+    below = folder / REPORT_FOLDER
+    files[below / "report.html"] = render_report(evidence, figures, made_by)
     files[folder / "aggregated_metrics.json"] = documents.to_json(aggregate(cells, warnings))
-    files[folder / "statistics.json"] = documents.to_json(documents.describe_comparison(comparison, cells))
-    files[folder / "claims.json"] = documents.to_json(documents.describe_claim_results(results))
+    files[below / "statistics.json"] = documents.to_json(documents.describe_comparison(comparison, cells))
+    files[below / "claims.json"] = documents.to_json(documents.describe_claim_results(results))
     markdown = tables.render_markdown(results, cells, comparison, warnings)
-    files[folder / "comparison_table.md"] = markdown.encode()
-    files[folder / "comparison_table.tex"] = tables.render_latex(cells, comparison).encode()
-    files[folder / "comparison_table.csv"] = tables.render_csv(cells).encode()
+    files[below / "comparison_table.md"] = markdown.encode()
+    files[below / "comparison_table.tex"] = tables.render_latex(cells, comparison).encode()
+    files[below / "comparison_table.csv"] = tables.render_csv(cells).encode()
     files.update({path: content for path, content in pictures.items() if path.parent == folder})
     summary = [tables.render_text_table(cells), *tables.render_verdicts(results)]
     summary += [f"warning: {warning}" for warning in warnings]

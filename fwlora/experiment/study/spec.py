@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fwlora.experiment.errors import UserError, collecting
 from fwlora.experiment.files import read_model
+from fwlora.experiment.paths import find_log
 from fwlora.experiment.settings.hydra_arguments import compose_settings
 from fwlora.experiment.settings.schema import ProgramSettings
 
@@ -63,7 +64,7 @@ class PlannedRun:
     @property
     def log(self) -> Path:
         """The log that ``src.main`` writes, from the repository's root."""
-        return Path(self.results_dir, self.run_id, f"{self.mode}.log")
+        return find_log(self.results_dir, self.run_id, self.mode)
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from urllib.parse import unquote
 
 import psutil
 import pytest
@@ -179,8 +181,15 @@ def test_evaluation_end_to_end(results_dir: Path):
     assert written == set(printed)
     names = [path.name for path in printed if path.suffix == ".pdf"]
     assert len(names) == len(set(names)) == 11
-    folders = [path.parent.name for path in printed]
+    folders = [path.relative_to(results_dir).parts[0] for path in printed]
     assert folders == sorted(folders, key=[PROPOSED, BASELINE, "comparison"].index)
+    documents = [path.name for path in printed if path.parent.parent == results_dir and path.suffix != ".pdf"]
+    assert sorted(documents) == ["aggregated_metrics.json", "metrics.json", "metrics.json"]
+    (page,) = results_dir.glob("comparison/report/report.html")
+    addresses = re.findall(r'href="([^"#]+\.pdf)"', page.read_text())
+    assert {(page.parent / unquote(address)).resolve() for address in addresses} == {
+        path.resolve() for path in printed if path.suffix == ".pdf"
+    }
     table = done.stdout.splitlines()[: -len(printed)]
     assert table[0].split()[:2] == ["cell", "method"]
     assert "FW-LoRA" in table[2]
@@ -195,7 +204,7 @@ def test_evaluation_end_to_end(results_dir: Path):
     assert own["settings"]["fw_lora"]["warmup_steps"] == 10
     assert len(own["modules"]["names"]) == 59
     assert "eval_predictions" not in own["summary"]
-    history = json.loads((results_dir / PROPOSED / "history.json").read_text())["history"]
+    history = json.loads((results_dir / PROPOSED / "report" / "history.json").read_text())["history"]
     assert [row["global_step"] for row in history] == list(range(1, 61))
 
 

@@ -17,12 +17,12 @@ def test_a_study_runs_everything_in_order_then_evaluates(tmp_path, monkeypatch):
     planned = plan_study(load_study("mine", repository / "config"), repository / "config", {}, ["wandb.mode=disabled"])
     out = io.StringIO()
     with (repository / "src" / "evaluate.py").open("a") as program:
-        program.write("\nprint('UNDECIDED  a claim\\nout/a/a_curve.pdf\\nout/comparison/report.html')")
+        program.write("\nprint('UNDECIDED  a claim\\nout/a/a_curve.pdf\\nout/comparison/report/report.html')")
     assert run_study(planned, repository, Console(file=out, width=200)) == 0
     said = out.getvalue().splitlines()[-3:]
     assert said[0] == "UNDECIDED  a claim"
     assert said[1].startswith("2 files written, 1 of them figures: ")
-    assert said[2] == f"report: {repository / 'out' / 'comparison' / 'report.html'}"
+    assert said[2] == f"report: {repository / 'out' / 'comparison' / 'report' / 'report.html'}"
     calls = [json.loads(line) for line in (repository / "calls").read_text().splitlines()]
     lora, proposed = (f"{m}-roberta-base-110M--CoLA-GLUE" for m in ("comparative-1", "proposed"))
     ids = [f"{run}-s{seed}" for seed in (1, 2) for run in (lora, proposed)]

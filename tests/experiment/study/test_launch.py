@@ -85,7 +85,7 @@ def test_a_failure_ends_a_study_of_runs_in_parallel(launchers, planned):
     out = io.StringIO()
     assert run_study(runs, repository, Console(file=out, width=300), "pairs") == 5
     assert made[0].submitted == [run.run_id for run in runs[:2]] and made[0].closed
-    assert f"its log is {repository / 'out' / runs[1].run_id / 'full.log'}" in out.getvalue()
+    assert f"its log is {repository / 'out' / runs[1].run_id / 'logs' / 'full.log'}" in out.getvalue()
     assert not (repository / "calls").exists()
 
 

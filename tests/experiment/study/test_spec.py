@@ -73,7 +73,7 @@ def test_each_folder_of_results_gets_its_evaluation(tmp_path):
     planned = plan_study(load_study("mine", repository / "config"), repository / "config", {})
     assert [run.results_dir for run in planned] == ["out", "elsewhere"]
     assert [evaluation.results_dir for evaluation in plan_evaluations(planned)] == ["out", "elsewhere"]
-    assert planned[1].log.as_posix() == f"elsewhere/{planned[1].run_id}/full.log"
+    assert planned[1].log.as_posix() == f"elsewhere/{planned[1].run_id}/logs/full.log"
 
 
 def test_trial_runs_have_their_own_log_and_no_evaluation(tmp_path):

@@ -38,11 +38,11 @@ def describe_figures(figures: Figures, cells: Sequence[Cell]) -> list[tuple[str,
     """List titles with their figures: over all cells, then cell by cell."""
     groups = []
     if figures.overview:
-        shown = [_describe_figure(drawing, figures.name(topic)) for topic, drawing in figures.overview.items()]
+        shown = [_describe_figure(drawing, f"../{figures.name(topic)}") for topic, drawing in figures.overview.items()]
         groups.append(("Over all cells", shown))
     for cell in cells:
         drawings = figures.cells.get(cell.slug, {})
-        shown = [_describe_figure(each, figures.name(topic, cell.slug)) for topic, each in drawings.items()]
+        shown = [_describe_figure(each, f"../{figures.name(topic, cell.slug)}") for topic, each in drawings.items()]
         if shown:
             groups.append((cell.name, shown))
     return groups
@@ -52,7 +52,7 @@ def describe_run_figures(figures: Figures, run_id: str) -> list[EmbeddedFigure]:
     """List the figures of a run; the confusion matrix is named only, as the page shows it as a table."""
     return [
         _describe_figure(
-            drawing, f"../{run_id}/{figures.name_of_run(run_id, topic)}", embedded=topic != "confusion_matrix"
+            drawing, f"../../{run_id}/{figures.name_of_run(run_id, topic)}", embedded=topic != "confusion_matrix"
         )
         for topic, drawing in figures.runs.get(run_id, {}).items()
     ]

@@ -24,7 +24,7 @@ def test_figures_are_listed_over_all_cells_and_then_cell_by_cell():
         width=400,
         height=201,
         file="comparison_pooled.pdf",
-        address="comparison_pooled.pdf",
+        address="../comparison_pooled.pdf",
     )
     assert (one.width, one.height, one.file) == (None, None, f"comparison_bars_{cells[1].slug}.pdf")
 
@@ -32,6 +32,6 @@ def test_figures_are_listed_over_all_cells_and_then_cell_by_cell():
 def test_a_runs_confusion_matrix_is_only_named_and_addresses_are_quoted():
     figures = Figures({}, {}, {"a run": {"learning_curve": SIZED, "confusion_matrix": SIZED, "predictions": SIZED}})
     curve, confusion, predictions = describe_run_figures(figures, "a run")
-    assert (curve.file, curve.address) == ("a run_learning_curve.pdf", "../a%20run/a%20run_learning_curve.pdf")
+    assert (curve.file, curve.address) == ("a run_learning_curve.pdf", "../../a%20run/a%20run_learning_curve.pdf")
     assert curve.svg and predictions.svg and confusion.svg is None
     assert describe_run_figures(figures, "another") == []
