@@ -18,13 +18,14 @@ from omegaconf import DictConfig
 
 from fwlora.experiment.errors import UserError
 from fwlora.experiment.paths import CONFIG_DIR, find_log
+from fwlora.experiment.pipeline_contract import complete_verdict, is_verdict
 from fwlora.experiment.settings.hydra_arguments import Invocation, enter_program, run_task
 
 INTERRUPT_PATIENCE_S = 10.0
 
 
-def launch_training(invocation: Invocation, log_path: Path, environment: Mapping[str, str]) -> int:
-    """Run ``src.train``, its output on this stdout and appended to the log; return its exit code.
+def launch_training(invocation: Invocation, log_path: Path, environment: Mapping[str, str]) -> tuple[int, list[str]]:
+    """Run ``src.train``, its output on this stdout and appended to the log.
 
     SIGTERM is passed on to the child; SIGINT too, if the child is still running after a while.
 
@@ -32,6 +33,9 @@ def launch_training(invocation: Invocation, log_path: Path, environment: Mapping
         invocation: what the child is to do.
         log_path: of the log.
         environment: variables of this process by name.
+
+    Returns:
+        The child's exit code, and the lines of its verdict, in modes that have one; they are not printed yet.
 
     Raises:
         UserError: the log cannot be written.
@@ -44,6 +48,7 @@ def launch_training(invocation: Invocation, log_path: Path, environment: Mapping
         raise UserError(
             f"results_dir: {log_path.parent} cannot be written ({error.strerror}); choose another folder"
         ) from None
+    verdict = []
     with log:
         log.write(f"# {datetime.now(UTC).isoformat(timespec='seconds')} {' '.join(command)}\n")
         log.flush()
@@ -69,6 +74,9 @@ def launch_training(invocation: Invocation, log_path: Path, environment: Mapping
             try:
                 assert child.stdout is not None
                 for line in child.stdout:
+                    if is_verdict(line, invocation.settings.mode):
+                        verdict.append(line.rstrip("\n"))
+                        continue
                     print(line, end="", flush=True)
                     log.write(line)
                     log.flush()
@@ -77,14 +85,16 @@ def launch_training(invocation: Invocation, log_path: Path, environment: Mapping
                 interrupted.cancel()
                 for number, handler in previous.items():
                     signal.signal(number, handler)
-    return child.returncode
+    return child.returncode, verdict
 
 
 def run(invocation: Invocation) -> None:
     """Launch the training that was asked for, and end as it ends."""
     settings = invocation.settings
     log_path = find_log(settings.results_dir, settings.run.run_id, settings.mode)
-    exit_code = launch_training(invocation, log_path, os.environ)
+    exit_code, verdict = launch_training(invocation, log_path, os.environ)
+    for line in complete_verdict(verdict, settings.mode):
+        print(line, flush=True)
     # A child killed by signal n is reported by subprocess as -n, by shells as 128 + n.
     exit_code = 128 - exit_code if exit_code < 0 else exit_code
     if exit_code:

@@ -30,6 +30,7 @@ from fwlora.experiment.engine.meters import DivergedError
 from fwlora.experiment.engine.progress import ProgressPrinter
 from fwlora.experiment.modeling.build import AdaptedModel, check_max_length, load_tokenizer
 from fwlora.experiment.paths import CONFIG_DIR, REPOSITORY
+from fwlora.experiment.pipeline_contract import announce_verdict, watch
 from fwlora.experiment.run import (
     RunInputs,
     choose_engine,
@@ -43,7 +44,8 @@ from fwlora.experiment.run import (
 )
 from fwlora.experiment.search import InfeasibleTrialError, SearchResult, search, trial_settings
 from fwlora.experiment.settings.hydra_arguments import Invocation, enter_program, run_task
-from fwlora.experiment.settings.resolve import check_schedules, fit_trial_to_data
+from fwlora.experiment.settings.modes import get_mode
+from fwlora.experiment.settings.resolve import check_schedules
 from fwlora.experiment.settings.schema import ProgramSettings, RunSettings
 from fwlora.experiment.tracking import NullTracker, Tracker, metrics, open_tracker
 from fwlora.experiment.tracking.facts import RunFacts
@@ -54,19 +56,21 @@ from src.preprocess import load_task, tokenize_search_task, tokenize_task
 logger = logging.getLogger("fwlora.train")
 
 
-def run_training(settings: ProgramSettings, command: str | None = None) -> None:
+def run_training(settings: ProgramSettings, command: str | None = None) -> Tracker:
     """Carry out one run, recorded by the tracker that the settings name.
 
     Args:
         settings: of the run and the program.
         command: that made it, to be recorded.
 
+    Returns:
+        What recorded the run.
+
     Raises:
         UserError: input that cannot make a run; before any weight is loaded, wherever that can be known.
     """
     inputs = prepare_inputs(settings)
-    if settings.mode == "trial":
-        settings = fit_trial_to_data(settings, len(inputs.data.train.labels))
+    settings = get_mode(settings.mode).fit(settings, len(inputs.data.train.labels))
     run = settings.run
     log_run(settings, inputs)
     if run.model.lora.enabled and run.optuna.n_trials == 0:
@@ -76,7 +80,7 @@ def run_training(settings: ProgramSettings, command: str | None = None) -> None:
     config = {**settings.as_record(), "resolved": facts.as_record()}
     tracker: Tracker = NullTracker()
     if is_main_process():
-        tracker = open_tracker(settings, run_id=run.run_id, config=config, directory=directory)
+        tracker = watch(open_tracker(settings, run_id=run.run_id, config=config, directory=directory), settings.mode)
     exit_code = 1
     try:
         found, search_time_s = None, 0.0
@@ -86,11 +90,12 @@ def run_training(settings: ProgramSettings, command: str | None = None) -> None:
             search_time_s = time.perf_counter() - started
             run = run.with_values(found.best_values)
             tracker.update_config({"run": run.model_dump(), "search": found.as_record()})
-        saved_in = directory if settings.mode == "full" else None
+        saved_in = directory if get_mode(settings.mode).keeps_model else None
         train_and_record(run, inputs, facts, tracker, found, search_time_s, saved_in)
         exit_code = 0
     finally:
         tracker.finish(exit_code)
+    return tracker
 
 
 def prepare_inputs(settings: ProgramSettings) -> RunInputs:
@@ -212,8 +217,9 @@ def train_and_record(
 def run(invocation: Invocation) -> None:
     """Carry out the training that was asked for."""
     print_log_lines()
-    run_training(invocation.settings, invocation.command)
+    tracker = run_training(invocation.settings, invocation.command)
     leave_process_group()
+    announce_verdict(tracker)
 
 
 @hydra.main(config_path="../config", config_name="config", version_base="1.3")

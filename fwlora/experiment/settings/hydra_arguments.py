@@ -17,7 +17,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,22 +33,24 @@ from yaml import YAMLError
 from fwlora.experiment.errors import UserError, user_errors_exit
 from fwlora.experiment.files import load_yaml
 from fwlora.experiment.plugins import load_plugins
+from fwlora.experiment.settings.modes import get_mode, known_modes
 from fwlora.experiment.settings.resolve import resolve_settings
 from fwlora.experiment.settings.schema import ProgramSettings, program_settings_class
-from fwlora.experiment.tracking import environment_defaults, text_keys
+from fwlora.experiment.tracking import environment_defaults, project_keys, text_keys
 
-MODES = ("trial", "full")
 # Values of these keys are text whatever they look like.
 TEXT_KEYS = (
     "results_dir", "tracker", "run.dataset.name", "run.model.pretrained_id", "run.dataset.revision",
     "run.model.revision",
 )  # fmt: skip
 USAGE = """\
-usage: python -u -m {program} run=<run_id> results_dir=<dir> mode=trial|full [run.<key>=<value> ...]
+usage: python -u -m {program} run=<run_id> results_dir=<dir> mode=<mode> [run.<key>=<value> ...]
 
   run          a file of config/runs, by its name; <run_id>-s<N> is the same with seed N
-  results_dir  where logs, checkpoints and the tracker's files go, under <run_id>/ (default: .research/results)
-  mode         trial: one epoch of two batches, no record, no search; full: everything
+  results_dir  where logs, checkpoints and the tracker's files go, under <run_id>/
+               (empty: the variable RESULTS_DIR, or .research/results)
+  mode         one of:
+{modes}
 
 known run ids:
 {run_ids}"""
@@ -56,6 +58,8 @@ RUN_ID = re.compile(r"[A-Za-z0-9._-]+", re.ASCII)
 ENVIRONMENT_VARIABLE = re.compile(r"\$\{\s*oc\.env\s*:")
 # What W&B still takes in its variable, and means by it.
 LEGACY_VALUES = {("WANDB_MODE", "dryrun"): "offline", ("WANDB_MODE", "run"): "online"}
+# Stands for an empty or missing results_dir, as in the image that the Dockerfile makes.
+RESULTS_VARIABLE = "RESULTS_DIR"
 # Carries an invocation from src.main to the src.train that it starts.
 HANDED_VARIABLE = "FWLORA_INVOCATION"
 _COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, OSError, ValueError, RecursionError)
@@ -108,7 +112,11 @@ def known_run_ids(config_dir: Path) -> list[str]:
 
 def usage(program: str, config_dir: Path) -> str:
     """Return the help text."""
-    return USAGE.format(program=program, run_ids="\n".join(f"  {run_id}" for run_id in known_run_ids(config_dir)))
+    return USAGE.format(
+        program=program,
+        modes="\n".join(f"    {name:<7} {mode.summary}" for name, mode in known_modes().items()),
+        run_ids="\n".join(f"  {run_id}" for run_id in known_run_ids(config_dir)),
+    )
 
 
 def prepare_arguments(argv: Sequence[str], config_dir: Path, environment: Mapping[str, str]) -> list[str]:
@@ -117,7 +125,8 @@ def prepare_arguments(argv: Sequence[str], config_dir: Path, environment: Mappin
     Args:
         argv: arguments after the program's name.
         config_dir: the folder that holds ``runs/``.
-        environment: variables by name; a tracker's, such as ``WANDB_MODE``, apply where the command line sets nothing.
+        environment: variables by name; ``RESULTS_DIR`` and a tracker's, such as ``WANDB_MODE``, apply where the command
+            line sets nothing.
 
     Raises:
         UserError: missing or unknown run, missing or unknown mode, malformed arguments: all of them at once.
@@ -128,8 +137,12 @@ def prepare_arguments(argv: Sequence[str], config_dir: Path, environment: Mappin
     selected, values, found = _select_runs(values, config_dir, multirun)
     problems += found
     mode = values.get("mode", "").strip("'\"")
-    if mode not in MODES:
-        problems.append(f"mode is {mode or 'missing'}; give mode=trial or mode=full")
+    if mode not in known_modes():
+        problems.append(f"mode is {mode or 'missing'}; give mode={' or mode='.join(known_modes())}")
+    else:
+        values = {**_name_projects(get_mode(mode).project_suffix, config_dir, environment), **values}
+    if environment.get(RESULTS_VARIABLE):
+        values["results_dir"] = values.get("results_dir") or environment[RESULTS_VARIABLE]
     for key, variable in environment_defaults().items():
         if environment.get(variable):
             values.setdefault(key, LEGACY_VALUES.get((variable, environment[variable]), environment[variable]))
@@ -139,7 +152,7 @@ def prepare_arguments(argv: Sequence[str], config_dir: Path, environment: Mappin
         for key, override in overrides.items()
         if not _parses(override)
     ]
-    if multirun and mode == "full":
+    if multirun and mode in known_modes() and get_mode(mode).is_recorded:
         problems += _find_shared_ids(overrides, values)
     if problems:
         raise UserError.collect("command line", problems)
@@ -147,6 +160,19 @@ def prepare_arguments(argv: Sequence[str], config_dir: Path, environment: Mappin
     if unreadable:
         raise UserError("\n".join(unreadable))
     return [*flags, *passed_on, *selected, *overrides.values()]
+
+
+def _name_projects(suffix: str, config_dir: Path, environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the projects of a mode whose runs are recorded apart: key -> the configured project with the suffix."""
+    keys = project_keys() if suffix else []
+    named: dict[str, str] = {}
+    for key in keys:
+        with suppress(ValueError, OmegaConfBaseException):  # which composing reports
+            configured = OmegaConf.select(load_yaml(config_dir / "config.yaml"), key)
+            project = environment.get(environment_defaults().get(key, "")) or configured
+            if project:
+                named[key] = f"{str(project).removesuffix(suffix)}{suffix}"
+    return named
 
 
 def _check_run_files(selected: Sequence[str], config_dir: Path) -> Iterator[str]:

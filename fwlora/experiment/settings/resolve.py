@@ -11,17 +11,16 @@ from fwlora.experiment.errors import UserError, describe_validation_error
 from fwlora.experiment.json_types import JsonMapping, JsonObject
 from fwlora.experiment.methods import get_method, method_nodes
 from fwlora.experiment.paths import expand_home
+from fwlora.experiment.settings.modes import get_mode
 from fwlora.experiment.settings.schema import ProgramSettings, RunSettings, program_settings_class
 from fwlora.experiment.tracking import DEFAULT_TRACKER, known_trackers
-
-TRIAL_BATCHES = 2
 
 
 def resolve_settings(composed: JsonMapping, *, file_id: str, file_seed: int | None) -> ProgramSettings:
     """Validate the composed configuration and apply what follows from it.
 
     A seed other than the file's is added to the run id, so that two seeds never share a folder or a W&B run; nodes of
-    other methods are dropped; trial mode is limited.
+    other methods are dropped; the mode's limits hold.
 
     Args:
         composed: the configuration as plain containers.
@@ -55,42 +54,11 @@ def resolve_settings(composed: JsonMapping, *, file_id: str, file_seed: int | No
         problems += describe_validation_error(error, settings_class)
     if settings is None or problems:
         raise UserError.collect(f"config/runs/{file_id}.yaml and its overrides", problems)
-    return limit_to_trial(settings) if settings.mode == "trial" else settings
+    return get_mode(settings.mode).limit(settings)
 
 
 def _has_home(folder: object) -> TypeGuard[str]:
     return isinstance(folder, str) and folder.startswith("~")
-
-
-def limit_to_trial(settings: ProgramSettings) -> ProgramSettings:
-    """Apply trial mode: one epoch of two batches, no record, no search; every path of a full run is still taken."""
-    run = get_method(settings.run.method).limit_to_trial(settings.run)
-    examples = TRIAL_BATCHES * run.training.batch_size
-    limits = {
-        "training": run.training.model_copy(update={"epochs": 1, "gradient_accumulation_steps": 1}),
-        "dataset": run.dataset.model_copy(update={"train_examples": examples, "eval_examples": examples}),
-        "optuna": run.optuna.model_copy(update={"n_trials": 0}),
-    }
-    return settings.model_copy(
-        update={
-            "run": run.model_copy(update=limits),
-            settings.tracker: settings.tracker_settings.limit_to_trial(),
-        }
-    )
-
-
-def fit_trial_to_data(settings: ProgramSettings, examples: int) -> ProgramSettings:
-    """Make the batches of a trial smaller if the data fill only one: a method's phases need a step each.
-
-    Args:
-        settings: of trial mode.
-        examples: training examples that there are.
-    """
-    training = settings.run.training
-    if training.total_steps(examples) >= TRIAL_BATCHES or examples < TRIAL_BATCHES:
-        return settings
-    smaller = training.model_copy(update={"batch_size": examples // TRIAL_BATCHES + examples % TRIAL_BATCHES})
-    return settings.model_copy(update={"run": settings.run.model_copy(update={"training": smaller})})
 
 
 def check_schedules(run: RunSettings, total_steps: int) -> None:

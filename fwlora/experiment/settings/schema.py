@@ -13,6 +13,7 @@ from fwlora.experiment.engine.options import TrainingOptions
 from fwlora.experiment.json_types import JsonMapping, JsonObject
 from fwlora.experiment.methods.base import find_method, known_methods, method_nodes
 from fwlora.experiment.settings.base import Fraction, Searchable, Seed, SettingsNode, find_searchable
+from fwlora.experiment.settings.modes import known_modes
 from fwlora.experiment.settings.search_space import SearchSettings
 from fwlora.experiment.tracking import DEFAULT_TRACKER, TrackerSettings, known_trackers
 
@@ -329,7 +330,7 @@ class ProgramSettings(SettingsNode):
     Attributes:
         run: what defines the run.
         results_dir: where logs, adapters and the tracker's files go, under the run's id.
-        mode: ``trial``: one epoch of two batches, no record, no search; ``full``: everything.
+        mode: a registered one, see :mod:`fwlora.experiment.settings.modes`.
         engine: how to compute.
         tracker: the name of what records the run.
 
@@ -338,10 +339,18 @@ class ProgramSettings(SettingsNode):
 
     run: RunSettings
     results_dir: str = ".research/results"
-    mode: Literal["trial", "full"]
+    mode: str
     engine: EngineSettings = Field(default_factory=EngineSettings)
     # Not recorded: a record is found in its tracker alone.
     tracker: str = Field(default=DEFAULT_TRACKER, exclude=True)
+
+    @field_validator("mode")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        if name not in known_modes():
+            known = ", ".join(known_modes())
+            raise PydanticCustomError("unknown_mode", "Input should be one of {known}", {"known": known})
+        return name
 
     @field_validator("tracker")
     @classmethod

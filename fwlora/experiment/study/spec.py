@@ -13,7 +13,9 @@ from fwlora.experiment.errors import UserError, collecting
 from fwlora.experiment.files import read_model
 from fwlora.experiment.paths import find_log
 from fwlora.experiment.settings.hydra_arguments import compose_settings
+from fwlora.experiment.settings.modes import get_mode
 from fwlora.experiment.settings.schema import ProgramSettings
+from fwlora.experiment.tracking import project_keys
 
 
 class StudyRun(BaseModel):
@@ -50,7 +52,7 @@ class PlannedRun:
     Attributes:
         run_id: the id that it will have.
         results_dir: where it goes, from the repository's root.
-        mode: ``trial`` or ``full``.
+        mode: of ``src.main``.
         arguments: of ``src.main``.
         source_arguments: of ``src.evaluate``, where the run's arguments say how its record is read.
     """
@@ -150,6 +152,7 @@ def plan_evaluations(planned: Sequence[PlannedRun]) -> list[PlannedEvaluation]:
 
 def _plan_run(arguments: list[str], settings: ProgramSettings) -> PlannedRun:
     keys = {argument.partition("=")[0] for argument in arguments}
+    keys |= set(project_keys()) if get_mode(settings.mode).project_suffix else set()
     tracker, node = settings.tracker, settings.tracker_settings
     source = [f"tracker={tracker}"] if "tracker" in keys else []
     source += [
@@ -159,9 +162,9 @@ def _plan_run(arguments: list[str], settings: ProgramSettings) -> PlannedRun:
 
 
 def _group_sources(planned: Sequence[PlannedRun]) -> dict[str, dict[tuple[str, ...], list[str]]]:
-    """Return the ids of full runs by folder of results and source of the records."""
+    """Return the ids of recorded runs by folder of results and source of the records."""
     groups: dict[str, dict[tuple[str, ...], list[str]]] = {}
     for run in planned:
-        if run.mode == "full":
+        if get_mode(run.mode).is_recorded:
             groups.setdefault(run.results_dir, {}).setdefault(run.source_arguments, []).append(run.run_id)
     return groups

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self, get_args
 from fwlora.experiment.errors import UserError
 from fwlora.experiment.json_types import JsonMapping
 from fwlora.experiment.settings.base import SettingsNode
+from fwlora.experiment.settings.modes import get_mode
 from fwlora.experiment.tracking.tracker import NullTracker, RecordSource, Tracker, check_entries
 
 if TYPE_CHECKING:
@@ -29,10 +30,12 @@ class TrackerSettings(SettingsNode):
     Attributes:
         environment: field -> environment variable that sets it where the command line does not.
         source_fields: the fields that reading needs; ``src.evaluate`` accepts these.
+        project_field: the field that keeps runs apart; modes such as ``pilot`` add a suffix to its value.
     """
 
     environment: ClassVar[Mapping[str, str]] = {}
     source_fields: ClassVar[tuple[str, ...]] = ()
+    project_field: ClassVar[str | None] = None
 
     def limit_to_trial(self) -> Self:
         """Return the settings of a trial, which is not recorded whatever they say."""
@@ -99,6 +102,11 @@ def environment_defaults() -> dict[str, str]:
     }
 
 
+def project_keys() -> list[str]:
+    """Return the settings that keep the runs of a mode apart from others, such as ``wandb.project``."""
+    return [f"{name}.{node.project_field}" for name, node in _TRACKERS.items() if node.project_field]
+
+
 def text_keys() -> set[str]:
     """Return the keys of trackers' settings whose values are text whatever they look like."""
     return {
@@ -110,7 +118,7 @@ def text_keys() -> set[str]:
 
 
 def open_tracker(settings: ProgramSettings, *, run_id: str, config: JsonMapping, directory: Path) -> Tracker:
-    """Start to record a run with the tracker that the settings choose; a trial is checked, not recorded.
+    """Start to record a run with the tracker that the settings choose; a mode that is not recorded is checked alone.
 
     Args:
         settings: of the program.
@@ -123,7 +131,7 @@ def open_tracker(settings: ProgramSettings, *, run_id: str, config: JsonMapping,
         ValueError: ``config`` holds what JSON has no type for.
     """
     entries = check_entries(config)
-    if settings.mode == "trial":
+    if not get_mode(settings.mode).is_recorded:
         return NullTracker()
     return settings.tracker_settings.open_tracker(run_id=run_id, config=entries, directory=directory)
 

@@ -29,6 +29,7 @@ class WandbSettings(TrackerSettings):
         "project": "WANDB_PROJECT",
     }
     source_fields: ClassVar[tuple[str, ...]] = ("entity", "project")
+    project_field: ClassVar[str | None] = "project"
 
     entity: str = Field(min_length=1)
     project: str = Field(min_length=1)
