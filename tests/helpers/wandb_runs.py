@@ -138,7 +138,7 @@ def load(results: Path, source: str, *run_ids: str, timeout_s: int = 30) -> list
 
 def content(record: RunRecord) -> dict[str, object]:
     """All of a record but where it was read, comparable: NaN by its name."""
-    return {name: spell_non_finite(value) for name, value in vars(record).items() if name != "source"}
+    return {name: spell_non_finite(value) for name, value in vars(record).items() if name not in ("source", "place")}
 
 
 def as_json(*records: RunRecord) -> bytes:

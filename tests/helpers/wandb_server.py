@@ -243,8 +243,23 @@ class WandbServer:
 
     def _operation_Run(self, variables: Mapping[str, Any]) -> dict[str, Any]:
         run = self._read(variables)
-        if run is None:
-            return {"project": {"run": None}}
+        return {"project": {"run": run and self._describe(run)}}
+
+    def _operation_Runs(self, variables: Mapping[str, Any]) -> dict[str, Any]:
+        place, filters = (variables["entity"], variables["project"]), json.loads(variables["filters"])
+        if not any(key[:2] == place for key in self.runs):
+            return {"project": None}
+        named = [
+            run for key, run in self.runs.items() if key[:2] == place and run.display_name == filters["display_name"]
+        ]
+        newest_first = named[::-1] if variables["order"] == "-created_at" else named
+        edges = [{"node": self._describe(run), "cursor": run.name} for run in newest_first[: variables["perPage"]]]
+        page = {"endCursor": None, "hasNextPage": False}
+        runs = {"edges": edges, "pageInfo": page}
+        return {"project": {"internalId": "1", "runCount": len(named), "readOnly": False, "runs": runs}}
+
+    @staticmethod
+    def _describe(run: StoredRun) -> dict[str, Any]:
         node = {
             "id": run.storage_id,
             "projectId": "1",
@@ -263,7 +278,7 @@ class WandbServer:
             "readOnly": False,
         }
         unset = dict.fromkeys(("sweepName", "group", "jobType", "commit", "description", "notes"))
-        return {"project": {"run": {**node, **unset}}}
+        return {**node, **unset}
 
     def _operation_RunHistoryKeys(self, variables: Mapping[str, Any]) -> dict[str, Any]:
         run = self._read(variables)

@@ -35,6 +35,7 @@ class RunRecord:
         history: one mapping per logged row, ascending in ``global_step``, each step once.
         state: how it ended.
         source: where it was read, for people: a folder or ``entity/project/run_id``.
+        place: where it is recorded, whatever copy of the record was read; empty where that is ``source``.
     """
 
     run_id: str
@@ -43,6 +44,7 @@ class RunRecord:
     history: Sequence[JsonMapping]
     state: RunState
     source: str
+    place: str = ""
 
     @property
     def finished(self) -> bool:
@@ -174,6 +176,7 @@ def make_record(
     rows: Iterable[JsonMapping],
     state: RunState,
     source: str,
+    place: str = "",
 ) -> RunRecord:
     """Make a record in its one form, equal for equal values of any source; see :func:`canonicalize`.
 
@@ -184,10 +187,11 @@ def make_record(
         rows: history rows as logged, those of abandoned passes among them.
         state: how it ended.
         source: where it was read, for people.
+        place: where it is recorded, if that is another place.
     """
     history = deduplicate_history(canonicalize(row) for row in rows)
     given = {name: value for name, value in summary.items() if value is not None}
-    return RunRecord(run_id, canonicalize(config), canonicalize(given), history, state, source)
+    return RunRecord(run_id, canonicalize(config), canonicalize(given), history, state, source, place)
 
 
 def canonicalize(value: JsonValue) -> JsonValue:

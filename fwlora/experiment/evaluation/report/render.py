@@ -204,7 +204,7 @@ def _collect(evidence: Evidence, figures: Figures, made_by: ReportOrigin) -> Rep
         run_pages=[CellPages(cell, tuple(_describe_runs(cell, figures))) for cell in cells],
         facts=collect_facts(runs),
         dirty=sum(is_dirty(run) for run in evidence.runs),
-        sources=[(run.run_id, run.record.state, run.record.source) for run in runs],
+        sources=[(run.run_id, run.record.state, run.record.place or run.record.source) for run in runs],
         commands=collect_commands(runs),
         made_by=made_by,
         evaluated_with=describe_environment_facts(made_by.environment),

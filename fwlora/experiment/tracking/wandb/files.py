@@ -38,11 +38,17 @@ def find_run_folders(directory: Path, run_id: str) -> list[Path]:
     return [folder for *_, folder in sorted(dated)]
 
 
-def read_files(run_id: str, results_dir: Path) -> RunRecord:
+def read_files(run_id: str, results_dir: Path, project: str) -> RunRecord:
     """Read the latest attempt that ended with exit code 0, otherwise the latest, on top of those before it.
 
     Rows of earlier attempts count unless it repeated them: an attempt that resumed from a checkpoint does not have the
-    run's first steps. So do config entries, while each attempt has its own summary. The server does the same.
+    run's first steps. So do config entries, while each attempt has its own summary. The server does the same. Attempts
+    in a mode that is recorded apart, such as ``pilot``, count in their own project alone.
+
+    Args:
+        run_id: of the run.
+        results_dir: holds ``<run_id>/wandb``.
+        project: that is evaluated.
 
     Raises:
         RunUnavailableError: there is no readable file.
@@ -52,9 +58,14 @@ def read_files(run_id: str, results_dir: Path) -> RunRecord:
         read = [read_attempt(folder, run_id) for folder in folders]
     except OSError as error:
         raise RunUnavailableError(f"{error.filename} cannot be read ({error.strerror})") from error
-    attempts = [attempt for attempt in read if attempt.config or attempt.rows]
-    if not attempts:
+    readable = [attempt for attempt in read if attempt.config or attempt.rows]
+    if not readable:
         raise RunUnavailableError(_explain_missing(run_id, results_dir, bool(folders)))
+    own = [attempt for attempt in readable if attempt.project == project]
+    attempts = own or [attempt for attempt in readable if not attempt.is_apart]
+    if not attempts:
+        others = " and ".join(sorted({attempt.project for attempt in readable}))
+        raise RunUnavailableError(f"W&B's files in {results_dir / run_id / 'wandb'} are of the project {others}")
     complete = [index for index, attempt in enumerate(attempts) if attempt.state == "finished"]
     chosen = complete[-1] if complete else len(attempts) - 1
     run = replace(attempts[chosen], config={}, rows=[])
@@ -120,6 +131,8 @@ def read_attempt(folder: Path, run_id: str) -> RawRun:
                 _change_config(attempt.config, record.run.config)
             elif kind == "exit":
                 attempt.state = "failed" if record.exit.exit_code else "finished"
+            if kind == "run" and not folder.name.startswith("offline-"):
+                attempt.place = f"{record.run.entity}/{record.run.project}/{run_id}"
     attempt.summary = _decode_entries(summary)
     return attempt
 

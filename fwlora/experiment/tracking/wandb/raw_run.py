@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 from fwlora.experiment.json_types import JsonMapping, JsonObject
+from fwlora.experiment.settings.modes import known_modes
 from fwlora.experiment.tracking import metrics
 from fwlora.experiment.tracking import tracker as tracking
 from fwlora.experiment.tracking.records import RunRecord, RunState, make_record
@@ -26,6 +27,7 @@ class RawRun:
         summary: likewise.
         rows: history rows in the order of the source.
         state: how it ended.
+        place: where the server has it, as ``entity/project/run_id``; empty of a run that was recorded offline.
     """
 
     source: str
@@ -33,11 +35,24 @@ class RawRun:
     summary: JsonObject = field(default_factory=dict)
     rows: list[JsonObject] = field(default_factory=list)
     state: RunState = "crashed"
+    place: str = ""
+
+    @property
+    def project(self) -> str:
+        """The project that it was recorded in; empty where it does not say."""
+        node = self.config.get("wandb")
+        return str(node.get("project", "")) if isinstance(node, Mapping) else ""
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether it was made in a mode whose runs are recorded apart from others."""
+        mode = known_modes().get(str(self.config.get("mode")))
+        return bool(mode and mode.project_suffix)
 
     def to_record(self, run_id: str) -> RunRecord:
         """Drop W&B's own entries, restore non-finite numbers, keep each step once; the same for every source."""
         rows = (_clean(row) for row in _order_attempts(self.rows))
-        return make_record(run_id, _clean(self.config), _clean(self.summary), rows, self.state, self.source)
+        return make_record(run_id, _clean(self.config), _clean(self.summary), rows, self.state, self.source, self.place)
 
 
 def _clean(entries: JsonMapping) -> JsonObject:

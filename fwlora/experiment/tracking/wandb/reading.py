@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fwlora.experiment.tracking.records import RunRecord, RunState, UnreadableRunsError
 from fwlora.experiment.tracking.registry import SourceChoice
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 API_TIMEOUT_S = 30
 PARALLEL_READS = 8
+NOT_FOUND = "Could not find run"
 STATES: dict[str, RunState] = {"finished": "finished", "failed": "failed", "running": "running"}  # others: crashed
 
 
@@ -50,7 +53,8 @@ class WandbSource(RecordSource):
         reading = _Reading(list(dict.fromkeys(run_ids)))
         if self.source != "api":
             # One thread: the work is in Python.
-            reading.collect(lambda run_id: read_files(run_id, self.results_dir), reading.run_ids, threads=1)
+            read = partial(read_files, results_dir=self.results_dir, project=self.project)
+            reading.collect(read, reading.run_ids, threads=1)
         missing = [run_id for run_id in reading.run_ids if not reading.has_finished(run_id)]
         notes: list[str] = []
         if missing and self.source != "files":
@@ -67,15 +71,28 @@ class WandbSource(RecordSource):
     def _read_server(self, api: wandb.Api, run_id: str) -> RunRecord:
         path = f"{self.entity}/{self.project}/{run_id}"
         try:
-            run = api.run(path)
+            run = self._find_run(api, run_id)
             rows = list(run.scan_history(use_cache=False))  # history() samples; a cached file may predate a resume
             state = STATES.get(run.state, "crashed")
-            return RawRun(path, run.config, run.summary._json_dict, rows, state).to_record(run_id)
+            return RawRun(path, run.config, run.summary._json_dict, rows, state, path).to_record(run_id)
         except Exception as error:
             text = one_line(error)
-            if "Could not find run" in text:
+            if NOT_FOUND in text:
                 text = f"W&B has no run {path} (are WANDB_ENTITY and WANDB_PROJECT right?)"
             raise RunUnavailableError(text) from error
+
+    def _find_run(self, api: wandb.Api, run_id: str) -> Any:
+        """Return the run of an id; without one the newest of that name, as programs name it that let W&B choose ids."""
+        place = f"{self.entity}/{self.project}"
+        try:
+            return api.run(f"{place}/{run_id}")
+        except Exception as error:
+            if NOT_FOUND not in one_line(error):
+                raise
+            named = api.runs(place, filters={"display_name": run_id}, order="-created_at", per_page=1, lazy=False)
+            with suppress(ValueError, IndexError):  # the project or the name is unknown
+                return named[0]
+            raise
 
 
 class _Reading:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+ASK_TIMEOUT_S = 10
 INIT_TIMEOUT_S = 30.0
 FINISH_TIMEOUT_S = 120.0
 LOG_TIMEOUT_S = 5.0
@@ -65,6 +66,7 @@ def start_tracker(
     cause = None
     if settings.mode == "online":
         try:
+            _warn_of_open_run(settings, run_id)
             tracker = start("online")
         except Exception as error:
             cause = explain(error, f"{settings.entity}/{settings.project}", init_timeout_s)
@@ -80,6 +82,22 @@ def start_tracker(
     reason = f"W&B: {cause}. The run goes on offline" if cause else "W&B offline"
     logger.info("%s, recorded in %s; send it later with: wandb sync %s", reason, tracker.folder, tracker.folder)
     return tracker
+
+
+def _warn_of_open_run(settings: WandbSettings, run_id: str) -> None:
+    """Warn where W&B has a run of the id that has not ended: another job may be at it, or one that was killed was."""
+    import wandb
+
+    open_session("online")
+    with suppress(Exception):  # there is none, or W&B cannot be asked, as starting the run will tell
+        found = wandb.Api(timeout=ASK_TIMEOUT_S).run(f"{settings.entity}/{settings.project}/{run_id}")
+        if found.state == "running":
+            logger.warning(
+                "W&B: run %s is open since %s. If another job is at it, end one of the two: their rows would be mixed. "
+                "If that job was killed, this one continues its record",
+                run_id,
+                found.created_at,
+            )
 
 
 def _init_run(

@@ -12,6 +12,7 @@ import pytest
 
 from fwlora.experiment.errors import UserError
 from fwlora.experiment.tracking import NullTracker, open_source
+from fwlora.experiment.tracking.wandb.reading import WandbSource
 from tests.helpers.wandb_runs import (
     CONFIG,
     OFFLINE,
@@ -27,7 +28,7 @@ from tests.helpers.wandb_runs import (
     start,
     write,
 )
-from tests.helpers.wandb_server import API_KEY, StoredRun, WandbServer
+from tests.helpers.wandb_server import API_KEY, ENTITY, StoredRun, WandbServer
 
 pytestmark = pytest.mark.usefixtures("client")
 
@@ -53,6 +54,7 @@ def test_online_run_reaches_the_server_whole_and_reads_back_the_same_from_both_s
     assert api.summary == SUMMARY | last_values
     assert as_json(api) == as_json(files)
     assert (api.source, Path(files.source).parent) == ("team/project/a", tmp_path / "a" / "wandb")
+    assert api.place == files.place == "team/project/a"
     assert capfd.readouterr() == ("", "")
 
 
@@ -66,6 +68,45 @@ def test_resumed_run_has_each_step_once(server: WandbServer, tmp_path: Path) -> 
     assert content(api)["history"] == expected(rows([1, 2, 3, 4]), rows([5, 6, 7], scale=2.0))
     assert api.finished and api.config["resolved"]["scale"] == 2.0
     assert as_json(api) == as_json(files)
+
+
+def test_a_run_that_only_has_the_name_is_found_by_it_the_newest_first(server: WandbServer, tmp_path: Path) -> None:
+    for wandb_id, scale in (("x1", 1.0), ("x2", 2.0), ("other", 3.0)):
+        write(start(TARGET, tmp_path, run_id=wandb_id), [1, 2], scale=scale)
+        server.run(wandb_id).display_name = "a" if wandb_id != "other" else "b"
+    (found,) = load(tmp_path / "elsewhere", "api")
+    assert (found.run_id, found.source) == ("a", "team/project/a")
+    assert content(found)["history"] == expected(rows([1, 2], scale=2.0))
+    write(start(TARGET, tmp_path), [1, 2, 3])
+    (found,) = load(tmp_path / "elsewhere", "api")
+    assert content(found)["history"] == expected(rows([1, 2, 3])), "an id comes before a name"
+
+
+def test_a_run_that_is_open_on_the_server_is_said_and_continued(
+    server: WandbServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(start(TARGET, tmp_path), [1, 2])
+    assert "is open since" not in caplog.text
+    server.run("a").state = "running"  # as another machine leaves it that works on it, or was killed
+    write(start(TARGET, tmp_path / "second"), [2, 3])
+    assert caplog.text.count("W&B: run a is open since 2026-01-01T00:00:00Z. If another job is at it") == 1
+    (api,) = load(tmp_path / "elsewhere", "api")
+    assert [row["global_step"] for row in api.history] == [1, 2, 3]
+
+
+def test_runs_of_a_mode_that_is_recorded_apart_count_in_their_own_project_alone(tmp_path: Path) -> None:
+    pilot = OFFLINE.model_copy(update={"project": "project-pilot"})
+    for settings, mode, scale in ((pilot, "pilot", 1.0), (OFFLINE, "full", 2.0), (pilot, "pilot", 3.0)):
+        tracker = start(settings, tmp_path)
+        tracker.update_config({"mode": mode, "wandb": {"project": settings.project}})
+        write(tracker, [1, 2], scale=scale)
+    (full,) = load(tmp_path, "files")
+    assert content(full)["history"] == expected(rows([1, 2], scale=2.0))
+    (apart,) = WandbSource(tmp_path, "files", ENTITY, "project-pilot").load(["a"])
+    assert content(apart)["history"] == expected(rows([1, 2], scale=3.0))
+    (tmp_path / "a" / "wandb" / Path(full.source).name).rename(tmp_path / "gone")
+    with pytest.raises(UserError, match=r"W&B's files in .*a/wandb are of the project project-pilot"):
+        load(tmp_path, "files")
 
 
 def test_offline_run_reads_the_same_before_and_after_it_is_sent(
