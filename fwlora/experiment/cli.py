@@ -34,6 +34,9 @@ def make_parser() -> argparse.ArgumentParser:
     study.add_argument("name", help="a file of config/study, by its name, e.g. quickstart")
     study.add_argument("overrides", nargs="*", metavar="key=value", help="further arguments of every run")
     study.add_argument("--on", default="local", metavar="LAUNCHER", help="what starts the runs; default: local")
+    commands.add_parser(
+        "mirror-runs", help="make config/run, where pipelines list the run files, of config/runs (in a checkout)"
+    )
     return parser
 
 
@@ -46,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with user_errors_exit():
         load_plugins()
         try:
-            return _plan(arguments) if arguments.command == "plan" else _study(arguments)
+            return {"plan": _plan, "study": _study, "mirror-runs": _mirror_runs}[arguments.command](arguments)
         except ModuleNotFoundError as error:
             print(MISSING_EXTRA.format(command=arguments.command, name=error.name), file=sys.stderr)
     return 2
@@ -74,8 +77,9 @@ def _study(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from fwlora.experiment.errors import user_errors_exit
+    from fwlora.experiment.paths import find_repository
     from fwlora.experiment.study.display import format_duration
-    from fwlora.experiment.study.execution import find_repository, run_study
+    from fwlora.experiment.study.execution import run_study
     from fwlora.experiment.study.spec import load_study, plan_study
 
     started = time.monotonic()
@@ -94,6 +98,16 @@ def _study(arguments: argparse.Namespace) -> int:
     if exit_code == 0:
         console.print(f"study {arguments.name} took {format_duration(time.monotonic() - started)}", highlight=False)
     return exit_code
+
+
+def _mirror_runs(arguments: argparse.Namespace) -> int:
+    from fwlora.experiment.paths import find_repository
+    from fwlora.experiment.pipeline_contract import mirror_run_files
+
+    repository = find_repository(Path.cwd())
+    changed = mirror_run_files(repository / "config")
+    print("\n".join(str(path.relative_to(repository)) for path in changed) or "config/run is as config/runs")
+    return 0
 
 
 if __name__ == "__main__":

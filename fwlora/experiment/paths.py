@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fwlora.experiment.errors import UserError
+
 # The checkout; of an installed package the folder that holds the package.
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG_DIR = REPOSITORY / "config"
 # Relative to the working folder: models, data sets and tokens.
 CACHE_DIR = ".cache/"
+# The variable that stands for an empty or missing results_dir, as in the image that the Dockerfile makes.
+RESULTS_VARIABLE = "RESULTS_DIR"
 # Below a run's folder and the comparison's, beside which pipelines take every file but two documents for a figure.
 REPORT_FOLDER = "report"
 LOG_FOLDER = "logs"
@@ -30,3 +34,15 @@ def expand_home(name: str) -> Path:
         return Path(name).expanduser()
     except RuntimeError:
         return Path(name)
+
+
+def find_repository(start: Path) -> Path:
+    """Return the checkout that ``start`` lies in: the nearest folder with ``src/main.py`` and ``config/study``.
+
+    Raises:
+        UserError: not in a checkout.
+    """
+    for folder in (start, *start.parents):
+        if (folder / "src" / "main.py").is_file() and (folder / "config" / "study").is_dir():
+            return folder
+    raise UserError(f"{start} is not inside a checkout of fwlora; start the command in one")

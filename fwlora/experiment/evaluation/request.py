@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast, get_args
@@ -17,7 +18,7 @@ from fwlora.experiment.errors import UserError, describe_validation_error
 from fwlora.experiment.evaluation.compare.cells import PairChoice
 from fwlora.experiment.evaluation.compare.variants import known_roles
 from fwlora.experiment.files import load_yaml
-from fwlora.experiment.paths import expand_home
+from fwlora.experiment.paths import RESULTS_VARIABLE, expand_home
 from fwlora.experiment.settings.schema import FORBIDDEN_IN_RUN_IDS, LONGEST_RUN_ID
 from fwlora.experiment.tracking import (
     DEFAULT_TRACKER,
@@ -29,6 +30,8 @@ from fwlora.experiment.tracking import (
 
 COMPARISON_FOLDER = "comparison"
 PLAIN_KEYS = ("results_dir", "run_ids", "source", "tracker", "reference", "pairs")
+_BARE_ID = r"(?:'[\w.-]+'|[\w.-]+)"
+BARE_LIST = re.compile(rf"\[\s*{_BARE_ID}(?:\s*,\s*{_BARE_ID})*\s*\]")
 SOURCES: tuple[SourceChoice, ...] = get_args(SourceChoice)
 USAGE = """\
 usage: python -m src.evaluate results_dir=<dir> run_ids='["a","b"]'
@@ -106,7 +109,7 @@ def _split_arguments(arguments: Sequence[str], known_keys: Sequence[str]) -> tup
     """Return values by key, and what is wrong with the arguments."""
     given: dict[str, str] = {}
     problems = []
-    for argument in arguments:
+    for argument in _join_split_list(arguments):
         key, separator, value = argument.partition("=")
         if not separator:
             problems.append(f"{argument!r} is not of the form key=value")
@@ -117,6 +120,18 @@ def _split_arguments(arguments: Sequence[str], known_keys: Sequence[str]) -> tup
         else:
             given[key] = value
     return given, problems
+
+
+def _join_split_list(arguments: Sequence[str]) -> Iterator[str]:
+    """Yield arguments; a list of run ids that a shell split at its spaces, as one again."""
+    rest = iter(arguments)
+    for argument in rest:
+        while argument.startswith("run_ids=[") and "]" not in argument:
+            following = next(rest, None)
+            if following is None:
+                break
+            argument = f"{argument} {following}"
+        yield argument
 
 
 def _tracker_keys() -> list[str]:
@@ -130,7 +145,7 @@ def _parse_run_ids(text: str | None) -> tuple[tuple[str, ...], list[str]]:
     if text is None:
         return (), [f"run_ids is missing; give {example}"]
     try:
-        parsed: object = json.loads(text)
+        parsed = _parse_quoted(text)
     except (ValueError, RecursionError) as error:  # also numbers and nesting that Python refuses
         reason = "it is nested too deep" if isinstance(error, RecursionError) else str(error)
         return (), [f"run_ids={_shorten(text)} is not JSON ({reason}); give {example}"]
@@ -150,6 +165,30 @@ def _parse_run_ids(text: str | None) -> tuple[tuple[str, ...], list[str]]:
     return tuple(run_ids), problems
 
 
+def _parse_quoted(text: str) -> object:
+    """Parse JSON that a shell's or a workflow's quoting may have changed.
+
+    That is JSON in a string of JSON, a pair of quotes around the whole, quotes behind backslashes, single quotes in
+    place of double ones, and a list that lost its quotes: ``[a, b]``, where ids hold no space and no comma.
+
+    Raises:
+        ValueError: it is none of them; what is wrong with it as JSON.
+        RecursionError: it is nested too deep.
+    """
+    try:
+        parsed: object = json.loads(text)
+    except ValueError as error:
+        within = text.strip()
+        if len(within) > 1 and within[0] == within[-1] and within[0] in "'\"":
+            return _parse_quoted(within[1:-1])
+        if '\\"' in within:
+            return _parse_quoted(within.replace('\\"', '"'))
+        if not BARE_LIST.fullmatch(within):
+            raise error from None
+        return [item.strip().strip("'") for item in within[1:-1].split(",")]
+    return _parse_quoted(parsed) if isinstance(parsed, str) and parsed.strip().startswith("[") else parsed
+
+
 def _shorten(text: str) -> str:
     """Return a text for a message: its start, where it is long."""
     return text if len(text) <= 200 else f"{text[:200]}... ({len(text):,} characters)"
@@ -159,7 +198,7 @@ def _complete(
     given: Mapping[str, str], environment: Mapping[str, str], config_path: Path
 ) -> tuple[str, TrackerSettings | None, list[str]]:
     """Return the folder of the results and the tracker's settings, or what is wrong with them."""
-    variables = environment_defaults()
+    variables = {"results_dir": RESULTS_VARIABLE, **environment_defaults()}
     # An empty `results_dir=`, as a pipeline with an unset variable passes it, means the configured default.
     values = {key: given.get(key) or environment.get(variables.get(key, "")) for key in ("results_dir", "tracker")}
     configured, reason = _read_configured(("results_dir", "tracker", *_tracker_keys()), config_path)

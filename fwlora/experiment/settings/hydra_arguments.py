@@ -32,6 +32,8 @@ from yaml import YAMLError
 
 from fwlora.experiment.errors import UserError, user_errors_exit
 from fwlora.experiment.files import load_yaml
+from fwlora.experiment.paths import RESULTS_VARIABLE
+from fwlora.experiment.pipeline_contract import describe_edited_copy
 from fwlora.experiment.plugins import load_plugins
 from fwlora.experiment.settings.modes import get_mode, known_modes
 from fwlora.experiment.settings.resolve import resolve_settings
@@ -54,12 +56,11 @@ usage: python -u -m {program} run=<run_id> results_dir=<dir> mode=<mode> [run.<k
 
 known run ids:
 {run_ids}"""
-RUN_ID = re.compile(r"[A-Za-z0-9._-]+", re.ASCII)
+# A part of the names of files, artifacts and branches, which pipelines hand to shells without quotes.
+RUN_ID = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_-]|\.(?!\.|lock$|$))*", re.ASCII)
 ENVIRONMENT_VARIABLE = re.compile(r"\$\{\s*oc\.env\s*:")
 # What W&B still takes in its variable, and means by it.
 LEGACY_VALUES = {("WANDB_MODE", "dryrun"): "offline", ("WANDB_MODE", "run"): "online"}
-# Stands for an empty or missing results_dir, as in the image that the Dockerfile makes.
-RESULTS_VARIABLE = "RESULTS_DIR"
 # Carries an invocation from src.main to the src.train that it starts.
 HANDED_VARIABLE = "FWLORA_INVOCATION"
 _COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, OSError, ValueError, RecursionError)
@@ -178,6 +179,8 @@ def _name_projects(suffix: str, config_dir: Path, environment: Mapping[str, str]
 def _check_run_files(selected: Sequence[str], config_dir: Path) -> Iterator[str]:
     """Yield what is wrong with the run files before Hydra, whose own reader trusts them, composes them."""
     for file_id in (name for item in selected for name in item.partition("=")[2].split(",") if name):
+        if edited := describe_edited_copy(config_dir, file_id):
+            yield edited
         try:
             load_yaml(config_dir / "runs" / f"{file_id}.yaml")
         except ValueError as error:
@@ -389,7 +392,8 @@ def split_run_id(run_id: str, config_dir: Path) -> tuple[str, int | None]:
     if run_id in known:
         if not RUN_ID.fullmatch(run_id) or not _is_text(run_id):
             raise UserError(
-                f"run={run_id}: rename the file; a run id is of letters, digits, '.', '_' and '-', and no number"
+                f"run={run_id}: rename the file; a run id is of letters, digits, '_', and inside of it '-' and single "
+                "'.', does not end in '.lock', and is no number"
             )
         return run_id, None
     with_seed = re.fullmatch(r"(.+)-s(0|[1-9][0-9]*)", run_id)

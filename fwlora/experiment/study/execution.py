@@ -11,7 +11,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fwlora.experiment.errors import UserError
 from fwlora.experiment.study.display import Display, open_display
 from fwlora.experiment.study.launch import DEFAULT_LAUNCHER, LaunchContext, Launcher, Outcome, open_launcher
 from fwlora.experiment.study.spec import PlannedEvaluation, PlannedRun, plan_evaluations
@@ -90,17 +89,3 @@ def _evaluate(evaluation: PlannedEvaluation, repository: Path, console: Console)
     if report:
         console.print(f"report: {repository / report}", highlight=False, soft_wrap=True)
     return 0
-
-
-def find_repository(start: Path) -> Path:
-    """Return the checkout that ``start`` lies in: the nearest folder with ``src/main.py`` and ``config/study``.
-
-    Raises:
-        UserError: not in a checkout.
-    """
-    for folder in (start, *start.parents):
-        if (folder / "src" / "main.py").is_file() and (folder / "config" / "study").is_dir():
-            return folder
-    raise UserError(
-        f"{start} is not inside a checkout of fwlora; `fwlora study` runs src.main and src.evaluate from one"
-    )

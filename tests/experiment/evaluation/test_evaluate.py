@@ -112,14 +112,44 @@ def test_an_empty_results_dir_means_the_configured_one(config_path: Path):
     arguments = ["results_dir=", 'run_ids=["x"]']
     request = parse_request(arguments, {}, ROOT / "config" / "config.yaml")
     assert request.results_dir == Path(".research/results")
+    assert parse_request(arguments, {"RESULTS_DIR": "mounted"}, config_path).results_dir == Path("mounted")
     config_path.write_text(config_path.read_text() + "results_dir: elsewhere\n")
     assert parse_request(arguments, {}, config_path).results_dir == Path("elsewhere")
+
+
+STEPS = r"""
+run_ids='["a", "b-0.1"]'
+run_ids="[\"a\", \"b-0.1\"]"
+run_ids=["a","b-0.1"]
+run_ids=["a", "b-0.1"]
+run_ids="['a', 'b-0.1']"
+run_ids=$'[\n  "a",\n  "b-0.1"\n]\n'
+run_ids='"[\"a\", \"b-0.1\"]"'
+run_ids='[\"a\", \"b-0.1\"]'
+run_ids="'[\"a\", \"b-0.1\"]'"
+run_ids="$RUN_IDS"
+"""
+SHOW_ARGUMENTS = "import json, sys; print(json.dumps(sys.argv[1:]))"
+
+
+@pytest.mark.parametrize("step", STEPS.split("\n")[1:-1])
+def test_run_ids_survive_every_quoting_of_a_shell_step(config_path: Path, step: str):
+    shown = subprocess.run(
+        ["bash", "-c", f'"$PYTHON" -c "$SHOW" {step}'],
+        env={"PYTHON": sys.executable, "SHOW": SHOW_ARGUMENTS, "RUN_IDS": '["a", "b-0.1"]'},
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    request = parse_request(["results_dir=r", *json.loads(shown.stdout)], {}, config_path)
+    assert request.run_ids == ("a", "b-0.1")
 
 
 @pytest.mark.parametrize(
     ("run_ids", "expected"),
     [
-        ("[a]", "is not JSON"),
+        ("[a b]", "is not JSON"),
+        ("[a,]", "is not JSON"),
+        ("[{a}]", "is not JSON"),
         ('"a"', "is not a JSON list of strings"),
         ('["a", 1]', "is not a JSON list of strings"),
         ("[]", "run_ids is empty"),
@@ -324,6 +354,6 @@ def test_the_pairs_that_are_compared_can_be_chosen(config_path):
 
 @pytest.mark.parametrize("text", ["[" * 5_000, "[" + "9" * 5_000 + "]", '["' + "a" * 100_000])
 def test_lists_that_no_reader_takes_are_refused_in_a_line(text, config_path):
-    with pytest.raises(UserError, match=r"run_ids=.* is not JSON") as caught:
+    with pytest.raises(UserError, match=r"run_ids=.* is not JSON|is longer than 128 bytes") as caught:
         parse_request(["results_dir=r", f"run_ids={text}"], {}, config_path)
     assert len(str(caught.value)) < 600

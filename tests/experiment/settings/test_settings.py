@@ -20,7 +20,8 @@ from fwlora.experiment.settings.hydra_arguments import (
     known_run_ids,
     prepare_arguments,
 )
-from fwlora.experiment.settings.resolve import TRIAL_BATCHES, check_schedules
+from fwlora.experiment.settings.modes import TRIAL_BATCHES
+from fwlora.experiment.settings.resolve import check_schedules
 from fwlora.experiment.settings.schema import TrainingSettings, program_settings_class
 from tests.helpers.paths import CONFIG_DIR
 from tests.helpers.toy_tracker import registered_toy

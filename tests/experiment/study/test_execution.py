@@ -5,8 +5,9 @@ import json
 
 from rich.console import Console
 
+from fwlora.experiment.paths import find_repository
 from fwlora.experiment.study.display import format_duration
-from fwlora.experiment.study.execution import find_repository, run_study
+from fwlora.experiment.study.execution import run_study
 from fwlora.experiment.study.spec import load_study, plan_study
 from tests.helpers.paths import REPOSITORY
 from tests.helpers.study_repository import RECORD, make_study_repository

@@ -4,7 +4,7 @@ import pytest
 
 from fwlora.experiment.cli import main
 from fwlora.experiment.errors import UserError
-from fwlora.experiment.study.execution import find_repository
+from fwlora.experiment.paths import find_repository
 from fwlora.experiment.study.spec import known_studies, load_study, plan_evaluations, plan_study
 from tests.helpers.paths import CONFIG_DIR
 from tests.helpers.study_repository import RECORD, make_study_repository
