@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.helpers.paths import REPOSITORY
@@ -125,6 +126,19 @@ def test_bad_arguments_end_in_one_message_and_exit_code_2(program, arguments, ex
     assert "Traceback" not in done.stderr + done.stdout and not (tmp_path / "results").exists()
 
 
+def test_sanity_and_pilot_end_with_their_verdict_on_stdout_alone(tiny, tmp_path):
+    done = python("src.main", f"run={PROPOSED}", f"results_dir={tmp_path}", "mode=sanity", *tiny)
+    assert done.returncode == 0, done.stdout + done.stderr
+    *before, summary, verdict = done.stdout.splitlines()
+    assert verdict == "SANITY_VALIDATION: PASS" and summary.startswith('SANITY_VALIDATION_SUMMARY: {"steps": 20, ')
+    few = ["run.dataset.train_examples=16", "run.training.epochs=3"]
+    done = python("src.main", f"run={LORA}", f"results_dir={tmp_path}", "mode=pilot", *tiny, *few)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (3, "PILOT_VALIDATION: FAIL reason=too_few_steps")
+    written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()] + ["\n".join(before).encode()]
+    assert not any(b"VALIDATION: " in content for content in written)
+    assert {path.name for path in tmp_path.glob("*/logs/*")} == {"sanity.log", "pilot.log"}
+
+
 def test_a_failing_child_decides_the_exit_code_and_its_message_is_in_the_log(tiny, tmp_path):
     broken = [item for item in tiny if "pretrained_id" not in item]
     done = python(
@@ -135,9 +149,22 @@ def test_a_failing_child_decides_the_exit_code_and_its_message_is_in_the_log(tin
     assert message in done.stdout and message in (tmp_path / LORA / "logs" / "trial.log").read_text()
 
 
-def test_a_crash_of_the_child_is_not_lost(tmp_path, tiny):
-    done = python("src.main", f"run={LORA}", f"results_dir={tmp_path}", "mode=trial", *tiny, PYTHONMALLOC="no-such")
-    assert done.returncode not in (0, 2)
+@pytest.mark.parametrize(
+    ("mode", "last"), [("full", None), ("sanity", "SANITY_VALIDATION: FAIL reason=missing_metrics")]
+)
+def test_a_crash_of_the_child_is_not_lost(tmp_path, tiny, mode, last):
+    command = [
+        sys.executable, "-u", "-m", "src.main", f"run={LORA}", f"results_dir={tmp_path}", f"mode={mode}",
+        "wandb.mode=disabled", "run.optuna.n_trials=0", *tiny,
+    ]  # fmt: skip
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as started:
+        printed = started.stdout.readline()
+        (child,) = psutil.Process(started.pid).children()
+        child.kill()
+        printed += started.stdout.read()
+    assert started.returncode == 128 + signal.SIGKILL
+    verdicts = [line for line in printed.splitlines() if line.startswith("SANITY_VALIDATION: ")]
+    assert verdicts == ([] if last is None else [last]) and printed.endswith(f"{last or ''}\n")
 
 
 def test_unwritable_results_dir(tmp_path, tiny):

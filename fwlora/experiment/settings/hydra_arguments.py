@@ -392,8 +392,8 @@ def split_run_id(run_id: str, config_dir: Path) -> tuple[str, int | None]:
     if run_id in known:
         if not RUN_ID.fullmatch(run_id) or not _is_text(run_id):
             raise UserError(
-                f"run={run_id}: rename the file; a run id is of letters, digits, '_', and inside of it '-' and single "
-                "'.', does not end in '.lock', and is no number"
+                f"run={run_id}: rename the file; a run id is of letters, digits, '_', '-' and single '.', begins with "
+                "no '-' or '.', ends in no '.' or '.lock', and is no number"
             )
         return run_id, None
     with_seed = re.fullmatch(r"(.+)-s(0|[1-9][0-9]*)", run_id)

@@ -431,7 +431,7 @@ def test_a_sweep_whose_jobs_would_share_a_run_id_is_refused():
 def test_files_that_cannot_be_run_ids_are_refused_in_our_words(run_id, tmp_path):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / f"{run_id}.yaml").write_text(f"run_id: {run_id}\n")
-    with pytest.raises(UserError, match=r"a run id is of letters, digits, .*, and no number"):
+    with pytest.raises(UserError, match=r"a run id is of letters, digits, .*, and is no number"):
         prepare_arguments([f"run={run_id}", "mode=trial"], tmp_path, {})
 
 
