@@ -131,7 +131,7 @@ def test_sanity_and_pilot_end_with_their_verdict_on_stdout_alone(tiny, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     *before, summary, verdict = done.stdout.splitlines()
     assert verdict == "SANITY_VALIDATION: PASS" and summary.startswith('SANITY_VALIDATION_SUMMARY: {"steps": 20, ')
-    few = ["run.dataset.train_examples=16", "run.training.epochs=3"]
+    few = ["run.dataset.train_examples=16", "run.training.epochs=3", "run.optuna.n_trials=0"]
     done = python("src.main", f"run={LORA}", f"results_dir={tmp_path}", "mode=pilot", *tiny, *few)
     assert (done.returncode, done.stdout.splitlines()[-1]) == (3, "PILOT_VALIDATION: FAIL reason=too_few_steps")
     written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()] + ["\n".join(before).encode()]
