@@ -15,7 +15,6 @@ import psutil
 import pytest
 
 from tests.helpers.paths import REPOSITORY
-from tests.helpers.wandb_server import API_KEY, ENTITY, WandbServer
 
 PROPOSED = "proposed-roberta-base-110M--CoLA-GLUE"
 LORA = "comparative-1-roberta-base-110M--CoLA-GLUE"
@@ -84,29 +83,6 @@ def test_full_offline_run_then_evaluation(tiny, tmp_path):
     ]
 
 
-def test_online_run_is_evaluated_from_a_fresh_checkout_through_the_api(tiny, tmp_path):
-    with WandbServer() as server:
-        account = {
-            "WANDB_BASE_URL": server.url, "WANDB_API_KEY": API_KEY, "WANDB_ENTITY": ENTITY, "WANDB_PROJECT": "study",
-            "WANDB_MODE": "online", "HOME": str(tmp_path), "WANDB_CONFIG_DIR": str(tmp_path / "wandb-config"),
-        }  # fmt: skip
-        arguments = [f"run={LORA}", f"results_dir={tmp_path / 'there'}", "mode=full", "run.optuna.n_trials=0"]
-        done = python("src.main", *arguments, "run.training.epochs=2", *tiny, **account)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert f"W&B run: {server.url}/{ENTITY}/study/runs/{LORA}" in done.stdout
-        here = tmp_path / "here"
-        done = python("src.evaluate", f"results_dir={here}", f'run_ids=["{LORA}"]', **account)
-        assert done.returncode == 0, done.stdout + done.stderr
-        stored = server.run(LORA, "study")
-    steps = [row["global_step"] for row in stored.history if "train_loss" in row]
-    assert steps == list(range(1, 21))
-    metrics = json.loads((here / LORA / "metrics.json").read_text())
-    confusion = metrics["confusion_matrix"]["counts"]
-    right = sum(confusion[i][i] for i in range(2)) / sum(map(sum, confusion))
-    assert right == pytest.approx(metrics["summary"]["final_eval_accuracy"])
-    assert [row["epoch"] for row in metrics["epochs"]] == [1, 2]
-
-
 TWO_MISTAKES = [f"run={PROPOSED}", "mode=trial", "run.training.epoch=1", "run.training.seed=x"]
 
 
@@ -124,19 +100,6 @@ def test_bad_arguments_end_in_one_message_and_exit_code_2(program, arguments, ex
     done = python(program, f"results_dir={tmp_path / 'results'}", *arguments)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and expected in done.stderr
     assert "Traceback" not in done.stderr + done.stdout and not (tmp_path / "results").exists()
-
-
-def test_sanity_and_pilot_end_with_their_verdict_on_stdout_alone(tiny, tmp_path):
-    done = python("src.main", f"run={PROPOSED}", f"results_dir={tmp_path}", "mode=sanity", *tiny)
-    assert done.returncode == 0, done.stdout + done.stderr
-    *before, summary, verdict = done.stdout.splitlines()
-    assert verdict == "SANITY_VALIDATION: PASS" and summary.startswith('SANITY_VALIDATION_SUMMARY: {"steps": 20, ')
-    few = ["run.dataset.train_examples=16", "run.training.epochs=3", "run.optuna.n_trials=0"]
-    done = python("src.main", f"run={LORA}", f"results_dir={tmp_path}", "mode=pilot", *tiny, *few)
-    assert (done.returncode, done.stdout.splitlines()[-1]) == (3, "PILOT_VALIDATION: FAIL reason=too_few_steps")
-    written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()] + ["\n".join(before).encode()]
-    assert not any(b"VALIDATION: " in content for content in written)
-    assert {path.name for path in tmp_path.glob("*/logs/*")} == {"sanity.log", "pilot.log"}
 
 
 def test_a_failing_child_decides_the_exit_code_and_its_message_is_in_the_log(tiny, tmp_path):
