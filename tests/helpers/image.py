@@ -78,8 +78,10 @@ class Image:
         shutil.copy2(self.context / source, file)
 
     def run(self, *command: str, user: int = 0, **variables: str) -> subprocess.CompletedProcess[str]:
-        """Run a command as a container would, without a network."""
-        return self._start([*self.entrypoint, *(command or self.command)], variables, ["unshare", "--net"], user)
+        """Run a command as a container would, with /proc and without a network."""
+        script = f'mount -t proc proc "{self.root}/proc" && exec "$@"'
+        apart = ["unshare", "--net", "--mount", "/bin/sh", "-c", script, "sh"]
+        return self._start([*self.entrypoint, *(command or self.command)], variables, apart, user)
 
     def _start(
         self, command: list[str], variables: Mapping[str, str], before: list[str] | None = None, user: int = 0
