@@ -87,5 +87,6 @@ def test_its_steps_make_a_machine_that_runs_without_a_network(tmp_path):
     for path in (results / LORA).rglob("*"):
         readable = 0o777 if path.is_dir() else 0o666
         assert path.is_symlink() or path.stat().st_mode & readable & 0o444 == readable & 0o444, path
-    typed = image.run("bash", "-c", "git -C /workspace status --porcelain && uv run fwlora --help && uv run pytest -h")
+    typed = image.run("bash", "-c", "git status --porcelain --untracked-files=no && uv run fwlora --help")
     assert typed.returncode == 0 and typed.stdout.startswith("usage: fwlora"), typed.stdout
+    assert image.run().stdout.startswith("usage: python -u -m src.main"), "what it does where no command is named"
