@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import subprocess
 
@@ -207,6 +208,11 @@ def test_ids_that_cannot_be_parts_of_names_are_refused(tmp_path, name):
 def test_every_id_names_a_branch_an_artifact_and_a_word_of_a_shell():
     for run_id in known_run_ids(CONFIG_DIR):
         assert is_branch(f"main-{run_id}") and not set(run_id) & set("\":<>|*?/\\ '$`(){}&;~")
+
+
+def test_ids_stay_apart_where_a_service_keeps_lower_case_letters_and_digits_alone():
+    run_ids = known_run_ids(CONFIG_DIR)
+    assert len({re.sub("[^a-z0-9_]", "_", run_id.lower()) for run_id in run_ids}) == len(run_ids)
 
 
 def test_a_mode_of_ones_own_needs_a_name_of_its_own():

@@ -241,6 +241,10 @@ def test_all_mistakes_are_reported_at_once_with_their_paths():
         ("run.adalora=3", "run.adalora.(not a section) = 3"),
         ("run.training.learning_rate=nan", "run.training.learning_rate"),
         ("engine.device=tpu", "engine.device = 'tpu'"),
+        (  # exponents in place of values
+            "run.optuna.search_space={learning_rate: {type: loguniform, low: -3, high: -1}}",
+            "run.optuna.search_space.learning_rate.low = -3: input should be greater than 0",
+        ),
     ],
 )
 def test_refused_values_name_their_place(argument, expected):
