@@ -51,15 +51,14 @@ def test_full_offline_run_then_evaluation(tiny, tmp_path):
     run_ids: list[str] = []
     typed: dict[str, str] = {}
     for run_id, more in ((LORA, []), (PROPOSED, ["run.fw_lora.warmup_steps=4"])):
-        for seed in (1, 2):
-            command = [
-                "src.main", f"run={run_id}", f"results_dir={tmp_path}", "mode=full", f"run.training.seed={seed}",
-                "run.optuna.n_trials=0", "run.training.epochs=1", "wandb.mode=offline", *more, *tiny,
-            ]  # fmt: skip
-            done = python(*command)
-            assert done.returncode == 0, done.stdout + done.stderr
-            run_ids.append(f"{run_id}-s{seed}")
-            typed[run_ids[-1]] = shlex.join(["python", "-u", "-m", *command])
+        command = [
+            "src.main", f"run={run_id}", f"results_dir={tmp_path}", "mode=full", "run.training.seed=2",
+            "run.optuna.n_trials=0", "run.training.epochs=1", "wandb.mode=offline", *more, *tiny,
+        ]  # fmt: skip
+        done = python(*command)
+        assert done.returncode == 0, done.stdout + done.stderr
+        run_ids.append(f"{run_id}-s2")
+        typed[run_ids[-1]] = shlex.join(["python", "-u", "-m", *command])
     before = {path.relative_to(tmp_path).parts[1] for path in tmp_path.rglob("*") if path.is_file()}
     assert before == {"logs", "wandb", "checkpoint"}
     assert not list(tmp_path.rglob("*.pdf")) + list(tmp_path.rglob("metrics.json")), "training evaluates nothing"
@@ -68,7 +67,7 @@ def test_full_offline_run_then_evaluation(tiny, tmp_path):
     paths = [Path(line) for line in done.stdout.splitlines() if line.startswith(str(tmp_path))]
     assert all(path.is_file() for path in paths)
     names = [path.name for path in paths if path.suffix == ".pdf"]
-    assert len(names) == len(set(names)) and f"{LORA}-s1_learning_curve.pdf" in names
+    assert len(names) == len(set(names)) and f"{LORA}-s2_learning_curve.pdf" in names
     aggregated = json.loads((tmp_path / "comparison" / "aggregated_metrics.json").read_text())
     assert aggregated["primary_metric"] == "eval_matthews_correlation"
     for run_id in run_ids:
@@ -78,8 +77,8 @@ def test_full_offline_run_then_evaluation(tiny, tmp_path):
         assert recorded == metrics["summary"]["final_eval_matthews_correlation"]
     (cell,) = json.loads((tmp_path / "comparison" / "report" / "statistics.json").read_text())["cells"]
     assert [(method["method"], method["seeds"]) for method in cell["methods"]] == [
-        ("LoRA", [1, 2]),
-        ("FW-LoRA", [1, 2]),
+        ("LoRA", [2]),
+        ("FW-LoRA", [2]),
     ]
 
 
