@@ -105,6 +105,7 @@ def test_only_listed_modules_depend_on_the_internals_of_peft():
         ("fwlora.experiment.evaluation.figures.run", ["scipy", "pandas", "sklearn", "statsmodels"]),
         ("src.evaluate", ["numpy", "matplotlib", "pydantic"]),
         ("src.main", ["torch", "wandb", "transformers", "optuna"]),
+        ("src.train", ["wandb", "datasets", "sklearn", "pandas"]),
     ],
 )
 def test_imports_are_light(module, absent):

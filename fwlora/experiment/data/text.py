@@ -6,7 +6,6 @@ import hashlib
 from dataclasses import dataclass, replace
 
 import numpy as np
-from sklearn.model_selection import train_test_split
 
 from fwlora.experiment.errors import UserError
 
@@ -87,6 +86,8 @@ def split_heldout(split: TextSplit, fraction: float, seed: int) -> tuple[TextSpl
     Raises:
         UserError: too few examples of some class to be in both parts.
     """
+    from sklearn.model_selection import train_test_split  # takes a second, which runs without a search need not wait
+
     indices = np.arange(len(split.labels))
     classes = split.labels if split.labels.dtype.kind == "i" else None
     try:
