@@ -1,4 +1,4 @@
-"""Packages that add methods, measures, trackers or tasks: each names a module under the entry point group `fwlora`.
+"""Packages that add methods, trackers and the like: each names a module under the entry point group `fwlora`.
 
 In the package's ``pyproject.toml``::
 

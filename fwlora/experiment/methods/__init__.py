@@ -1,4 +1,4 @@
-"""Methods that a run can name: one file each, registered by importing it.
+"""Methods that a run can name: one file each, registered when `known_methods` first imports it.
 
 A method of your own is a subclass of :class:`MethodSpec` and one call of :func:`register_method`.
 """

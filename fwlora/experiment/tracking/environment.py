@@ -11,6 +11,8 @@ from pathlib import Path
 from fwlora.experiment.json_types import JsonObject
 
 RECORDED_PACKAGES = ("fwlora", "torch", "peft", "transformers", "datasets", "optuna", "wandb", "numpy", "scikit-learn")
+# Pipelines commit results; code that made others is the same.
+NO_RESULTS = ("--", ".", ":(exclude).research")
 
 
 def describe_environment(repository: Path, device: str, threads: int | None = None) -> JsonObject:
@@ -23,7 +25,7 @@ def describe_environment(repository: Path, device: str, threads: int | None = No
     """
     return {
         "commit": _git(repository, "rev-parse", "HEAD"),
-        "dirty": bool(_git(repository, "status", "--porcelain", "--untracked-files=no")),
+        "dirty": bool(_git(repository, "status", "--porcelain", "--untracked-files=no", *NO_RESULTS)),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in RECORDED_PACKAGES},
         "system": f"{platform.system()} {platform.machine()}",

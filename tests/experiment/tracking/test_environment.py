@@ -27,6 +27,13 @@ def test_a_checkout_is_described_by_its_commit_and_whether_it_was_changed(tmp_pa
     assert tuple(described["packages"]) == RECORDED_PACKAGES
     assert torch.__version__.startswith(described["packages"]["torch"].partition("+")[0])
     assert described["packages"]["fwlora"] == fwlora.__version__
+    results = tmp_path / ".research" / "results"
+    results.mkdir(parents=True)
+    (results / "metrics.json").write_text("{}")
+    git(tmp_path, "add", ".")
+    git(tmp_path, *IDENTITY, "commit", "-qm", "results")
+    (results / "metrics.json").unlink()
+    assert describe_environment(tmp_path, "cpu")["dirty"] is False, "results are no code"
     (tmp_path / "file").write_text("two")
     assert describe_environment(tmp_path, "cpu")["dirty"] is True
 
