@@ -183,14 +183,14 @@ def test_an_interrupt_while_libraries_are_imported_is_one_word(tmp_path, module,
     assert (started.returncode, told) == (130, "interrupted\n")
 
 
-def test_multirun_takes_runs_and_seeds(tmp_path, tiny):
+def test_multirun_takes_runs(tmp_path, tiny):
     done = python(
-        "src.main", "--multirun", f"run={LORA},{PROPOSED}", "run.training.seed=1,2", f"results_dir={tmp_path}",
+        "src.main", "--multirun", f"run={LORA},{PROPOSED}", "run.training.seed=2", f"results_dir={tmp_path}",
         "mode=trial", *tiny,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert sorted(path.parents[1].name for path in tmp_path.glob("*/logs/trial.log")) == sorted(
-        f"{run_id}-s{seed}" for run_id in (LORA, PROPOSED) for seed in (1, 2)
+        f"{run_id}-s2" for run_id in (LORA, PROPOSED)
     )
 
 
