@@ -106,8 +106,8 @@ def prepare_inputs(settings: ProgramSettings) -> RunInputs:
     """
     run = settings.run
     keep_freed_memory()
-    engine = choose_engine(settings)
     plan = plan_adapters(run.model)
+    engine, timings = choose_engine(settings, plan.matrices)
     check_max_length(run.model, run.dataset.max_length)
     with engine.processes.main_first():
         data = load_task(run.dataset)
@@ -115,7 +115,7 @@ def prepare_inputs(settings: ProgramSettings) -> RunInputs:
     task = describe_task(settings, data, tokenizer)
     train_split, eval_split = tokenize_task(data, tokenizer, run.dataset)
     search_splits = tokenize_search_task(data, tokenizer, run) if run.optuna.n_trials else None
-    return RunInputs(data, tokenizer, plan, task, engine, train_split, eval_split, search_splits)
+    return RunInputs(data, tokenizer, plan, task, engine, train_split, eval_split, timings, search_splits)
 
 
 def run_search(run: RunSettings, inputs: RunInputs) -> SearchResult:

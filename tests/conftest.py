@@ -45,6 +45,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.contract)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def machine_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep compiled kernels and timings apart from the user's own, in one place for all workers."""
+    own = tmp_path_factory.getbasetemp()
+    os.environ["FWLORA_CACHE_DIR"] = str((own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "machine-cache")
+
+
 @pytest.fixture(scope="session")
 def minilm() -> str:
     """The pretrained MiniLM-L6 folder as settings name it."""

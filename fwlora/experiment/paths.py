@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from fwlora.experiment.errors import UserError
@@ -13,6 +14,8 @@ CONFIG_DIR = REPOSITORY / "config"
 CACHE_DIR = ".cache/"
 # The variable that stands for an empty or missing results_dir, as in the image that the Dockerfile makes.
 RESULTS_VARIABLE = "RESULTS_DIR"
+# The variable that names the folder of what is kept per machine and user.
+CACHE_VARIABLE = "FWLORA_CACHE_DIR"
 # Below a run's folder and the comparison's, beside which pipelines take every file but two documents for a figure.
 REPORT_FOLDER = "report"
 LOG_FOLDER = "logs"
@@ -21,6 +24,12 @@ LOG_FOLDER = "logs"
 def find_log(results_dir: str | Path, run_id: str, mode: str) -> Path:
     """Return the path of the log that ``src.main`` appends to."""
     return Path(results_dir, run_id, LOG_FOLDER, f"{mode}.log")
+
+
+def machine_cache() -> Path:
+    """Return the folder of what is found out or made once per machine and user; it may not be writable."""
+    given = os.environ.get(CACHE_VARIABLE)
+    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or expand_home("~/.cache")) / "fwlora"
 
 
 def is_path(name: str) -> bool:

@@ -5,29 +5,34 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from fwlora.budget import MatrixShape
 from fwlora.config import RankPlan
 from fwlora.experiment.data.batching import TokenizedSplit
 from fwlora.experiment.data.text import TaskData
 from fwlora.experiment.data.tokenization import describe_cut
-from fwlora.experiment.engine.device import UnavailableDeviceError, choose_device, choose_precision, name_device
+from fwlora.experiment.engine.device import UnavailableDeviceError, choose_device, name_device
 from fwlora.experiment.engine.distributed import Processes, is_main_process
 from fwlora.experiment.engine.loop import TrainingResult
 from fwlora.experiment.engine.meters import DivergedError
 from fwlora.experiment.engine.optimizer import ScheduleError
-from fwlora.experiment.engine.options import EngineOptions
+from fwlora.experiment.engine.options import EngineOptions, Precision
+from fwlora.experiment.engine.precision import DTYPES, Timings, cached_timings, choose_precision, time_products
 from fwlora.experiment.engine.task import Task, make_task
 from fwlora.experiment.errors import UserError
+from fwlora.experiment.fused.compiled import Kernels, NoKernelsError, load_kernels
 from fwlora.experiment.json_types import JsonObject
 from fwlora.experiment.modeling.build import AdaptedModel, final_adapter_parameters
+from fwlora.experiment.paths import machine_cache
 from fwlora.experiment.settings.schema import ProgramSettings
 from fwlora.experiment.tracking import metrics
 from fwlora.experiment.tracking.environment import describe_environment
@@ -54,6 +59,7 @@ class RunInputs:
         engine: where and how to compute.
         train: tokens of the training split.
         evaluation: tokens of the evaluation split.
+        timings: what the precision was chosen by; None where there was no choice.
         search: tokens that the trials of a search train on and are scored on; None without a search.
     """
 
@@ -64,6 +70,7 @@ class RunInputs:
     engine: EngineOptions
     train: TokenizedSplit
     evaluation: TokenizedSplit
+    timings: Timings | None = None
     search: tuple[TokenizedSplit, TokenizedSplit] | None = None
 
 
@@ -80,24 +87,72 @@ def print_log_lines() -> None:
             other.disabled = False
 
 
-def choose_engine(settings: ProgramSettings) -> EngineOptions:
+def choose_engine(settings: ProgramSettings, matrices: Sequence[MatrixShape]) -> tuple[EngineOptions, Timings | None]:
     """Choose device, precision and forward path; ``engine.fast=false`` pads literally and computes by the model itself.
 
+    Args:
+        settings: of the run and the program.
+        matrices: of the model, whose products may be timed.
+
+    Returns:
+        The options, and what the precision was chosen by; None where there was no choice.
+
     Raises:
-        UserError: a GPU is set and there is none.
+        UserError: a GPU is set and there is none, or a precision that the run does not allow.
     """
     try:
         processes = Processes(choose_device(settings.engine.device))
     except UnavailableDeviceError as error:
         raise UserError(f"engine.device = {error.name}: {error}; use engine.device=cpu or auto") from None
-    precision, remark = choose_precision(settings.run.training.mixed_precision, processes.device)
-    if remark:
-        logger.info(remark)
+    precision, timings = _choose_precision(settings, matrices, processes)
     fast, dataset = settings.engine.fast, settings.run.dataset
     pad_to = dataset.max_length if dataset.padding == "max_length" and not fast else None
-    return EngineOptions(
-        processes, precision, pad_to, group_by_length=fast, fused=fast, cuda_graphs=settings.engine.cuda_graphs
+    wants_kernels = fast and settings.engine.compiled and processes.device.type == "cpu"
+    options = EngineOptions(
+        processes,
+        precision,
+        pad_to,
+        group_by_length=fast,
+        fused=fast,
+        cuda_graphs=settings.engine.cuda_graphs,
+        kernels=_compile_kernels(precision) if wants_kernels else None,
     )
+    return options, timings
+
+
+def _choose_precision(
+    settings: ProgramSettings, matrices: Sequence[MatrixShape], processes: Processes
+) -> tuple[Precision, Timings | None]:
+    """Return the precision that is set, or the faster one of those that the run allows, the same in all processes."""
+    allowed, wanted = settings.run.training.mixed_precision, settings.engine.precision
+    if wanted == "bf16" and allowed == "fp32":
+        raise UserError(
+            "engine.precision = bf16: run.training.mixed_precision = fp32 does not allow it; set that to bf16, or "
+            "engine.precision=auto"
+        )
+    if wanted != "auto":
+        return wanted, None
+    found: list[Timings] = []
+
+    def measure() -> Timings:
+        shapes = [(matrix.out_features, matrix.in_features) for matrix in matrices]
+        timed = partial(time_products, shapes, processes.device)
+        found.append(cached_timings(machine_cache(), shapes, processes.device, timed))
+        return found[0]
+
+    precision, remark = choose_precision(allowed, measure)
+    if remark:
+        logger.info(remark)
+    chosen = torch.tensor(float(precision == "bf16" and processes.index == 0), device=processes.device)
+    return ("bf16" if float(processes.sum(chosen)) else "fp32"), (found[0] if found else None)
+
+
+def _compile_kernels(precision: Precision) -> Kernels | None:
+    try:
+        return load_kernels(DTYPES[precision])
+    except NoKernelsError as error:
+        logger.info(f"layers are computed by torch's operations, as kernels cannot be compiled: {error}")
+        return None
 
 
 def describe_task(settings: ProgramSettings, data: TaskData, tokenizer: Any) -> Task:
@@ -159,6 +214,8 @@ def collect_facts(inputs: RunInputs, repository: Path, command: str | None) -> R
         label_names=tuple(data.label_names),
         primary_metric=metrics.eval_name(data.task_metric),
         precision=inputs.engine.precision,
+        product_times_ms={name: 1e3 * seconds for name, seconds in (inputs.timings or {}).items()} or None,
+        kernels="torch" if inputs.engine.kernels is None else "compiled",
         train_examples=len(data.train.labels),
         eval_examples=len(data.evaluation.labels),
         train_fingerprint=data.train.fingerprint,

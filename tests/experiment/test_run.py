@@ -17,6 +17,7 @@ from fwlora.experiment.engine.meters import DivergedError
 from fwlora.experiment.engine.optimizer import ScheduleError
 from fwlora.experiment.engine.task import RegressionTask, Task
 from fwlora.experiment.errors import UserError
+from fwlora.experiment.fused.compiled import NoKernelsError, load_kernels
 from fwlora.experiment.modeling.build import AdaptedModel
 from fwlora.experiment.run import (
     RunInputs,
@@ -60,16 +61,61 @@ def test_a_task_is_described_from_data_tokenizer_and_settings():
         describe_task(compose(), data, make_tokenizer(pad_token_id=None, eos_token_id=None))
 
 
+MATRICES = [MatrixShape("a", 384, 384), MatrixShape("b", 384, 1536)]
+
+
 def test_the_engine_is_literal_where_it_must_not_be_fast(monkeypatch):
-    fast = choose_engine(compose("engine.device=cpu", "run.training.mixed_precision=fp32"))
+    def choose(*arguments: str):
+        return choose_engine(compose("engine.device=cpu", "engine.precision=fp32", *arguments), MATRICES)[0]
+
+    fast = choose()
     assert (fast.pad_to, fast.group_by_length, fast.fused, fast.cuda_graphs) == (None, True, True, False)
-    literal = choose_engine(compose("engine.device=cpu", "engine.fast=false", "run.dataset.max_length=77"))
-    assert (literal.pad_to, literal.group_by_length, literal.fused) == (77, False, False)
-    longest = choose_engine(compose("engine.device=cpu", "engine.fast=false", "run.dataset.padding=longest"))
+    assert fast.kernels is load_kernels(torch.float32)
+    assert choose("engine.compiled=false").kernels is None
+    literal = choose("engine.fast=false", "run.dataset.max_length=77")
+    assert (literal.pad_to, literal.group_by_length, literal.fused, literal.kernels) == (77, False, False, None)
+    longest = choose("engine.fast=false", "run.dataset.padding=longest")
     assert (longest.pad_to, longest.group_by_length, longest.fused) == (None, False, False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"^engine\.device = cuda: .*; use engine\.device=cpu or auto$"):
-        choose_engine(compose("engine.device=cuda"))
+        choose_engine(compose("engine.device=cuda"), MATRICES)
+
+
+def test_the_precision_is_the_set_one_or_the_faster_one_that_the_run_allows(monkeypatch, tmp_path, caplog):
+    caplog.set_level("INFO", "fwlora")
+    monkeypatch.setenv("FWLORA_CACHE_DIR", str(tmp_path))
+    asked = []
+
+    def choose(*arguments: str):
+        engine, timings = choose_engine(compose("engine.device=cpu", "engine.compiled=false", *arguments), MATRICES)
+        return engine.precision, timings
+
+    def measure(shapes, device):
+        asked.append(shapes)
+        return {"fp32": 3e-3, "bf16": 1e-3}
+
+    monkeypatch.setattr("fwlora.experiment.run.time_products", measure)
+    assert choose("run.training.mixed_precision=fp32") == ("fp32", None)
+    assert choose("run.training.mixed_precision=bf16", "engine.precision=bf16") == ("bf16", None)
+    assert choose("run.training.mixed_precision=bf16", "engine.precision=fp32") == ("fp32", None)
+    assert asked == [] and caplog.messages == []
+    for _ in range(2):
+        assert choose("run.training.mixed_precision=bf16") == ("bf16", {"fp32": 3e-3, "bf16": 1e-3})
+    assert asked == [[(384, 384), (1536, 384)]], "once per machine"
+    assert len(caplog.messages) == 2 and "computing in bf16" in caplog.messages[0]
+    with pytest.raises(UserError, match=r"engine\.precision = bf16: run\.training\.mixed_precision = fp32"):
+        choose("run.training.mixed_precision=fp32", "engine.precision=bf16")
+
+
+def test_where_nothing_compiles_torchs_operations_compute(monkeypatch, caplog):
+    caplog.set_level("INFO", "fwlora")
+
+    def fail(dtype):
+        raise NoKernelsError("no C compiler")
+
+    monkeypatch.setattr("fwlora.experiment.run.load_kernels", fail)
+    engine, _ = choose_engine(compose("engine.device=cpu", "engine.precision=fp32"), MATRICES)
+    assert engine.kernels is None and "no C compiler" in caplog.messages[0]
 
 
 def test_errors_of_the_engine_name_the_setting_to_change():

@@ -1,4 +1,4 @@
-"""The machine that the program runs on: its devices, what they compute fast in, and its memory."""
+"""The machine that the program runs on: its devices and its memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import ctypes
 import psutil
 import torch
 
-from fwlora.experiment.engine.options import Precision
 from fwlora.experiment.tracking.environment import name_cpu
 
 # Of glibc's malloc.h.
@@ -70,23 +69,3 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UnavailableDeviceError(name, "torch finds no GPU")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def choose_precision(preferred: Precision, device: torch.device) -> tuple[Precision, str | None]:
-    """Choose the precision to compute in: bf16 only where the hardware multiplies it faster than float32.
-
-    Among CPUs those with matrix tiles (AMX) do: with AVX-512's bf16 instructions torch's products take 1.7 to 1.9 times
-    float32's time (benchmarks/README.md), and without them longer still.
-
-    Returns:
-        The precision, and a remark for the log where it is not the preferred one.
-    """
-    if preferred != "bf16":
-        return "fp32", None
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = bool(torch.cpu.get_capabilities().get("amx_bf16"))
-    if native:
-        return "bf16", None
-    return "fp32", f"this {device.type} has no fast bf16: computing in float32"

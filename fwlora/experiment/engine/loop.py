@@ -259,7 +259,12 @@ class _TrainingStep:
         self._parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
         method = state.method
         self.local_classifier, remark = make_classifier(
-            state.model, method.pairs, engine.precision, lambda: method.estimator, fast=engine.fused
+            state.model,
+            method.pairs,
+            engine.precision,
+            lambda: method.estimator,
+            fast=engine.fused,
+            kernels=engine.kernels,
         )
         if remark:
             logger.info(remark)

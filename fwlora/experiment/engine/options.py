@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import torch
 
     from fwlora.experiment.engine.distributed import Processes
+    from fwlora.experiment.fused.compiled import Kernels
 
 Precision = Literal["bf16", "fp32"]
 
@@ -70,6 +71,8 @@ class EngineOptions:
         group_by_length: whether batches hold examples of like length.
         fused: whether to compute by the fused path where it covers the model.
         cuda_graphs: on a GPU, capture the fused path's passes and replay them.
+        kernels: on a CPU, compiled kernels of ``precision`` for the fused path's layers; None computes them by torch's
+            operations.
     """
 
     processes: Processes
@@ -78,6 +81,7 @@ class EngineOptions:
     group_by_length: bool = True
     fused: bool = True
     cuda_graphs: bool = False
+    kernels: Kernels | None = None
 
     @property
     def device(self) -> torch.device:

@@ -5,20 +5,75 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fwlora.experiment.fused.dropout import draw_dropped
-from fwlora.experiment.fused.layer import FusedLayer, LayerTape
+from fwlora.experiment.fused.layer import Hidden, ObserveMatrices
 from fwlora.experiment.fused.linear import Adapters
 
 # Takes a layer's index, the names of matrices with one input X (T, d_in), and the gradients G (names, T, d_out) at
 # their outputs.
 ObserveLayer = Callable[[int, Sequence[str], Tensor, Tensor], None]
+
+
+class AdaptedGroup(Protocol):
+    """Linear layers with one input, whose adapters are stacked."""
+
+    adapted: list[str]
+
+    def gather(self, factors: Sequence[tuple[Tensor, Tensor]]) -> Adapters | None:
+        """Stack the members' A (r, d_in) and B (d_out, r), in the order of ``adapted``; return None at rank 0."""
+
+    def scatter(
+        self, gradients: tuple[Tensor, Tensor], factors: Sequence[tuple[Tensor, Tensor]]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Return the gradients of the single factors."""
+
+
+class EncoderLayer(Protocol):
+    """A layer, forward and backward written out; masks, dropouts and tapes are its own."""
+
+    heads: int
+
+    @property
+    def groups(self) -> Mapping[str, AdaptedGroup]:
+        """The layer's linear layers by group."""
+
+    def enter(self, X: Tensor, probability: float, bits: np.random.BitGenerator | None) -> Hidden:
+        """Return the layers' input after its dropout; X are embeddings, shape (T, d)."""
+
+    def read_mask(self, attention_mask: Tensor | None) -> Any:
+        """Return what :meth:`forward` takes for a mask of shape (batch, width), 0 at padding."""
+
+    def draw(self, batch: int, width: int, device: torch.device, bits: np.random.BitGenerator) -> Any:
+        """Draw the dropouts of a pass."""
+
+    def forward(
+        self,
+        X: Hidden,
+        batch: int,
+        mask: Any,
+        adapters: Mapping[str, Adapters | None],
+        dropped: Any,
+        *,
+        measured: bool = False,
+    ) -> tuple[Hidden, Any]:
+        """Return the output and a tape."""
+
+    def backward(
+        self,
+        G: Tensor,
+        tape: Any,
+        adapters: Mapping[str, Adapters | None],
+        observe: ObserveMatrices | None,
+        *,
+        needs_input: bool,
+    ) -> tuple[Tensor | None, dict[str, tuple[Tensor, Tensor]]]:
+        """Return dL/dX, if it is needed, and the gradients of every group's joint factors."""
 
 
 @dataclass(frozen=True)
@@ -29,24 +84,23 @@ class EncoderCall:
         layers: of the encoder.
         adapters: every layer's, by group.
         batch: examples.
-        bias: added to attention scores, shape (batch x heads, 1, width): the type's lowest number at padding; None
-            without padding.
+        mask: of the layers' own kind, see ``read_mask``.
         seed: of the pass's dropout on a CPU; None in evaluation.
         embedding_dropout: probability of dropout on the layers' input.
         observe: takes every adapted matrix's input and output gradient; None where no estimator is recording.
     """
 
-    layers: Sequence[FusedLayer]
+    layers: Sequence[EncoderLayer]
     adapters: Sequence[Mapping[str, Adapters | None]]
     batch: int
-    bias: Tensor | None
+    mask: Any
     seed: int | None
     embedding_dropout: float
     observe: ObserveLayer | None = None
 
 
 @torch.no_grad()
-def run_forward(call: EncoderCall, X: Tensor, *, keep: bool) -> tuple[Tensor, list[LayerTape]]:
+def run_forward(call: EncoderCall, X: Tensor, *, keep: bool) -> tuple[Tensor, list[Any]]:
     """Return the first tokens' outputs, shape (batch, d), and the layers' tapes.
 
     Args:
@@ -56,22 +110,19 @@ def run_forward(call: EncoderCall, X: Tensor, *, keep: bool) -> tuple[Tensor, li
     """
     width = X.shape[0] // call.batch
     bits = None if call.seed is None else np.random.SFC64(call.seed)
-    hidden = X
-    if bits is not None:
-        drawn = draw_dropped({"X": (X.numel(), call.embedding_dropout)}, X.device, bits)
-        hidden = drawn["X"].zero_(X * drawn["X"].scale) if drawn else X
+    hidden = call.layers[0].enter(X, call.embedding_dropout, bits)
     tapes = []
     for layer, adapters in zip(call.layers, call.adapters, strict=True):
         dropped = {} if bits is None else layer.draw(call.batch, width, X.device, bits)
         measured = call.observe is not None
-        hidden, tape = layer.forward(hidden, call.batch, call.bias, adapters, dropped, measured=measured)
+        hidden, tape = layer.forward(hidden, call.batch, call.mask, adapters, dropped, measured=measured)
         if keep:
             tapes.append(tape)
-    return hidden, tapes
+    return hidden.residual, tapes
 
 
 @torch.no_grad()
-def run_backward(call: EncoderCall, G: Tensor, tapes: list[LayerTape]) -> list[dict[str, tuple[Tensor, Tensor]]]:
+def run_backward(call: EncoderCall, G: Tensor, tapes: list[Any]) -> list[dict[str, tuple[Tensor, Tensor]]]:
     """Return the gradients of every layer's joint factors by group; remove every tape from ``tapes`` after its use."""
     gradient: Tensor | None = G
     found: list[dict[str, tuple[Tensor, Tensor]]] = []

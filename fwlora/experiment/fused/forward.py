@@ -11,7 +11,9 @@ from transformers.activations import GELUActivation
 
 from fwlora.adapters import AdapterPair
 from fwlora.estimators import PassEstimator
-from fwlora.experiment.fused.encoder import EncoderCall, EncoderFunction, ObserveLayer, run_forward
+from fwlora.experiment.fused.compiled import Kernels
+from fwlora.experiment.fused.compiled_layer import CompiledLayer
+from fwlora.experiment.fused.encoder import EncoderCall, EncoderFunction, EncoderLayer, ObserveLayer, run_forward
 from fwlora.experiment.fused.families import Family, find_family
 from fwlora.experiment.fused.layer import FusedLayer, LayerWeights, Norm
 from fwlora.experiment.fused.read_model import (
@@ -64,6 +66,10 @@ class FastClassifier(nn.Module):
         pairs: its adapters.
         precision: ``bf16`` multiplies in bfloat16, and normalizes and keeps residuals in float32, as autocast does.
         find_estimator: returns the estimator of gradient norms of a training pass, or None; hooks are bypassed.
+        kernels: of the precision's type, for all but the products; None leaves the layers to torch's operations.
+
+    Attributes:
+        remark: why the kernels are not used; None where they are, or there are none.
 
     Raises:
         UnsupportedModelError: the model uses what this path does not compute; the message says what.
@@ -75,6 +81,8 @@ class FastClassifier(nn.Module):
         pairs: Sequence[AdapterPair],
         precision: str = "fp32",
         find_estimator: FindEstimator = lambda: None,
+        *,
+        kernels: Kernels | None = None,
     ) -> None:
         super().__init__()
         self.model, self.precision, self._find_estimator = model, precision, find_estimator
@@ -86,23 +94,21 @@ class FastClassifier(nn.Module):
         self._inner, self._encoder = [inner], [getattr(inner, inner.base_model_prefix)]
         places = {id(pair.module): place for place, pair in enumerate(pairs)}
         layers = self.family.layers(self._encoder[0])
-        self.layers: list[FusedLayer] = []
         # By layer, group and member.
         self.pairs: list[list[list[AdapterPair]]] = []
         self._places: list[dict[str, int]] = []
-        for number, module in enumerate(layers):
+        read: list[LayerWeights] = []
+        for module in layers:
             found = {name: module.get_submodule(path) for name, path in self.family.linear_paths.items()}
             own = {name: places[id(linear)] for name, linear in found.items() if id(linear) in places}
             # A matrix that lost its adapter to a reallocation is a base layer.
             own = {name: place for name, place in own.items() if pairs[place].rank > 0}
-            weights = _read_layer(
-                self.family, module, found, {name: pairs[place].scaling for name, place in own.items()}
-            )
-            dtype = torch.bfloat16 if precision == "bf16" else weights.linear["query"].weight.dtype
-            layer = FusedLayer(weights, dtype, first_only=number == len(layers) - 1)
-            self.layers.append(layer)
-            self.pairs.append([[pairs[own[name]] for name in group.adapted] for group in layer.groups.values()])
+            scalings = {name: pairs[place].scaling for name, place in own.items()}
+            read.append(_read_layer(self.family, module, found, scalings))
             self._places.append(own)
+        self.layers, self.remark = _make_layers(read, precision, kernels)
+        for layer, own in zip(self.layers, self._places, strict=True):
+            self.pairs.append([[pairs[own[name]] for name in group.adapted] for group in layer.groups.values()])
         _check_training(self.family, inner, pairs)
 
     def forward(
@@ -115,7 +121,7 @@ class FastClassifier(nn.Module):
             attention_mask: shape (batch, width), 0 at padding; None where no example is padded.
             token_type_ids: shape (batch, width); None where all are 0.
         """
-        batch, width = input_ids.shape
+        batch = len(input_ids)
         factors = [[[pair.factors() for pair in group] for group in layer] for layer in self.pairs]
         with torch.no_grad():
             hidden = self.family.embed(self._encoder[0], input_ids, token_type_ids).flatten(0, 1)
@@ -123,14 +129,10 @@ class FastClassifier(nn.Module):
                 {name: group.gather(own) for (name, group), own in zip(layer.groups.items(), by_group, strict=True)}
                 for layer, by_group in zip(self.layers, factors, strict=True)
             ]
-        bias = None
-        if attention_mask is not None:
-            bias = hidden.new_zeros(batch, 1, width, dtype=self.layers[0].dtype)
-            bias.masked_fill_(attention_mask[:, None] == 0, torch.finfo(bias.dtype).min)
-            bias = bias.repeat_interleave(self.layers[0].heads, dim=0)
+        mask = self.layers[0].read_mask(attention_mask)
         seed = int(torch.randint(2**62, ())) if self.training else None
         dropout = self._encoder[0].get_submodule(self.family.embeddings_dropout_path).p
-        call = EncoderCall(self.layers, adapters, batch, bias, seed, dropout, self._make_observe())
+        call = EncoderCall(self.layers, adapters, batch, mask, seed, dropout, self._make_observe())
         flat = [factor for layer in factors for group in layer for pair in group for factor in pair]
         if flat and torch.is_grad_enabled():
             first = EncoderFunction.apply(hidden, call, *flat)
@@ -151,14 +153,34 @@ class FastClassifier(nn.Module):
         return observe
 
 
+def _make_layers(
+    weights: Sequence[LayerWeights], precision: str, kernels: Kernels | None
+) -> tuple[Sequence[EncoderLayer], str | None]:
+    """Make the layers, and say why they do not use the kernels, where there are any."""
+    dtype = torch.bfloat16 if precision == "bf16" else weights[0].linear["query"].weight.dtype
+    last = len(weights) - 1
+    reasons = [reason for layer in weights if kernels and (reason := CompiledLayer.unsuitable(layer))]
+    if kernels is not None and not reasons:
+        return [CompiledLayer(w, dtype, kernels, first_only=n == last) for n, w in enumerate(weights)], None
+    remark = f"layers are computed by torch's operations, not by compiled kernels: {reasons[0]}" if reasons else None
+    return [FusedLayer(w, dtype, first_only=n == last) for n, w in enumerate(weights)], remark
+
+
 def make_classifier(
-    model: nn.Module, pairs: Sequence[AdapterPair], precision: str, find_estimator: FindEstimator, *, fast: bool
+    model: nn.Module,
+    pairs: Sequence[AdapterPair],
+    precision: str,
+    find_estimator: FindEstimator,
+    *,
+    fast: bool,
+    kernels: Kernels | None = None,
 ) -> tuple[nn.Module, str | None]:
-    """Return the fast path where it covers the model, else the plain one, and why the fast one is not taken."""
+    """Return the fast path where it covers the model, else the plain one, and why a faster one is not taken."""
     if not fast:
         return PlainClassifier(model, precision), None
     try:
-        return FastClassifier(model, pairs, precision, find_estimator), None
+        classifier = FastClassifier(model, pairs, precision, find_estimator, kernels=kernels)
+        return classifier, classifier.remark
     except UnsupportedModelError as error:
         return PlainClassifier(model, precision), f"the fused path does not cover {error}: the model computes by itself"
 

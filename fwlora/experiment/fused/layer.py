@@ -78,6 +78,25 @@ class LayerWeights:
     attention_dropout: float
 
 
+class Hidden(NamedTuple):
+    """What passes from layer to layer, twice: as residuals, and in the type of the products; shape (T, d)."""
+
+    residual: Tensor
+    inputs: Tensor
+
+
+def group_names(*, first_only: bool) -> dict[str, list[str]]:
+    """Return the linear layers by group: equal shapes and one input.
+
+    Args:
+        first_only: whether queries are needed of first tokens alone, the group ``wanted``.
+    """
+    grouped = {"attention_output": ["attention_output"], "intermediate": ["intermediate"], "output": ["output"]}
+    return grouped | (
+        {"wanted": ["query"], "all": ["key", "value"]} if first_only else {"all": ["query", "key", "value"]}
+    )
+
+
 class AttentionTape(NamedTuple):
     """Heads, shape (batch x heads, queries or width, d), and weights before and after dropout, the latter unscaled."""
 
@@ -114,12 +133,27 @@ class FusedLayer:
         self.norms, self.heads = list(weights.norms), weights.heads
         self.hidden_dropouts, self.attention_dropout = weights.hidden_dropouts, weights.attention_dropout
         self.dtype, self.first_only = dtype, first_only
-        grouped = {"attention_output": ["attention_output"], "intermediate": ["intermediate"], "output": ["output"]}
-        grouped |= {"wanted": ["query"], "all": ["key", "value"]} if first_only else {"all": ["query", "key", "value"]}
         self.groups = {
             group: FusedGroup({name: weights.linear[name] for name in names}, dict(weights.scalings), dtype)
-            for group, names in grouped.items()
+            for group, names in group_names(first_only=first_only).items()
         }
+
+    def enter(self, X: Tensor, probability: float, bits: np.random.BitGenerator | None) -> Hidden:
+        """Return the layers' input after its dropout; X are embeddings, shape (T, d)."""
+        drawn = {} if bits is None else draw_dropped({"X": (X.numel(), probability)}, X.device, bits)
+        return self._make_hidden(drawn["X"].zero_(X * drawn["X"].scale) if drawn else X)
+
+    def read_mask(self, attention_mask: Tensor | None) -> Tensor | None:
+        """Return what is added to attention scores, shape (batch x heads, 1, width): lowest numbers at padding.
+
+        Args:
+            attention_mask: shape (batch, width), 0 at padding; None where no example is padded.
+        """
+        if attention_mask is None:
+            return None
+        bias = torch.zeros_like(attention_mask[:, None], dtype=self.dtype)
+        bias.masked_fill_(attention_mask[:, None] == 0, torch.finfo(bias.dtype).min)
+        return bias.repeat_interleave(self.heads, dim=0)
 
     def draw(
         self, batch: int, width: int, device: torch.device, bits: np.random.BitGenerator
@@ -138,43 +172,42 @@ class FusedLayer:
 
     def forward(
         self,
-        X: Tensor,
+        X: Hidden,
         batch: int,
-        bias: Tensor | None,
+        mask: Tensor | None,
         adapters: Mapping[str, Adapters | None],
         dropped: Mapping[str, DropoutMask],
         *,
         measured: bool = False,
-    ) -> tuple[Tensor, LayerTape]:
+    ) -> tuple[Hidden, LayerTape]:
         """Return the layer's output, shape (batch x width, d), or (batch, d) of the first tokens.
 
         Args:
             X: shape (batch x width, d).
             batch: examples.
-            bias: added to attention scores, shape (batch x heads, 1, width): the type's lowest number at padding; None
-                without padding.
+            mask: from :meth:`read_mask`.
             adapters: of every group.
             dropped: from :meth:`draw`; empty in evaluation.
             measured: whether the backward pass is to be observed.
         """
-        width = X.shape[0] // batch
+        width = X.residual.shape[0] // batch
         tape = LayerTape(batch, width, dropped)
-        wanted = X.view(batch, width, -1)[:, 0].contiguous() if self.first_only else X
-        parts = self._split(self._forward_group("all", X, adapters, tape), batch)
+        wanted = X.residual.view(batch, width, -1)[:, 0].contiguous() if self.first_only else X.residual
+        parts = self._split(self._forward_group("all", X.inputs, adapters, tape), batch)
         heads = dict(zip(self.groups["all"].names, parts, strict=True))
         if self.first_only:
-            heads["query"] = self._split(self._forward_group("wanted", wanted, adapters, tape), batch)[0]
+            heads["query"] = self._split(self._forward_group("wanted", wanted.to(self.dtype), adapters, tape), batch)[0]
         Q, K, V = (heads[name] for name in ("query", "key", "value"))
-        context, P, kept = attend(Q, K, V, bias, dropped.get("weights"))
+        context, P, kept = attend(Q, K, V, mask, dropped.get("weights"))
         tape.attention = AttentionTape(Q, K, V, P, kept)
         # The next two groups may overwrite their inputs unless gradients are being recorded.
         consume = not measured
         context = self._merge(context[None], batch)[0]
         U = self._add_and_normalize(0, "attention_output", context, wanted, adapters, tape, consume=consume)
-        H = self._forward_group("intermediate", U, adapters, tape)[0]
+        H = self._forward_group("intermediate", U.inputs, adapters, tape)[0]
         tape.pre_activation = H
         activated = torch.nn.functional.gelu(H)
-        return self._add_and_normalize(1, "output", activated, U, adapters, tape, consume=consume), tape
+        return self._add_and_normalize(1, "output", activated, U.residual, adapters, tape, consume=consume), tape
 
     def backward(
         self,
@@ -249,7 +282,7 @@ class FusedLayer:
         """Return the group's outputs, shape (members, T, d_out)."""
         group = self.groups[name]
         dropped = tape.dropped.get(name)
-        Y, tape.groups[name] = group.forward(X.to(self.dtype), adapters[name], dropped, multiple, consume=consume)
+        Y, tape.groups[name] = group.forward(X, adapters[name], dropped, multiple, consume=consume)
         return Y
 
     def _add_and_normalize(
@@ -262,7 +295,7 @@ class FusedLayer:
         tape: LayerTape,
         *,
         consume: bool,
-    ) -> Tensor:
+    ) -> Hidden:
         """Return LN(residual + D(group(X))); the product has the dropout's scale as a factor."""
         dropped = tape.dropped.get(f"hidden_{place}")
         scale = 1.0 if dropped is None else dropped.scale
@@ -271,7 +304,10 @@ class FusedLayer:
             dropped.zero_(Y)
         Y, norm_tape = self.norms[place].forward(Y.add_(residual) if Y.dtype == residual.dtype else residual + Y)
         tape.norms.append(norm_tape)
-        return Y
+        return self._make_hidden(Y)
+
+    def _make_hidden(self, residual: Tensor) -> Hidden:
+        return Hidden(residual, residual.to(self.dtype))
 
     def _through_dropout(self, place: int, G: Tensor, tape: LayerTape) -> Tensor:
         dropped = tape.dropped.get(f"hidden_{place}")

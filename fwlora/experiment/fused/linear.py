@@ -9,7 +9,7 @@ factors of products that add to their output, and query, key and value share one
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +49,12 @@ class GroupTape:
     dropped: DropoutMask | None
 
 
+def split_members(members: Mapping[str, LinearParts]) -> tuple[list[str], list[str]]:
+    """Return the names of those with adapters, and all names in the order of a group: those first."""
+    adapted = [name for name, parts in members.items() if parts.adapted]
+    return adapted, [*adapted, *(name for name in members if name not in adapted)]
+
+
 class FusedGroup:
     """Linear layers of equal shape with one input, those with adapters first.
 
@@ -59,8 +65,7 @@ class FusedGroup:
     """
 
     def __init__(self, members: dict[str, LinearParts], scalings: dict[str, float], dtype: torch.dtype) -> None:
-        self.adapted = [name for name, parts in members.items() if parts.adapted]
-        self.names = [*self.adapted, *(name for name in members if name not in self.adapted)]
+        self.adapted, self.names = split_members(members)
         self.weights = [members[name].weight.detach().to(dtype) for name in self.names]
         biases = [members[name].bias for name in self.names]
         self.biases = [None if bias is None else bias.detach().to(dtype) for bias in biases]

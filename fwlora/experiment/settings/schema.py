@@ -144,7 +144,7 @@ class TrainingSettings(SettingsNode):
         warmup_ratio: share of the steps in which the learning rate rises; it is not the Fisher warm-up.
         gradient_accumulation_steps: micro-batches per optimizer step.
         max_gradient_norm: gradients are clipped to this L2 norm; None clips nothing.
-        mixed_precision: ``bf16`` where the device computes it fast, else float32 as with ``fp32``.
+        mixed_precision: ``bf16`` where the machine multiplies it faster than float32, else as with ``fp32``.
         seed: of head, adapters, order of examples and dropout.
     """
 
@@ -316,11 +316,16 @@ class EngineSettings(SettingsNode):
         fast: false does what run files literally say: every batch padded to ``max_length``, at random, by the model's
             own forward pass.
         cuda_graphs: on a GPU, capture the pass of every batch shape and replay it.
+        compiled: on a CPU, compile kernels for all of a layer but its products; needs a C compiler, and does without
+            where there is none.
+        precision: ``auto`` takes bf16 where the run allows it and products of its model are faster in it.
         device: ``auto`` takes a GPU where there is one.
     """
 
     fast: bool = True
     cuda_graphs: bool = False
+    compiled: bool = True
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 

@@ -16,6 +16,8 @@ class RunFacts:
         label_names: one per class, in order of the class numbers; empty where labels are numbers.
         primary_metric: name of the evaluation metric that is compared, such as ``eval_accuracy``.
         precision: ``bf16`` or ``fp32``.
+        product_times_ms: of the model's products by precision, which that was chosen by; None without a choice.
+        kernels: ``compiled`` where a layer is computed by compiled kernels, else ``torch``.
         train_examples: number of training examples.
         eval_examples: number of evaluation examples.
         train_fingerprint: hash of the training split's texts and labels.
@@ -30,6 +32,8 @@ class RunFacts:
     label_names: tuple[str, ...] = ()
     primary_metric: str | None = None
     precision: str | None = None
+    product_times_ms: JsonMapping | None = None
+    kernels: str | None = None
     train_examples: int | None = None
     eval_examples: int | None = None
     train_fingerprint: str | None = None

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.optimization import get_scheduler
 
 from fwlora.experiment.data.batching import TokenizedSplit
-from fwlora.experiment.engine.device import UnavailableDeviceError, choose_device, choose_precision, keep_freed_memory
+from fwlora.experiment.engine.device import UnavailableDeviceError, choose_device, keep_freed_memory
 from fwlora.experiment.engine.loop import evaluate, train
 from fwlora.experiment.engine.meters import STEPS_PER_FLUSH, DivergedError
 from fwlora.experiment.engine.optimizer import ScheduleError
@@ -312,17 +312,6 @@ def test_phases_are_timed_apart():
     _, _, result = run()
     assert result.times_s["warmup"] == 0 and result.times_s["train"] > 0 and result.times_s["eval"] > 0
     assert len(result.step_times_s) == 12 and min(result.step_times_s) > 0
-
-
-@pytest.mark.parametrize(
-    ("capabilities", "expected"),
-    [({"avx512_bf16": True}, "fp32"), ({"amx_bf16": True}, "bf16"), ({"avx512_f": True}, "fp32"), ({}, "fp32")],
-)
-def test_bf16_only_where_the_cpu_multiplies_it(monkeypatch, capabilities, expected):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    precision, remark = choose_precision("bf16", torch.device("cpu"))
-    assert precision == expected and (remark is None) == (expected == "bf16")
-    assert choose_precision("fp32", torch.device("cpu")) == ("fp32", None)
 
 
 def test_bf16_computes_logits_in_bf16_and_the_loss_in_float32(monkeypatch):

@@ -15,7 +15,6 @@ from fwlora import FisherWeightedLora, FisherWeighting
 from fwlora.adalora import attach_adalora, plan_adalora
 from fwlora.adapters import find_adapter_pairs, resize_adapter
 from fwlora.architectures import find_target_matrices
-from fwlora.experiment.fused import encoder as fused_encoder
 from fwlora.experiment.fused import layer as fused_layer
 from fwlora.experiment.fused.dropout import draw_dropped
 from fwlora.experiment.fused.families import Family, known_families, register_family
@@ -118,9 +117,11 @@ class Replay:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, batch: int, width: int) -> None:
         self.masks: list[Tensor] = []
         self.batch, self.width, self.layer = batch, width, 0
-        monkeypatch.setattr(fused_encoder, "draw_dropped", self.draw_embedding)
-        monkeypatch.setattr(fused_layer, "draw_dropped", self.draw_layer)
+        monkeypatch.setattr(fused_layer, "draw_dropped", self.draw)
         monkeypatch.setattr(nn.functional, "dropout", self.apply)
+
+    def draw(self, requests, device, bits):
+        return (self.draw_embedding if set(requests) == {"X"} else self.draw_layer)(requests, device, bits)
 
     def draw_embedding(self, requests, device, bits):
         drawn = draw_dropped(requests, device, bits)

@@ -112,6 +112,7 @@ def _read_facts(run: EvaluatedRun) -> JsonObject:
     fingerprints = {"eval_fingerprint": facts.eval_fingerprint, "train_fingerprint": facts.train_fingerprint}
     return {
         "precision": facts.precision,
+        "kernels": facts.kernels,
         **{f"data ({name})": value for name, value in fingerprints.items() if value is not None},
         "steps": summary.get(metrics.TOTAL_STEPS),
         "encoder weights": summary.get(metrics.ENCODER_FINGERPRINT),
