@@ -41,29 +41,12 @@ def shrinkage_penalty(
     return strength * (weights * torch.stack(norms)).sum()
 
 
-@torch.no_grad()
-def shrinkage_gradients(A: Tensor, B: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradient of c_m ||B_m A_m||_F^2 for matrices of one shape, in closed form, as one batched product.
-
-    Args:
-        A: shape (matrices, r, d_in).
-        B: shape (matrices, d_out, r).
-        coefficients: c_m = lambda w_m s_m^2, shape (matrices,).
-
-    Returns:
-        gradient for A, gradient for B, and the value sum_m c_m ||B_m A_m||_F^2.
-    """
-    weighted = (2 * coefficients)[:, None, None] * (B.mT @ B)
-    AAt = A @ A.mT
-    value = 0.5 * torch.dot(weighted.flatten(), AAt.flatten())
-    return weighted @ A, B @ ((2 * coefficients)[:, None, None] * AAt), value
-
-
 class BatchedShrinkage:
-    """Add the shrinkage gradient to many adapters, with one batched product per matrix shape.
+    """Add the shrinkage gradient to many adapters, with one batched product per width of a factor.
 
-    Ranks within a shape may differ: factors are copied into stacks that are padded with zeros, which change no product.
-    The stacks take as much memory as the adapters themselves.
+    A_m and B_m^T are rows of the stacks alike: with G = F F^T of every factor F, the gradient of A_m is
+    2 c_m G(B_m^T) A_m, and that of B_m^T is 2 c_m G(A_m) B_m^T. Ranks may differ: zeros pad them, which change no product.
+    Stacks and gradients take twice the memory of the adapters.
 
     Args:
         factors: parameters (A_m, B_m) of shapes (r_m, d_in) and (d_out, r_m), r_m >= 1.
@@ -71,45 +54,75 @@ class BatchedShrinkage:
     """
 
     def __init__(self, factors: Sequence[tuple[Tensor, Tensor]], coefficients: Tensor) -> None:
-        members: dict[tuple[int, int, torch.device], list[int]] = defaultdict(list)
-        for index, (A, B) in enumerate(factors):
-            members[A.shape[1], B.shape[0], A.device].append(index)
-        self._parameters: list[Tensor] = []
-        self._views: list[Tensor] = []
-        self._stacks: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._ranks: list[list[int]] = []
-        for (width_in, width_out, device), indices in members.items():
-            rank = max(factors[index][0].shape[0] for index in indices)
-            dtype = torch.promote_types(factors[indices[0]][0].dtype, torch.float32)
-            A_stack = torch.zeros(len(indices), rank, width_in, device=device, dtype=dtype)
-            B_stack = torch.zeros(len(indices), width_out, rank, device=device, dtype=dtype)
-            for place, index in enumerate(indices):
-                A, B = factors[index]
-                self._parameters += [A, B]
-                self._views += [A_stack[place, : A.shape[0]], B_stack[place, :, : A.shape[0]]]
-            self._ranks.append([factors[index][0].shape[0] for index in indices])
-            self._stacks.append((A_stack, B_stack, coefficients[indices].to(device, dtype)))
+        members: dict[torch.device, list[int]] = defaultdict(list)
+        for index, (A, _) in enumerate(factors):
+            members[A.device].append(index)
+        self._parts = [
+            _DeviceShrinkage([factors[index] for index in indices], coefficients[indices])
+            for indices in members.values()
+        ]
 
     @torch.no_grad()
     def add_gradients(self, factor: float | Tensor = 1.0) -> Tensor:
         """Add ``factor`` times the gradient to ``grad`` of every trained factor; return the term's value."""
+        values = [part.add_gradients(factor) for part in self._parts]
+        return values[0] if len(values) == 1 else torch.stack([value.to(values[0].device) for value in values]).sum()
+
+
+class _DeviceShrinkage:
+    """:class:`BatchedShrinkage` of factors on one device."""
+
+    def __init__(self, factors: Sequence[tuple[Tensor, Tensor]], coefficients: Tensor) -> None:
+        rank = max(len(A) for A, _ in factors)
+        dtype = torch.promote_types(factors[0][0].dtype, torch.float32)
+        device = factors[0][0].device
+        # A_m at 2 m, B_m at 2 m + 1.
+        rows = [row for A, B in factors for row in (A, B.mT)]
+        by_width: dict[int, list[int]] = defaultdict(list)
+        for place, row in enumerate(rows):
+            by_width[row.shape[1]].append(place)
+        order = [place for places in by_width.values() for place in places]
+        self._stacks = [torch.zeros(len(p), rank, width, device=device, dtype=dtype) for width, p in by_width.items()]
+        self._gradients = [torch.zeros_like(stack) for stack in self._stacks]
+        self._sizes = [len(stack) for stack in self._stacks]
+        position = {place: number for number, place in enumerate(order)}
+        # Of every factor, in stacked order, the other factor of its matrix.
+        self._partners = torch.tensor([position[place ^ 1] for place in order], device=device)
+        own = coefficients.to(device, dtype)
+        self._doubled = 2 * own[torch.tensor([place // 2 for place in order], device=device)][:, None, None]
+        self._parameters = [factors[place // 2][place % 2] for place in order]
+        self._views = self._view(self._stacks, order)
+        self._additions = self._view(self._gradients, order)
+
+    def _view(self, stacks: Sequence[Tensor], order: Sequence[int]) -> list[Tensor]:
+        """Return the parts of the stacks that belong to the parameters, in these' shapes."""
+        parts = [part for stack in stacks for part in stack]
+        views = []
+        for parameter, part, place in zip(self._parameters, parts, order, strict=True):
+            is_B = place % 2 == 1
+            own = part[: parameter.shape[1 if is_B else 0]]
+            views.append(own.mT if is_B else own)
+        return views
+
+    def add_gradients(self, factor: float | Tensor) -> Tensor:
         # On a GPU each call over all factors is a single kernel.
         torch._foreach_copy_(self._views, self._parameters)
-        results = [shrinkage_gradients(A, B, coefficients * factor) for A, B, coefficients in self._stacks]
-        gradients: list[Tensor] = []
-        for (for_A, for_B, _), ranks in zip(results, self._ranks, strict=True):
-            for of_A, of_B, rank in zip(for_A.unbind(), for_B.unbind(), ranks, strict=True):
-                gradients += [of_A, of_B] if rank == len(of_A) else [of_A[:rank], of_B[:, :rank]]
+        grams = torch.cat([torch.bmm(stack, stack.mT) for stack in self._stacks])
+        doubled = self._doubled if isinstance(factor, float) and factor == 1.0 else self._doubled * factor
+        weighted = grams[self._partners].mul_(doubled)
+        for stack, gradient, part in zip(self._stacks, self._gradients, weighted.split(self._sizes), strict=True):
+            torch.bmm(part, stack, out=gradient)
         existing, additions = [], []
-        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+        for parameter, gradient in zip(self._parameters, self._additions, strict=True):
             if not parameter.requires_grad:
                 continue
-            if parameter.grad is None:
+            held = parameter.grad
+            if held is None:
                 parameter.grad = gradient.to(parameter.dtype, copy=True).contiguous()
             else:
-                existing.append(parameter.grad)
+                existing.append(held)
                 additions.append(gradient)
         if existing:
             torch._foreach_add_(existing, additions)
-        device = results[0][2].device
-        return torch.stack([value.to(device) for _, _, value in results]).sum() / factor
+        # Every matrix is met twice, each time with 2 c_m.
+        return torch.dot(weighted.view(-1), grams.view(-1)) / (4 * factor)

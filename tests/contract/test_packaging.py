@@ -150,7 +150,7 @@ def test_content(wheel):
     listed = subprocess.run(["git", "ls-files", "fwlora"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     packed = {name for name in names if ".dist-info/" not in name}
     assert set(listed.stdout.split()) <= packed
-    assert {name.rsplit(".", 1)[-1] for name in packed} == {"py", "typed", "jinja", "css", "js", "json"}
+    assert {name.rsplit(".", 1)[-1] for name in packed} == {"py", "typed", "jinja", "css", "js", "json", "c"}
 
 
 def test_metadata(metadata):

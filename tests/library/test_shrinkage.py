@@ -11,7 +11,7 @@ from fwlora.adapters import delta_norms, find_adapter_pairs
 from fwlora.importance import normalize_importance
 from fwlora.options import NORMALIZATIONS
 from fwlora.reallocation import resize_factors
-from fwlora.shrinkage import BatchedShrinkage, shrinkage_gradients, shrinkage_penalty, squared_delta_norm
+from fwlora.shrinkage import BatchedShrinkage, shrinkage_penalty, squared_delta_norm
 from tests.helpers.small_models import make_adapted
 
 # (r, d_in, d_out) of matrices whose shapes and ranks partly agree.
@@ -73,14 +73,27 @@ def test_frozen_factors_get_no_gradient():
     assert factors[0][0].grad is None and factors[0][1].grad is not None
 
 
-def test_closed_form_of_one_shape_is_autograds():
+def test_gradients_follow_factors_that_changed_in_place():
+    factors = random_factors()
+    shrinkage = BatchedShrinkage(factors, torch.linspace(0.2, 1.0, 5, dtype=torch.float64))
+    for _ in range(2):
+        for pair in factors:
+            for factor in pair:
+                factor.grad = None
+                factor.data += 0.1
+        value = shrinkage.add_gradients()
+        coefficients = torch.linspace(0.2, 1.0, 5, dtype=torch.float64)
+        term = torch.stack([squared_delta_norm(A, B, 1.0) for A, B in factors]) @ coefficients
+        parameters = [factor for pair in factors for factor in pair]
+        for factor, expected in zip(parameters, torch.autograd.grad(term, parameters), strict=True):
+            torch.testing.assert_close(factor.grad, expected, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(value, term.detach(), rtol=1e-12, atol=0)
+
+
+def test_squared_norms_of_stacks_are_those_of_the_formed_updates():
     generator = torch.Generator().manual_seed(0)
-    A = torch.randn(2, 3, 5, dtype=torch.float64, generator=generator, requires_grad=True)
-    B = torch.randn(2, 4, 3, dtype=torch.float64, generator=generator, requires_grad=True)
-    coefficients = torch.tensor([0.3, 0.9], dtype=torch.float64)
-    value = (coefficients * squared_delta_norm(A, B, 1.0)).sum()
-    expected = (*torch.autograd.grad(value, (A, B)), value.detach())
-    torch.testing.assert_close(shrinkage_gradients(A, B, coefficients), expected, rtol=1e-12, atol=1e-14)
+    A = torch.randn(2, 3, 5, dtype=torch.float64, generator=generator)
+    B = torch.randn(2, 4, 3, dtype=torch.float64, generator=generator)
     torch.testing.assert_close(squared_delta_norm(A, B, 2.0), (2.0 * B @ A).square().sum(dim=(1, 2)))
 
 
