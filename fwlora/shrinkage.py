@@ -45,8 +45,8 @@ class BatchedShrinkage:
     """Add the shrinkage gradient to many adapters, with one batched product per width of a factor.
 
     A_m and B_m^T are rows of the stacks alike: with G = F F^T of every factor F, the gradient of A_m is
-    2 c_m G(B_m^T) A_m, and that of B_m^T is 2 c_m G(A_m) B_m^T. Ranks may differ: zeros pad them, which change no product.
-    Stacks and gradients take twice the memory of the adapters.
+    2 c_m G(B_m^T) A_m, and that of B_m^T is 2 c_m G(A_m) B_m^T. Ranks may differ: zeros pad them, which change no
+    product. Stacks and gradients take twice the memory of the adapters.
 
     Args:
         factors: parameters (A_m, B_m) of shapes (r_m, d_in) and (d_out, r_m), r_m >= 1.

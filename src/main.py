@@ -6,7 +6,6 @@ from fwlora.experiment.interrupts import end_imports
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from omegaconf import DictConfig
 from fwlora.experiment.errors import UserError
 from fwlora.experiment.paths import CONFIG_DIR, find_log
 from fwlora.experiment.pipeline_contract import complete_verdict, is_verdict
+from fwlora.experiment.programs import command_of, start_program
 from fwlora.experiment.settings.hydra_arguments import Invocation, enter_program, run_task
 
 INTERRUPT_PATIENCE_S = 10.0
@@ -40,7 +40,6 @@ def launch_training(invocation: Invocation, log_path: Path, environment: Mapping
     Raises:
         UserError: the log cannot be written.
     """
-    command = [sys.executable, "-u", "-m", "src.train", *invocation.overrides]
     try:
         log_path.parent.mkdir(parents=True, exist_ok=True)
         log = log_path.open("a", encoding="utf-8")
@@ -50,17 +49,10 @@ def launch_training(invocation: Invocation, log_path: Path, environment: Mapping
         ) from None
     verdict = []
     with log:
-        log.write(f"# {datetime.now(UTC).isoformat(timespec='seconds')} {' '.join(command)}\n")
+        command = " ".join(command_of("src.train", invocation.overrides))
+        log.write(f"# {datetime.now(UTC).isoformat(timespec='seconds')} {command}\n")
         log.flush()
-        with subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            env={**environment, **invocation.hand_over()},
-        ) as child:
+        with start_program("src.train", invocation.overrides, {**environment, **invocation.hand_over()}) as child:
             interrupted = threading.Timer(INTERRUPT_PATIENCE_S, child.send_signal, [signal.SIGINT])
 
             def pass_on(number: int, frame: object) -> None:

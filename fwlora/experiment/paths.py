@@ -45,6 +45,11 @@ def expand_home(name: str) -> Path:
         return Path(name)
 
 
+def find_own_checkout() -> Path | None:
+    """Return the checkout that this package lies in; None where it is installed alone."""
+    return REPOSITORY if (REPOSITORY / "src" / "main.py").is_file() else None
+
+
 def find_repository(start: Path) -> Path:
     """Return the checkout that ``start`` lies in: the nearest folder with ``src/main.py`` and ``config/study``.
 

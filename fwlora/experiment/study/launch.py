@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from types import TracebackType
 from typing import Self
 
 from fwlora.experiment.errors import UserError
+from fwlora.experiment.programs import Program, WarmServer, start_program
 from fwlora.experiment.study.spec import PlannedRun
 
 DEFAULT_LAUNCHER = "local"
@@ -70,7 +70,7 @@ class Launcher(ABC):
 
 
 class LocalLauncher(Launcher):
-    """Start runs as processes of this machine, one after the other.
+    """Start runs as processes of this machine, one after the other, each a fork of one that imported all they need.
 
     Args:
         context: where they start, and what takes their output.
@@ -80,7 +80,8 @@ class LocalLauncher(Launcher):
         self._context = context
         self._pool = ThreadPoolExecutor(self.parallel)
         self._lock = threading.Lock()
-        self._children: set[subprocess.Popen[str]] = set()
+        self._children: set[Program] = set()
+        self._server = WarmServer() if WarmServer.serves(context.repository) else None
         self._closed = False
 
     def submit(self, run: PlannedRun) -> Future[Outcome]:
@@ -96,18 +97,11 @@ class LocalLauncher(Launcher):
         self._pool.shutdown(cancel_futures=True)
 
     def _run(self, run: PlannedRun) -> Outcome:
-        command = [sys.executable, "-u", "-m", "src.main", *run.arguments]
+        start = start_program if self._server is None else self._server.start
         with self._lock:
             if self._closed:
                 raise RuntimeError(f"run {run.run_id} was not started: the launcher is closed")
-            child = subprocess.Popen(
-                command,
-                cwd=self._context.repository,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-            )
+            child = start("src.main", run.arguments, os.environ, self._context.repository)
             self._children.add(child)
         with child:
             assert child.stdout is not None
@@ -115,7 +109,7 @@ class LocalLauncher(Launcher):
                 self._context.show_line(run, line.rstrip("\n"))
         with self._lock:
             self._children.remove(child)
-        return Outcome(child.returncode)
+        return Outcome(child.wait())
 
 
 _LAUNCHERS: dict[str, Callable[[LaunchContext], Launcher]] = {DEFAULT_LAUNCHER: LocalLauncher}
