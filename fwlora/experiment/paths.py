@@ -32,6 +32,15 @@ def machine_cache() -> Path:
     return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or expand_home("~/.cache")) / "fwlora"
 
 
+def is_writable(folder: Path) -> bool:
+    """Make a folder where it is missing; return whether files can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
+
+
 def is_path(name: str) -> bool:
     """Return whether a name can only be a folder's: an id of the Hub is a name, or an owner and a name."""
     return name.startswith(("/", "~", ".")) or name.count("/") > 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from types import TracebackType
 from typing import Self
 
 from fwlora.experiment.errors import UserError
+from fwlora.experiment.paths import CACHE_VARIABLE, is_writable, machine_cache
 from fwlora.experiment.programs import Program, WarmServer, start_program
 from fwlora.experiment.study.spec import PlannedRun
 
@@ -82,6 +84,8 @@ class LocalLauncher(Launcher):
         self._lock = threading.Lock()
         self._children: set[Program] = set()
         self._server = WarmServer() if WarmServer.serves(context.repository) else None
+        # Runs that are to be compared find what the first of them measured, its fastest precision among it.
+        self._cache = None if is_writable(machine_cache()) else tempfile.TemporaryDirectory(prefix="fwlora-cache-")
         self._closed = False
 
     def submit(self, run: PlannedRun) -> Future[Outcome]:
@@ -95,13 +99,18 @@ class LocalLauncher(Launcher):
             for child in self._children:
                 child.terminate()
         self._pool.shutdown(cancel_futures=True)
+        if self._cache is not None:
+            self._cache.cleanup()
+
+    def _environment(self) -> dict[str, str]:
+        return {**os.environ, **({} if self._cache is None else {CACHE_VARIABLE: self._cache.name})}
 
     def _run(self, run: PlannedRun) -> Outcome:
         start = start_program if self._server is None else self._server.start
         with self._lock:
             if self._closed:
                 raise RuntimeError(f"run {run.run_id} was not started: the launcher is closed")
-            child = start("src.main", run.arguments, os.environ, self._context.repository)
+            child = start("src.main", run.arguments, self._environment(), self._context.repository)
             self._children.add(child)
         with child:
             assert child.stdout is not None

@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 from concurrent.futures import Future
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -121,3 +122,21 @@ def test_closing_the_local_launcher_stops_the_run_and_starts_no_other(tmp_path):
     launcher.close()
     assert time.monotonic() - started < 20
     assert running.result().exit_code == -15 and waiting.cancelled()
+
+
+def test_runs_share_a_cache_even_where_the_machines_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    repository = make_study_repository(tmp_path / "a", "import os; print(os.environ.get('FWLORA_CACHE_DIR'))")
+
+    def caches_of_two_runs() -> list[str]:
+        lines: list[str] = []
+        with LocalLauncher(LaunchContext(repository, lambda run, line: lines.append(line))) as launcher:
+            assert [launcher.submit(RUN).result().exit_code for _ in range(2)] == [0, 0]
+        return lines
+
+    monkeypatch.setenv("FWLORA_CACHE_DIR", str(tmp_path / "cache"))
+    assert caches_of_two_runs() == [str(tmp_path / "cache")] * 2
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FWLORA_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    first, second = caches_of_two_runs()
+    assert first == second != str(tmp_path / "file" / "cache") and not Path(first).exists()
