@@ -18,17 +18,23 @@ def test_every_study_can_be_planned(name):
     assert len(set(ids)) == len(ids) == len(study.runs) * len(study.seeds or [None])
 
 
-def test_quickstart_compares_the_three_methods_with_a_short_warmup():
+def test_quickstart_compares_the_methods_and_the_control_over_three_seeds_with_a_short_warmup():
     from fwlora.experiment.data.acceptability import generate_task
     from fwlora.experiment.settings.hydra_arguments import compose_settings
 
     planned = plan_study(load_study("quickstart", CONFIG_DIR), CONFIG_DIR, {})
     runs = [compose_settings(run.arguments, CONFIG_DIR, {}).run for run in planned]
-    assert [run.method for run in runs] == ["baseline_lora", "adalora", "proposed_fw_lora"]
+    arms = ["baseline_lora", "adalora", "proposed_fw_lora", "proposed_fw_lora"]
+    assert [(run.method, run.training.seed) for run in runs] == [(arm, seed) for seed in (1, 2, 3) for arm in arms]
     shared = [run.model_dump(include={"model", "dataset", "training", "optuna"}) for run in runs]
-    assert shared[0] == shared[1] == shared[2]
+    for run in shared:
+        del run["training"]["seed"]
+    assert all(run == shared[0] for run in shared)
+    control, proposed = (run.fw_lora for run in runs[2:4])
+    assert control.importance == "none" and proposed.importance == "sum"
     steps = runs[2].training.total_steps(len(generate_task()["train"]))
-    assert 0 < runs[2].fw_lora.warmup_steps <= 0.2 * steps
+    assert 0 < proposed.warmup_steps == control.warmup_steps <= 0.2 * steps
+    assert control.model_copy(update={"importance": "sum"}) == proposed
 
 
 def test_mistakes(tmp_path, monkeypatch, capsys):
