@@ -9,7 +9,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Self
 
 Loop = Callable[["Gate", dict[str, Any]], None]
 
@@ -61,9 +61,10 @@ class SteppedLoop:
         self._process.start()
         theirs.close()
 
-    def settle(self) -> None:
-        """Waits until the first measured step may begin."""
+    def settle(self) -> Self:
+        """Wait until the first measured step may begin; of many loops start one after the other has settled."""
         self._receive()
+        return self
 
     def step(self) -> float:
         """Seconds of one step, from the end of the one before it: fetching its batch is part of it."""

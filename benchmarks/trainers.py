@@ -73,7 +73,7 @@ def make_trainer(
         warmup_steps=training.warmup_ratio,
         max_grad_norm=training.max_gradient_norm or 0.0,
         seed=training.seed,
-        bf16=precision == "bf16" and not cpu,
+        bf16=precision == "bf16",
         use_cpu=cpu,
         dataloader_pin_memory=not cpu,
         save_strategy="no",

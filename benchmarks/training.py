@@ -1,12 +1,14 @@
 """How fast the engine trains, against the Trainer, the model alone and the machine's limit, all interleaved in one run.
 
-    uv run python -m benchmarks.training --glue FOLDER [--json PATH] [--rounds 200] [--parts speed lengths ...]
+    uv run python -m benchmarks.training --glue FOLDER [--json PATH] [--rounds 200] [--parts speed methods ...]
                                          [--quality-runs PATH] [--model minilm|roberta-base] [--device cpu|cuda]
 
 Every loop runs in a process of its own and takes a step when it is told to. A round is one step of each, in random
 order; every loop goes once over the same examples of SST-2, as many as fill the rounds and twelve steps to settle, in
-batches of its own. Ratios are of sums over rounds, with an interval from resampling whole rounds. ``--quality-runs``
-joins what ``training_quality`` wrote to the table. Leave the machine idle.
+batches of its own. ``speed`` compares loops in both precisions: ratios are of sums over rounds, with an interval from
+resampling whole rounds. ``methods`` compares the engine's methods in the faster precision, over five times as many
+rounds of the same batches: ratios are medians of pairs, which a disturbed round does not move. ``--quality-runs`` joins
+what ``training_quality`` wrote to the table. Leave the machine idle.
 """
 
 from __future__ import annotations
@@ -24,37 +26,64 @@ import numpy as np
 import torch
 from rich.progress import track
 
-from benchmarks.common import MINILM, RESAMPLES, Interval, print_table, write_json
+from benchmarks.common import MINILM, RESAMPLES, Interval, median_interval, mixture_interval, print_table, write_json
 from benchmarks.overhead import SCHEDULE
 from benchmarks.stepping import SteppedLoop
 from benchmarks.training_loops import backbone_loop, engine_loop, limit_loop, trainer_loop
-from benchmarks.training_profile import compare_precisions, profile_step
+from benchmarks.training_profile import PRODUCT_SHAPES, profile_step
 from benchmarks.training_quality import read_runs, summarize
+from benchmarks.training_startup import measure_side_by_side, measure_startup
 from fwlora import FisherWeighting
+from fwlora.experiment.engine.options import Precision
+from fwlora.experiment.engine.precision import choose_precision, time_products
 from fwlora.experiment.paths import REPOSITORY
 
 BATCH_SIZE, RANK = 32, 8
 SETTLING_STEPS = 12
+# Rounds of ``methods`` to one of ``speed``.
+METHOD_ROUNDS = 5
 MEAN_LENGTHS = (8, 16, 32, 64, 128)
 MEMORY_EXAMPLES = (1_000, 8_000, 67_349)
-LORA = "engine, LoRA"
-LOOPS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "padded to 128 tokens, LoRA": (engine_loop, {"method": "lora", "literal": True}),
-    "Trainer, LoRA": (trainer_loop, {"method": "lora", "grouped": False}),
-    "Trainer grouped by length, LoRA": (trainer_loop, {"method": "lora", "grouped": True}),
-    "Trainer grouped by length, AdaLoRA": (trainer_loop, {"method": "adalora", "grouped": True}),
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
+LORA, AGAIN, ADALORA = "LoRA", "LoRA again", "AdaLoRA"
+MEASURED, BETWEEN, SHRINKING = (f"FW-LoRA, {kind} step" for kind in ("measured", "unmeasured", "shrinkage"))
+METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     LORA: (engine_loop, {"method": "lora"}),
-    "engine, LoRA again": (engine_loop, {"method": "lora"}),
-    "engine, AdaLoRA": (engine_loop, {"method": "adalora"}),
-    "engine, FW-LoRA, measured step": (engine_loop, {"method": "fw_lora measuring"}),
-    "engine, FW-LoRA, warm-up step between": (engine_loop, {"method": "fw_lora between"}),
-    "engine, FW-LoRA, shrinkage step": (engine_loop, {"method": "fw_lora shrinking"}),
-    "no adapter, no dropout": (backbone_loop, {"method": "none"}),
-    "limit: matrix products alone": (limit_loop, {"method": "none"}),
+    AGAIN: (engine_loop, {"method": "lora"}),
+    ADALORA: (engine_loop, {"method": "adalora"}),
+    MEASURED: (engine_loop, {"method": "fw_lora measuring"}),
+    BETWEEN: (engine_loop, {"method": "fw_lora between"}),
+    SHRINKING: (engine_loop, {"method": "fw_lora shrinking"}),
 }
-GPU_LOOPS = {"engine, LoRA, CUDA graphs": (engine_loop, {"method": "lora", "cuda_graphs": True})}
-PARTS = ["speed", "lengths", "memory", "trial", "profile"]
-LIMIT = "limit: matrix products alone"
+TRAINER, GROUPED, ENGINE, LIMIT = "Trainer", "Trainer grouped by length", "engine", "limit: products alone"
+IN_EACH_PRECISION: dict[str, tuple[Any, dict[str, Any]]] = {
+    TRAINER: (trainer_loop, {"method": "lora", "grouped": False}),
+    GROUPED: (trainer_loop, {"method": "lora", "grouped": True}),
+    ENGINE: (engine_loop, {"method": "lora"}),
+    LIMIT: (limit_loop, {"method": "none"}),
+}
+IN_THE_FASTER: dict[str, tuple[Any, dict[str, Any]]] = {
+    "Trainer grouped by length, AdaLoRA": (trainer_loop, {"method": "adalora", "grouped": True}),
+    "no adapter, no dropout": (backbone_loop, {"method": "none"}),
+}
+ON_CPU: dict[str, tuple[Any, dict[str, Any]]] = {
+    "engine without compiled kernels": (engine_loop, {"method": "lora", "compiled": False}),
+}
+ON_GPU: dict[str, tuple[Any, dict[str, Any]]] = {
+    "engine, CUDA graphs": (engine_loop, {"method": "lora", "cuda_graphs": True}),
+}
+PARTS = ["speed", "methods", "side_by_side", "startup", "lengths", "memory", "trial", "profile"]
+
+
+def choose_loops(device: str, faster: Precision) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """The loops of ``speed`` by name: those of :data:`IN_EACH_PRECISION` with their precision behind it."""
+    loops = {
+        f"{name}, {precision}": (loop, {**own, "precision": precision})
+        for name, (loop, own) in IN_EACH_PRECISION.items()
+        for precision in PRECISIONS
+    }
+    others = {**IN_THE_FASTER, **(ON_GPU if device == "cuda" else ON_CPU)}
+    return {**loops, **{name: (loop, {**own, "precision": faster}) for name, (loop, own) in others.items()}}
 
 
 def ratio_interval(numerator: np.ndarray, denominator: np.ndarray) -> Interval:
@@ -66,12 +95,15 @@ def ratio_interval(numerator: np.ndarray, denominator: np.ndarray) -> Interval:
     return Interval(float(numerator.sum() / denominator.sum()), float(low), float(high))
 
 
-def time_rounds(options: dict[str, Any], rounds: int) -> dict[str, np.ndarray]:
+def time_rounds(
+    chosen: dict[str, tuple[Any, dict[str, Any]]], options: dict[str, Any], rounds: int
+) -> dict[str, np.ndarray]:
     """Seconds per step by loop, shape (rounds,)."""
-    chosen = {**LOOPS, **(GPU_LOOPS if options["device"] == "cuda" else {})}
-    loops = {name: SteppedLoop(loop, {**options, **own}, SETTLING_STEPS) for name, (loop, own) in chosen.items()}
-    for loop in loops.values():
-        loop.settle()
+    own_options = {"examples": BATCH_SIZE * (rounds + SETTLING_STEPS), **options}
+    loops = {
+        name: SteppedLoop(loop, {**own_options, **own}, SETTLING_STEPS).settle()
+        for name, (loop, own) in track(chosen.items(), description=f"{len(chosen)} loops settle")
+    }
     order = np.random.default_rng(0)
     seconds: dict[str, list[float]] = {name: [] for name in loops}
     for _ in track(range(rounds), description=f"{rounds} rounds of {len(loops)} steps"):
@@ -82,40 +114,50 @@ def time_rounds(options: dict[str, Any], rounds: int) -> dict[str, np.ndarray]:
     return {name: np.array(values) for name, values in seconds.items()}
 
 
-def whole_run(seconds: dict[str, np.ndarray]) -> np.ndarray:
-    """FW-LoRA's seconds per step over SST-2's schedule, its kinds of step mixed as it takes them."""
-    warmup = SCHEDULE["warmup_steps"] / SCHEDULE["total_steps"]
-    measured = warmup / FisherWeighting().fisher_every
-    return (
-        measured * seconds["engine, FW-LoRA, measured step"]
-        + (warmup - measured) * seconds["engine, FW-LoRA, warm-up step between"]
-        + (1 - warmup) * seconds["engine, FW-LoRA, shrinkage step"]
-    )
-
-
-def summarize_speed(seconds: dict[str, np.ndarray], batch_size: int) -> dict[str, Any]:
-    """Examples per second and the ratios that have targets."""
-    seconds = {**seconds, "engine, FW-LoRA, whole run": whole_run(seconds)}
+def summarize_speed(seconds: dict[str, np.ndarray], faster: Precision, batch_size: int) -> dict[str, Any]:
+    """Examples per second and the ratios that have targets; the Trainer may take the precision that it is faster in."""
+    engine = seconds[f"{ENGINE}, {faster}"]
+    limits = {precision: seconds[f"{LIMIT}, {precision}"] for precision in PRECISIONS}
     rows = {}
     for name, values in seconds.items():
+        precision = next((each for each in PRECISIONS if name.endswith(each)), faster)
         rows[name] = {
             "examples_per_second": batch_size / values.mean(),
             "milliseconds_median": 1e3 * float(np.median(values)),
             "milliseconds_quartiles": [1e3 * float(v) for v in np.percentile(values, [25, 75])],
-            "share_of_limit": vars(ratio_interval(seconds[LIMIT], values)),
-            "time_to_engine_lora": vars(ratio_interval(values, seconds[LORA])),
+            "share_of_limit": vars(ratio_interval(limits[precision], values)),
+            "time_to_engine": vars(ratio_interval(values, engine)),
         }
-    engine, adalora = seconds[LORA], seconds["engine, AdaLoRA"]
+    trainer, grouped = (
+        min((seconds[f"{name}, {precision}"] for precision in PRECISIONS), key=np.sum) for name in (TRAINER, GROUPED)
+    )
     targets = {
-        "share of the limit, at least 0.70": ratio_interval(seconds[LIMIT], engine),
-        "times the Trainer, at least 4.3": ratio_interval(seconds["Trainer, LoRA"], engine),
-        "times the Trainer grouped by length, at least 2.1": ratio_interval(
-            seconds["Trainer grouped by length, LoRA"], engine
+        "share of the limit, at least 0.70": ratio_interval(limits[faster], engine),
+        "times the Trainer, at least 5": ratio_interval(trainer, engine),
+        "times the Trainer grouped by length, at least 2.3": ratio_interval(grouped, engine),
+    }
+    return {"loops": rows, "targets": {name: vars(interval) for name, interval in targets.items()}}
+
+
+def summarize_methods(seconds: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Medians of paired ratios to LoRA's step, and FW-LoRA's whole run over SST-2's schedule."""
+    ratios = {name: values / seconds[LORA] for name, values in seconds.items()}
+    rows = {
+        name: {
+            "milliseconds_median": 1e3 * float(np.median(values)),
+            "milliseconds_quartiles": [1e3 * float(v) for v in np.percentile(values, [25, 75])],
+            "time_to_lora": vars(median_interval(ratios[name])),
+        }
+        for name, values in seconds.items()
+    }
+    warmup = SCHEDULE["warmup_steps"] / SCHEDULE["total_steps"]
+    measured = warmup / FisherWeighting().fisher_every
+    parts = [(measured, MEASURED), (warmup - measured, BETWEEN), (1 - warmup, SHRINKING)]
+    targets = {
+        "FW-LoRA's whole run to LoRA's, at most 1.01": mixture_interval(
+            [(share, ratios[name]) for share, name in parts]
         ),
-        "FW-LoRA's run to LoRA's, at most 1.01": ratio_interval(seconds["engine, FW-LoRA, whole run"], engine),
-        "AdaLoRA: engine's time to the Trainer's, at most 1": ratio_interval(
-            adalora, seconds["Trainer grouped by length, AdaLoRA"]
-        ),
+        "AdaLoRA's to LoRA's, at most 1.10": median_interval(ratios[ADALORA]),
     }
     return {"loops": rows, "targets": {name: vars(interval) for name, interval in targets.items()}}
 
@@ -123,17 +165,12 @@ def summarize_speed(seconds: dict[str, np.ndarray], batch_size: int) -> dict[str
 def measure_lengths(options: dict[str, Any]) -> list[dict[str, float]]:
     """Seconds per step and real tokens per second, for examples of other mean lengths."""
     rows = []
-    loops = {
-        mean: {
-            name: SteppedLoop(loop, {**options, "method": "lora", "mean_length": mean, "examples": 960}, SETTLING_STEPS)
+    for mean in MEAN_LENGTHS:
+        own = {**options, "method": "lora", "mean_length": mean, "examples": 960}
+        pair = {
+            name: SteppedLoop(loop, own, SETTLING_STEPS).settle()
             for name, loop in (("engine", engine_loop), ("limit", limit_loop))
         }
-        for mean in MEAN_LENGTHS
-    }
-    for pair in loops.values():
-        for loop in pair.values():
-            loop.settle()
-    for mean, pair in loops.items():
         seconds = {name: np.array([loop.step() for _ in range(18)]) for name, loop in pair.items()}
         rows.append({
             "mean_length": mean,
@@ -176,19 +213,31 @@ def measure_trial(glue: str, repeats: int = 5) -> dict[str, float]:
 
 def show(results: dict[str, Any]) -> None:
     """Prints what was measured."""
-    if "speed" in results:
-        rows = [
-            [
-                name, f"{row['examples_per_second']:.1f}", f"{row['milliseconds_median']:.1f}",
-                "{:.1f} .. {:.1f}".format(*row["milliseconds_quartiles"]), str(Interval(**row["share_of_limit"])),
-                str(Interval(**row["time_to_engine_lora"])),
-            ]
-            for name, row in results["speed"]["loops"].items()
-        ]  # fmt: skip
-        columns = ["loop", "examples / s", "ms / step", "quartiles", "of the limit", "time / engine LoRA"]
-        print_table("Speed on SST-2", columns, rows)
-        targets = [[name, str(Interval(**value))] for name, value in results["speed"]["targets"].items()]
+    for part, ratio in (("speed", "time_to_engine"), ("methods", "time_to_lora")):
+        if part not in results:
+            continue
+        rows = []
+        for name, row in results[part]["loops"].items():
+            rate = [f"{row['examples_per_second']:.1f}"] if part == "speed" else []
+            share = [str(Interval(**row["share_of_limit"]))] if part == "speed" else []
+            quartiles = "{:.1f} .. {:.1f}".format(*row["milliseconds_quartiles"])
+            rows.append(
+                [name, *rate, *share, f"{row['milliseconds_median']:.1f}", quartiles, str(Interval(**row[ratio]))]
+            )
+        first = ["loop", "examples / s", "of the limit"] if part == "speed" else ["method"]
+        print_table(f"{part.capitalize()} on SST-2", [*first, "ms / step", "quartiles", ratio.replace("_", " ")], rows)
+        targets = [[name, str(Interval(**value))] for name, value in results[part]["targets"].items()]
         print_table("Targets", ["ratio", "measured"], targets)
+    if "side_by_side" in results:
+        row = results["side_by_side"]
+        title = f"{row['cores']} runs of one thread against one of {row['cores']} threads"
+        print_table(title, ["", ""], [["steps per second, ratio", str(Interval(**row["ratio"]))]])
+    if "startup" in results:
+        rows = [
+            [name, f"{row['seconds_median']:.2f}", f"{row['lowest']:.2f} .. {row['highest']:.2f}"]
+            for name, row in results["startup"].items()
+        ]
+        print_table("From shell to first step", ["start", "s", "range"], rows)
     if "lengths" in results:
         rows = [
             [f"{row['mean_length']}", f"{row['milliseconds_median']:.1f}", f"{row['tokens_per_second']:.0f}",
@@ -206,20 +255,48 @@ def show(results: dict[str, Any]) -> None:
         row = results["trial"]
         rows = [[f"{row['seconds_median']:.1f}", f"{row['lowest']:.1f} .. {row['highest']:.1f}"]]
         print_table("Trial mode, from shell to exit", ["s", "of 5"], rows)
-    if "profile" in results:
-        row = results["profile"]
+    for row in results.get("profile", []):
         rows = [[kind, f"{value:.1f}", f"{value / row['milliseconds']:.1%}"] for kind, value in row["kinds"].items()]
-        title = f"A step of 32 x 13 tokens: {row['milliseconds']:.1f} ms, {row['operations']} operations"
-        print_table(title, ["kind of work", "ms", "share"], rows)
-        rows = [[shape, f"{value:.2f}"] for shape, value in row["bf16_to_fp32"].items()]
-        print_table("A product in bfloat16", ["weights", "time / float32"], rows)
+        step = f"a step of 32 x 13 tokens in {row['milliseconds']:.1f} ms, {row['operations']} operations"
+        print_table(f"{row['name']}: {step}", ["kind of work", "ms", "share"], rows)
     if "quality" in results:
         rows = [
-            [row["task"], str(row["seeds"]), f"{np.mean(row['trainer']):.2f}", f"{np.mean(row['engine']):.2f}",
-             "{estimate:+.2f} [{low:+.2f}, {high:+.2f}]".format(**row["difference"])]
+            [
+                f"{row['task']}, {row['second']} - {row['first']}",
+                str(row["seeds"]),
+                *(f"{np.mean(row['values'][loop]):.2f}" for loop in (row["first"], row["second"])),
+                "{estimate:+.2f} [{low:+.2f}, {high:+.2f}]".format(**row["difference"]),
+            ]
             for row in results["quality"]
-        ]  # fmt: skip
-        print_table("Quality, points", ["task", "seeds", "Trainer", "engine", "paired difference"], rows)
+            if row["difference"]
+        ]
+        print_table("Quality, points", ["pairs", "seeds", "second", "first", "difference"], rows)
+
+
+def measure(parts: list[str], options: dict[str, Any], faster: Precision, rounds: int) -> dict[str, Any]:
+    """The results of the chosen parts."""
+    options = {**options, "precision": faster}
+    found: dict[str, Any] = {}
+    if "trial" in parts:
+        found["trial"] = measure_trial(options["glue"])
+    if "startup" in parts:
+        found["startup"] = measure_startup(options["glue"])
+    if "memory" in parts:
+        found["memory"] = measure_memory(options["glue"])
+    if "lengths" in parts:
+        found["lengths"] = measure_lengths(options)
+    if "profile" in parts:
+        found["profile"] = [
+            profile_step(precision, compiled=each) for precision in PRECISIONS for each in (False, True)
+        ]
+    if "side_by_side" in parts:
+        found["side_by_side"] = measure_side_by_side({**options, "method": "lora", "examples": BATCH_SIZE * rounds})
+    if "methods" in parts:
+        found["methods"] = summarize_methods(time_rounds(METHODS, options, METHOD_ROUNDS * rounds))
+    if "speed" in parts:
+        seconds = time_rounds(choose_loops(options["device"], faster), options, rounds)
+        found["speed"] = summarize_speed(seconds, faster, BATCH_SIZE)
+    return found
 
 
 def main() -> None:
@@ -232,30 +309,23 @@ def main() -> None:
     parser.add_argument("--model", choices=["minilm", "roberta-base"], default="minilm")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     arguments = parser.parse_args()
-    glue = str(Path(arguments.glue).resolve())
-    options: dict[str, Any] = {
-        "glue": glue, "examples": BATCH_SIZE * (arguments.rounds + SETTLING_STEPS),
-        "batch_size": BATCH_SIZE, "rank": RANK, "model": arguments.model, "device": arguments.device,
-        "precision": "bf16" if arguments.device == "cuda" else "fp32",
-    }  # fmt: skip
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    results: dict[str, Any] = {}
-    if "trial" in arguments.parts:
-        results["trial"] = measure_trial(glue)
-    if "memory" in arguments.parts:
-        results["memory"] = measure_memory(glue)
-    if "lengths" in arguments.parts:
-        results["lengths"] = measure_lengths(options)
-    if "profile" in arguments.parts:
-        results["profile"] = {**profile_step(), "bf16_to_fp32": compare_precisions()}
-    if "speed" in arguments.parts:
-        results["speed"] = summarize_speed(time_rounds(options, arguments.rounds), BATCH_SIZE)
+    device = torch.device(arguments.device)
+    timings = time_products(PRODUCT_SHAPES[arguments.model], device)
+    faster, told = choose_precision("bf16", lambda: timings)
+    print(told)
+    options: dict[str, Any] = {
+        "glue": str(Path(arguments.glue).resolve()), "batch_size": BATCH_SIZE, "rank": RANK, "model": arguments.model,
+        "device": arguments.device,
+    }  # fmt: skip
+    results: dict[str, Any] = {"product_seconds": timings}
+    results |= measure(arguments.parts, options, faster, arguments.rounds)
     if arguments.quality_runs:
         results["quality"] = summarize(read_runs(arguments.quality_runs))
     show(results)
     if arguments.json:
-        settings = {**options, "glue": "SST-2", "rounds": arguments.rounds, "threads": torch.get_num_threads()}
-        write_json(arguments.json, torch.device(arguments.device), settings, results)
+        settings = {**options, "glue": "SST-2", "precision": faster, "rounds": arguments.rounds}
+        write_json(arguments.json, device, {**settings, "threads": torch.get_num_threads()}, results)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,10 @@ from fwlora.experiment.data.batching import Padding, TokenizedSplit, plan_epoch,
 from fwlora.experiment.engine.device import keep_freed_memory
 from fwlora.experiment.engine.distributed import Processes
 from fwlora.experiment.engine.loop import train
-from fwlora.experiment.engine.options import EngineOptions, TrainingOptions
+from fwlora.experiment.engine.options import EngineOptions, Precision, TrainingOptions
+from fwlora.experiment.engine.precision import DTYPES
 from fwlora.experiment.engine.task import Task
+from fwlora.experiment.fused.compiled import load_kernels
 from fwlora.experiment.fused.forward import PlainClassifier
 from fwlora.experiment.methods import Method
 from fwlora.experiment.methods.adalora import AdaLoraMethod
@@ -31,7 +33,6 @@ from fwlora.experiment.methods.fw_lora import FwLoraMethod
 
 NEVER = 10**9
 EPOCHS = 10**4
-PRIOR_WIDTH = 128
 SEED = 0
 # FW-LoRA held in one phase; the others train as they are.
 FISHER = {
@@ -66,7 +67,9 @@ class GatedCallback(TrainerCallback):
 
 
 def load(options: dict[str, Any]) -> tuple[TokenizedSplit, TokenizedSplit, Task, TrainingOptions, torch.device]:
-    """The examples and what all loops are told."""
+    """The examples and what all loops are told; ``threads`` of the process are set here."""
+    if "threads" in options:
+        torch.set_num_threads(options["threads"])
     train_split, eval_split, pad_token_id = task_splits(options["glue"], "sst2", options["examples"])
     if "mean_length" in options:
         train_split = random_split(options["examples"], options["mean_length"])
@@ -107,18 +110,16 @@ def make_method(options: dict[str, Any], device: torch.device) -> tuple[nn.Modul
 
 
 def engine_loop(gate: Gate, options: dict[str, Any]) -> None:
-    """This engine; ``literal`` has it pad to 128 tokens, draw at random and compute by the model itself."""
+    """This engine; ``compiled`` false leaves the layers to torch's operations."""
     keep_freed_memory()
     train_split, eval_split, task, settings, device = load(options)
     model, method = make_method(options, device)
-    fast = not options.get("literal")
+    precision: Precision = options["precision"]
     engine = EngineOptions(
         Processes(device),
-        options["precision"],
-        None if fast else PRIOR_WIDTH,
-        group_by_length=fast,
-        fused=fast,
+        precision,
         cuda_graphs=options.get("cuda_graphs", False),
+        kernels=load_kernels(DTYPES[precision]) if device.type == "cpu" and options.get("compiled", True) else None,
     )
     train(
         model, cast(Method, Gated(method, gate)), train_split, eval_split.select(np.arange(64)), settings, task, engine,

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -14,6 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.common import make_lora_method
 from benchmarks.overhead import draw_batch
 from fwlora.experiment.engine.device import keep_freed_memory
+from fwlora.experiment.engine.options import Precision
+from fwlora.experiment.engine.precision import DTYPES
+from fwlora.experiment.fused.compiled import Kernels, load_kernels
 from fwlora.experiment.fused.forward import FastClassifier
 
 TOKENS, BATCH_SIZE, RANK, STEPS = 13, 32, 8, 30
@@ -21,6 +27,10 @@ TOKENS, BATCH_SIZE, RANK, STEPS = 13, 32, 8, 30
 MOST_ADAPTERS = 3
 PRODUCTS = {"mm", "addmm", "addmm_"}
 BATCHED = {"bmm", "baddbmm", "baddbmm_"}
+PRODUCT_SHAPES = {
+    "minilm": [(384, 384), (1536, 384), (384, 1536)],
+    "roberta-base": [(768, 768), (3072, 768), (768, 3072)],
+}
 DROPPING, ATTENTION = "drawing what is dropped", "attention"
 NAMED = {
     **dict.fromkeys(("gelu", "gelu_backward"), "activation"),
@@ -48,6 +58,20 @@ class Timer(TorchDispatchMode):
         self.calls += 1
         return result
 
+    @contextmanager
+    def kernels(self) -> Iterator[None]:
+        """Count the block's compiled kernels too, by their names."""
+        original = Kernels.__call__
+
+        def call(kernels: Kernels, name: str, *arguments: Any) -> None:
+            started = time.perf_counter()
+            original(kernels, name, *arguments)
+            self.seconds[f"kernel {name}"] += time.perf_counter() - started
+            self.calls += 1
+
+        with patch.object(Kernels, "__call__", call):
+            yield
+
 
 def classify(name: str, args: Any) -> str:
     """The kind of work of an operation."""
@@ -64,7 +88,7 @@ def classify(name: str, args: Any) -> str:
     return "copies, sums and the rest"
 
 
-def profile_step() -> dict[str, Any]:
+def profile_step(precision: Precision = "fp32", *, compiled: bool = False) -> dict[str, Any]:
     """Milliseconds of a LoRA step of 32 examples of 13 tokens, and of its operations by kind of work, from 30 steps.
 
     Timing every operation takes time itself: the kinds add up to a little more than the step.
@@ -72,7 +96,8 @@ def profile_step() -> dict[str, Any]:
     keep_freed_memory()
     device = torch.device("cpu")
     model, method = make_lora_method("minilm", RANK, device, 0)
-    classifier = FastClassifier(model, method.pairs).train()
+    kernels = load_kernels(DTYPES[precision]) if compiled else None
+    classifier = FastClassifier(model, method.pairs, precision, kernels=kernels).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
     batch, labels = draw_batch(TOKENS, BATCH_SIZE, 30_000, device, seed=0)
     batch.pop("attention_mask")
@@ -88,29 +113,10 @@ def profile_step() -> dict[str, Any]:
         step()
     whole = float(np.median([step() for _ in range(STEPS)]))
     timer = Timer()
-    with timer:
+    with timer, timer.kernels():
         for _ in range(STEPS):
             step()
     kinds = {kind: 1e3 * seconds / STEPS for kind, seconds in timer.seconds.items()}
     ordered = dict(sorted(kinds.items(), key=lambda item: -item[1]))
-    return {"milliseconds": 1e3 * whole, "operations": timer.calls // STEPS, "kinds": ordered}
-
-
-def compare_precisions(repeats: int = 60) -> dict[str, float]:
-    """Time of a bfloat16 product over that of a float32 one, X W^T of MiniLM's layers for 416 tokens, medians."""
-    found = {}
-    for d_out, d_in in ((384, 384), (1536, 384), (384, 1536)):
-        pairs = [
-            (torch.randn(416, d_in, dtype=dtype), torch.randn(d_out, d_in, dtype=dtype))
-            for dtype in (torch.float32, torch.bfloat16)
-        ]
-        ratios = []
-        for _ in range(repeats):
-            times = []
-            for X, W in pairs:
-                started = time.perf_counter()
-                torch.mm(X, W.T)
-                times.append(time.perf_counter() - started)
-            ratios.append(times[1] / times[0])
-        found[f"{d_out} x {d_in}"] = float(np.median(ratios))
-    return found
+    name = f"{precision}, {'compiled kernels' if compiled else 'torch operations'}"
+    return {"name": name, "milliseconds": 1e3 * whole, "operations": timer.calls // STEPS, "kinds": ordered}

@@ -1,10 +1,11 @@
-"""Whether the engine trains as well as the Trainer does: paired runs that differ in the loop alone.
+"""Whether the engine trains as well as the Trainer does, and in bf16 as well as in float32: paired runs.
 
-    uv run python -m benchmarks.training_quality --glue FOLDER --runs PATH [--tasks sst2 cola]
+    uv run python -m benchmarks.training_quality --glue FOLDER --runs PATH [--tasks sst2 cola] [--loops trainer ...]
 
-Both start from the same head and adapters (seed), with the same optimizer, schedule and number of steps. The Trainer
-draws batches at random and computes through PEFT; the engine draws batches of like length and computes by its fused
-path. Every finished run is appended to PATH as a line of JSON; what PATH holds already is not run again.
+All start from the same head and adapters (seed), with the same optimizer, schedule and number of steps. The Trainer
+draws batches at random and computes through PEFT in float32; the engine draws batches of like length and computes by
+its fused path and compiled kernels, in either precision. Every finished run is appended to PATH as a line of JSON; what
+PATH holds already is not run again, so that several processes may share the work by ``--loops`` and ``--tasks``.
 """
 
 from __future__ import annotations
@@ -22,15 +23,21 @@ from benchmarks.common import Interval, make_lora_method, task_splits
 from benchmarks.trainers import make_trainer
 from fwlora.experiment.engine.distributed import Processes
 from fwlora.experiment.engine.loop import evaluate, train
-from fwlora.experiment.engine.options import EngineOptions, TrainingOptions
+from fwlora.experiment.engine.options import EngineOptions, Precision, TrainingOptions
+from fwlora.experiment.engine.precision import DTYPES
 from fwlora.experiment.engine.task import Task
+from fwlora.experiment.fused.compiled import load_kernels
 from fwlora.experiment.fused.forward import PlainClassifier
 
 CPU = torch.device("cpu")
 RANK = 8
 BATCH_SIZE = 32
 # task -> training examples (None: all), epochs, learning rate, paired seeds
-TASKS: dict[str, tuple[int | None, int, float, int]] = {"sst2": (6_400, 1, 1e-3, 5), "cola": (None, 3, 1e-3, 4)}
+TASKS: dict[str, tuple[int | None, int, float, int]] = {"sst2": (6_400, 1, 1e-3, 5), "cola": (None, 3, 1e-3, 10)}
+TRAINER = "trainer"
+# Loop -> precision; the Trainer's is float32.
+LOOPS: dict[str, Precision] = {TRAINER: "fp32", "engine fp32": "fp32", "engine bf16": "bf16"}
+PAIRS = ((TRAINER, "engine fp32"), (TRAINER, "engine bf16"), ("engine fp32", "engine bf16"))
 METRICS = {"sst2": "eval_accuracy", "cola": "eval_matthews_correlation"}
 
 
@@ -52,13 +59,14 @@ def train_once(loop: str, glue: str, task_name: str, seed: int) -> float:
     train_split, eval_split, pad_token_id = task_splits(glue, task_name, examples)
     model, method = make_lora_method("minilm", RANK, CPU, seed)
     task = Task(pad_token_id, 2, METRICS[task_name].removeprefix("eval_"))
-    engine = EngineOptions(Processes(CPU))
     training = training_options(seed, epochs, learning_rate)
-    if loop == "engine":
+    if loop != TRAINER:
+        precision = LOOPS[loop]
+        engine = EngineOptions(Processes(CPU), precision, kernels=load_kernels(DTYPES[precision]))
         result = train(model, method, train_split, eval_split, training, task, engine, log=lambda row: None)
         return 100 * result.last.values[METRICS[task_name]]
     make_trainer(model, train_split, pad_token_id, training).train()
-    found = evaluate(PlainClassifier(model), eval_split, BATCH_SIZE, task, engine)
+    found = evaluate(PlainClassifier(model), eval_split, BATCH_SIZE, task, EngineOptions(Processes(CPU)))
     return 100 * found.values[METRICS[task_name]]
 
 
@@ -66,14 +74,13 @@ def read_runs(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def run_missing(glue: str, tasks: list[str], path: Path) -> None:
-    """Runs what is not in ``path`` yet, the two loops of a seed one after the other."""
+def run_missing(glue: str, tasks: list[str], loops: list[str], path: Path) -> None:
+    """Runs what is not in ``path`` yet, the loops of a seed one after the other."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    done = {(run["task"], run["seed"], run["loop"]) for run in read_runs(path)}
     for task in tasks:
         for seed in range(TASKS[task][-1]):
-            for loop in ("trainer", "engine"):
-                if (task, seed, loop) in done:
+            for loop in loops:
+                if (task, seed, loop) in {(run["task"], run["seed"], run["loop"]) for run in read_runs(path)}:
                     continue
                 run = {"task": task, "seed": seed, "loop": loop, "metric": train_once(loop, glue, task, seed)}
                 with path.open("a") as lines:
@@ -82,24 +89,23 @@ def run_missing(glue: str, tasks: list[str], path: Path) -> None:
 
 
 def summarize(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per task: both loops' means, and the mean paired difference with its 95 % t interval, in points."""
+    """Per task and pair of loops: the values, and the mean paired difference with its 95 % t interval, in points."""
     rows = []
     for task in dict.fromkeys(run["task"] for run in runs):
-        by_loop = {
-            loop: {run["seed"]: run["metric"] for run in runs if run["task"] == task and run["loop"] == loop}
-            for loop in ("trainer", "engine")
-        }
-        seeds = sorted(set(by_loop["trainer"]) & set(by_loop["engine"]))
-        values = {loop: np.array([found[seed] for seed in seeds]) for loop, found in by_loop.items()}
-        differences = values["engine"] - values["trainer"]
-        interval = None
-        if len(seeds) > 1:
-            bounds = stats.ttest_1samp(differences, 0.0).confidence_interval(0.95)
-            interval = Interval(float(differences.mean()), float(bounds.low), float(bounds.high))
-        rows.append({
-            "task": task, "seeds": len(seeds), "trainer": values["trainer"].tolist(),
-            "engine": values["engine"].tolist(), "difference": None if interval is None else vars(interval),
-        })  # fmt: skip
+        for pair in PAIRS:
+            found = [
+                {run["seed"]: run["metric"] for run in runs if (run["task"], run["loop"]) == (task, loop)}
+                for loop in pair
+            ]
+            seeds = sorted(set(found[0]) & set(found[1]))
+            values = {loop: [each[seed] for seed in seeds] for loop, each in zip(pair, found, strict=True)}
+            differences = np.array(values[pair[1]]) - np.array(values[pair[0]])
+            interval = None
+            if len(seeds) > 1:
+                bounds = stats.ttest_1samp(differences, 0.0).confidence_interval(0.95)
+                interval = vars(Interval(float(differences.mean()), float(bounds.low), float(bounds.high)))
+            row = {"task": task, "first": pair[0], "second": pair[1], "seeds": len(seeds), "values": values}
+            rows.append({**row, "difference": interval})
     return rows
 
 
@@ -108,8 +114,9 @@ def main() -> None:
     parser.add_argument("--glue", required=True, help="folder with GLUE's SST-2 and CoLA in the Hub's layout")
     parser.add_argument("--runs", required=True, type=Path)
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--loops", nargs="+", choices=list(LOOPS), default=list(LOOPS))
     arguments = parser.parse_args()
-    run_missing(arguments.glue, arguments.tasks, arguments.runs)
+    run_missing(arguments.glue, arguments.tasks, arguments.loops, arguments.runs)
 
 
 if __name__ == "__main__":

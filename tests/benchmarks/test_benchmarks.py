@@ -76,36 +76,47 @@ def test_ratios_of_sums_and_their_intervals():
 
 
 def test_speed_is_summarized_with_the_ratios_that_have_targets():
-    generator = np.random.default_rng(0)
-    lora = generator.uniform(0.09, 0.11, 60)
-    seconds = {name: lora.copy() for name in training.LOOPS}
+    engine = np.random.default_rng(0).uniform(0.05, 0.07, 60)
+    seconds = {name: engine.copy() for name in training.choose_loops("cpu", "bf16")}
     seconds |= {
-        "engine, FW-LoRA, measured step": 1.08 * lora, "engine, FW-LoRA, warm-up step between": 1.01 * lora,
-        "engine, FW-LoRA, shrinkage step": 1.004 * lora, training.LIMIT: 0.6 * lora, "Trainer, LoRA": 5 * lora,
-        "Trainer grouped by length, LoRA": 2.5 * lora, "Trainer grouped by length, AdaLoRA": 4 * lora,
-        "engine, AdaLoRA": 2 * lora,
+        "engine, fp32": 1.7 * engine, "limit: products alone, fp32": 1.3 * engine,
+        "limit: products alone, bf16": 0.7 * engine, "Trainer, fp32": 6 * engine, "Trainer, bf16": 7 * engine,
+        "Trainer grouped by length, fp32": 3 * engine, "Trainer grouped by length, bf16": 2.5 * engine,
     }  # fmt: skip
-    found = training.summarize_speed(seconds, 32)
-    estimates = [target["estimate"] for target in found["targets"].values()]
+    found = training.summarize_speed(seconds, "bf16", 32)
+    # The Trainer may take the precision that it is faster in.
+    assert [target["estimate"] for target in found["targets"].values()] == pytest.approx([0.7, 6.0, 2.5])
+    assert found["loops"]["engine, bf16"]["examples_per_second"] == pytest.approx(32 / engine.mean())
+    shares = {name: found["loops"][name]["share_of_limit"]["estimate"] for name in ("engine, fp32", "Trainer, bf16")}
+    assert shares == pytest.approx({"engine, fp32": 1.3 / 1.7, "Trainer, bf16": 0.1})
+
+
+def test_a_methods_whole_run_mixes_its_kinds_of_step():
+    lora = np.random.default_rng(0).uniform(0.05, 0.07, 60)
+    factors = dict.fromkeys(training.METHODS, 1.0) | {training.MEASURED: 1.08, training.SHRINKING: 1.004}
+    seconds = {name: factor * lora for name, factor in (factors | {training.ADALORA: 1.1}).items()}
+    seconds[training.SHRINKING][7] *= 50  # a disturbed round
+    found = training.summarize_methods(seconds)
     every = FisherWeighting().fisher_every
-    warm = 1.08 / every + 1.01 * (1 - 1 / every)
-    assert estimates == pytest.approx([0.6, 5.0, 2.5, (500 * warm + 5815 * 1.004) / 6315, 0.5])
-    assert found["loops"][training.LORA]["examples_per_second"] == pytest.approx(32 / lora.mean())
-    assert found["loops"]["Trainer, LoRA"]["share_of_limit"]["estimate"] == pytest.approx(0.12)
+    warm = 1.08 / every + (1 - 1 / every)
+    estimates = [target["estimate"] for target in found["targets"].values()]
+    assert estimates == pytest.approx([(500 * warm + 5815 * 1.004) / 6315, 1.1])
 
 
 def test_quality_is_the_paired_difference_of_seeds_that_both_have(tmp_path):
     runs = [
         {"task": "sst2", "seed": seed, "loop": loop, "metric": metric}
-        for loop, metrics in (("trainer", [80.0, 82.0, 84.0]), ("engine", [80.5, 81.5, 84.5, 99.0]))
+        for loop, metrics in (("trainer", [80.0, 82.0, 84.0]), ("engine bf16", [80.5, 81.5, 84.5, 99.0]))
         for seed, metric in enumerate(metrics)
     ]
     path = tmp_path / "runs.jsonl"
     path.write_text("".join(json.dumps(run) + "\n" for run in runs))
-    (row,) = training_quality.summarize(training_quality.read_runs(path))
+    rows = training_quality.summarize(training_quality.read_runs(path))
+    (row,) = (row for row in rows if row["difference"])
     differences = np.array([0.5, -0.5, 0.5])
     half = stats.t.ppf(0.975, 2) * differences.std(ddof=1) / 3**0.5
-    assert row["seeds"] == 3 and row["difference"]["estimate"] == pytest.approx(differences.mean())
+    assert (row["first"], row["second"], row["seeds"]) == ("trainer", "engine bf16", 3)
+    assert row["difference"]["estimate"] == pytest.approx(differences.mean())
     assert row["difference"]["high"] - row["difference"]["estimate"] == pytest.approx(half)
 
 
