@@ -149,6 +149,15 @@ class AdaLora:
         self._allocator.init_bgt = sum(cost * pair.rank for cost, pair in zip(self._costs, self.pairs, strict=True))
         self._allocator.target_bgt = plan.budget
         self._allocator.mask_to_budget = self._mask_to_budget
+        self._allocator.update_ipt = self._update_averages
+        self._parameters = {
+            key.replace(".lora_E.", f".{kind}."): parameter
+            for key, pair in zip(self._pattern_keys(), self.pairs, strict=True)
+            for kind, parameter in (("lora_A", pair.A), ("lora_B", pair.B), ("lora_E", pair.E))
+            if parameter is not None
+        }
+        # PEFT's averages over all parameters, a vector each; its dictionaries hold parts of them.
+        self._averages: list[Tensor] | None = None
         self._last_allocation_step = int(self._config.total_step or 0) - self._config.tfinal
         self.last_term = torch.zeros(())
         if self._last_allocation_step < 2:
@@ -196,7 +205,7 @@ class AdaLora:
     def state_dict(self) -> dict[str, Any]:
         """Return what a resume needs beside the weights: PEFT's averages of sensitivity, and the current masks."""
         return {
-            "averages": {name: dict(getattr(self._allocator, name)) for name in _AVERAGES},
+            "averages": {name: _copy(getattr(self._allocator, name)) for name in _AVERAGES},
             "rank_pattern": dict(self._config.rank_pattern or {}),
             "last_term": self.last_term,
         }
@@ -211,12 +220,38 @@ class AdaLora:
         if not {name for name in state["rank_pattern"] if ".lora_E." in name} <= keys:
             raise ValueError("`state` belongs to another model: its masks are those of other matrices")
         for name in _AVERAGES:
-            setattr(self._allocator, name, dict(state["averages"][name]))
+            setattr(self._allocator, name, _copy(state["averages"][name]))
+        self._averages = None
         self._config.rank_pattern = dict(state["rank_pattern"])
         self.last_term = state["last_term"]
 
     def _pattern_keys(self) -> list[str]:
         return [f"{pair.name}.lora_E.{self._allocator.adapter_name}" for pair in self.pairs]
+
+    @torch.no_grad()
+    def _update_averages(self, model: nn.Module) -> None:
+        """Update PEFT's averages of sensitivity and its uncertainty as its allocator does, all parameters at once.
+
+        Args:
+            model: whose parameters have their gradients.
+        """
+        parameters = list(self._parameters.values())
+        if self._averages is None or next(iter(self._parameters)) not in self._allocator.ipt:
+            self._averages = [self._join_averages(getattr(self._allocator, name)) for name in _AVERAGES]
+        sensitivity, average, uncertainty = self._averages
+        torch.mul(_join(parameters), _join([cast(Tensor, parameter.grad) for parameter in parameters]), out=sensitivity)
+        sensitivity.abs_()
+        average.mul_(self._allocator.beta1).add_(sensitivity * (1 - self._allocator.beta1))
+        deviation = (sensitivity - average).abs_()
+        uncertainty.mul_(self._allocator.beta2).add_(deviation.mul_(1 - self._allocator.beta2))
+
+    def _join_averages(self, held: dict[str, Tensor]) -> Tensor:
+        """Return a vector of what PEFT's allocator holds, zeros at first, and let it hold the vector's parts."""
+        parts = [held.get(name, torch.zeros_like(parameter)) for name, parameter in self._parameters.items()]
+        joint = _join(parts)
+        split = joint.split([part.numel() for part in parts])
+        held.update({name: own.view_as(part) for name, part, own in zip(self._parameters, parts, split, strict=True)})
+        return joint
 
     @torch.no_grad()
     def _mask_to_budget(self, model: nn.Module, budget: int) -> dict[str, list[bool]]:
@@ -230,29 +265,30 @@ class AdaLora:
             Which triplets of each matrix are kept, by PEFT's keys.
         """
         pattern = {}
-        for key, pair, mask in zip(self._pattern_keys(), self.pairs, self._choose_triplets(budget), strict=True):
+        for key, pair, kept in zip(self._pattern_keys(), self.pairs, self._choose_triplets(budget), strict=True):
             assert pair.E is not None
-            pair.E.masked_fill_(~mask[:, None], 0.0)
-            pattern[key] = mask.tolist()
+            if not all(kept):
+                pair.E.masked_fill_(~torch.tensor(kept, device=pair.E.device)[:, None], 0.0)
+            pattern[key] = kept
         return pattern
 
-    def _choose_triplets(self, budget: int) -> list[Tensor]:
+    def _choose_triplets(self, budget: int) -> list[list[bool]]:
         """Choose the triplets of highest score (PEFT's) while their parameters fit, ties in the order of their rows.
 
         A triplet that does not fit any more is passed over, so that a cheaper one of lower score can use the rest.
         PEFT's own threshold would drop every triplet that ties with it.
 
         Returns:
-            One mask of shape (r,) per matrix.
+            For every matrix, which of its triplets are kept.
         """
         scores = torch.cat([self._triplet_scores(key) for key in self._pattern_keys()]).tolist()
         places = [(place, index) for index, pair in enumerate(self.pairs) for place in range(pair.rank)]
-        masks = [torch.zeros(pair.rank, dtype=torch.bool) for pair in self.pairs]
+        kept = [[False] * pair.rank for pair in self.pairs]
         for _, place, index in sorted((-score, *where) for score, where in zip(scores, places, strict=True)):
             if self._costs[index] <= budget:
                 budget -= self._costs[index]
-                masks[index][place] = True
-        return [mask.to(pair.A.device) for mask, pair in zip(masks, self.pairs, strict=True)]
+                kept[index][place] = True
+        return kept
 
     def _triplet_scores(self, key_E: str) -> Tensor:
         """Return PEFT's score of each triplet of one matrix, s(E) + mean s(A) + mean s(B), shape (r,)."""
@@ -261,6 +297,14 @@ class AdaLora:
         of_B = score(key_E.replace(".lora_E.", ".lora_B.")).mean(dim=0)
         scores: Tensor = score(key_E).view(-1) + of_A + of_B
         return scores
+
+
+def _copy(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in values.items()}
+
+
+def _join(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
 @torch.no_grad()

@@ -31,7 +31,8 @@ from fwlora.experiment.paths import find_own_checkout
 PROGRAMS = ("src.main", "src.train")
 # What runs import later than their first line; a test holds that nothing of weight is missing.
 IMPORTED_LATER = (
-    "sklearn.metrics", "pandas", "wandb.apis.public", "wandb.sdk.launch", "wandb.sdk.lib.gitlib",
+    "datasets", "pyarrow.parquet", "sklearn.metrics", "pandas", "wandb.apis.public", "wandb.sdk.launch",
+    "wandb.sdk.lib.gitlib", "scipy.io",
     "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto",
     "transformers.models.bert.tokenization_bert", "transformers.models.roberta.tokenization_roberta",
     "peft.utils.transformers_weight_conversion", "fwlora.regularizer", "fwlora.adalora",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from types import MethodType
+
 import pytest
 import torch
 from peft import PeftModel
@@ -252,3 +255,21 @@ def test_a_schedule_without_room_is_refused():
         make(AdaLoraPlan(3, 450), total_steps=5)
     with pytest.raises(ValueError, match="ends at step 1; it needs at least 2"):
         make(AdaLoraPlan(3, 450), total_steps=1, schedule={**SCHEDULE, "tinit": 0, "tfinal": 0})
+
+
+def test_averages_are_pefts_to_the_last_bit():
+    model, adalora, _ = make(AdaLoraPlan(init_rank=3, budget=450))
+    theirs = copy.deepcopy(model.base_model.rankallocator)
+    theirs.update_ipt = MethodType(type(theirs).update_ipt, theirs)
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(3):
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+        theirs.update_ipt(model.base_model.model)
+        model.base_model.rankallocator.update_ipt(model.base_model.model)
+    for name in ("ipt", "exp_avg_ipt", "exp_avg_unc"):
+        ours = getattr(model.base_model.rankallocator, name)
+        expected = getattr(theirs, name)
+        assert set(ours) == set(expected) and len(ours) == 3 * len(adalora.pairs)
+        assert all(torch.equal(ours[key], value) for key, value in expected.items())

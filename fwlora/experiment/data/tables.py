@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -114,9 +115,12 @@ def _find_other_than_text(columns: Mapping[str, Sequence[object]], split: str) -
             yield f"split {split!r}, column {column!r}: {len(bad)} rows are not text, {first}"
 
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
 def _is_text(value: object) -> bool:
     """Return whether a value is text that a tokenizer can read: no half of a surrogate pair."""
-    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+    return isinstance(value, str) and (value.isascii() or not _SURROGATE.search(value))
 
 
 def _load_table(dataset: DatasetSettings, split: str) -> Table:
@@ -175,7 +179,8 @@ def _fetch(dataset: DatasetSettings, *arguments: Any, cache_dir: str = CACHE_DIR
     try:
         loaded = datasets.load_dataset(*arguments, cache_dir=cache_dir, **options)
         names = {name: kind.names for name, kind in loaded.features.items() if getattr(kind, "names", None)}
-        return Table({name: list(loaded[name]) for name in loaded.column_names}, names)
+        # A slice is read at once, where an iteration would read row by row.
+        return Table({name: list(loaded[name][:]) for name in loaded.column_names}, names)
     except Exception as error:  # datasets raises over twenty types here, several of them third-party
         unusable = explain_loader_error(error)
         if unusable and not local:
