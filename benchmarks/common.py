@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,29 +11,19 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
-from rich.console import Console
-from rich.table import Table
 from scipy import stats
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
 from fwlora.adapters import find_adapter_pairs
 from fwlora.architectures import find_target_matrices
 from fwlora.config import attach_lora
-from fwlora.experiment.data.batching import Padding, TokenizedSplit, collate, plan_epoch
-from fwlora.experiment.data.glue import find_task
-from fwlora.experiment.data.tables import encode_tables, load_tables
-from fwlora.experiment.data.text import draw_subset
-from fwlora.experiment.data.tokenization import tokenize
 from fwlora.experiment.engine.device import name_device
 from fwlora.experiment.files import write_files
 from fwlora.experiment.methods.lora import LoraMethod
-from fwlora.experiment.modeling.build import load_tokenizer
 from fwlora.experiment.modeling.pretrained import fetching, resolve_pretrained
-from fwlora.experiment.paths import CONFIG_DIR, REPOSITORY
-from fwlora.experiment.settings.hydra_arguments import compose_settings
+from fwlora.experiment.paths import REPOSITORY
 from fwlora.experiment.tracking.environment import describe_environment
-from fwlora.experiment.tracking.task_metrics import TASK_METRICS
 
 TARGET_MODULES = ("query", "key", "value", "intermediate", "output")
 RESAMPLES = 5_000
@@ -116,36 +105,6 @@ def make_lora(load: Callable[[], nn.Module], rank: int, device: torch.device) ->
     return get_peft_model(model, config).to(device)
 
 
-def load_sentences(
-    glue: str, subset: str, batch_size: int, batches: int, seed: int
-) -> list[tuple[dict[str, Tensor], Tensor]]:
-    """The first batches of a GLUE task for MiniLM, as the experiment program draws them: of like length, shuffled."""
-    split, _, pad_token_id = task_splits(glue, subset, None)
-    drawn: list[np.ndarray] = []
-    for epoch in itertools.count():
-        drawn += plan_epoch(split.lengths, batch_size, seed=seed, epoch=epoch, by_length=True)
-        if len(drawn) >= batches:
-            break
-    made = collate(split, drawn[:batches], Padding(pad_token_id), torch.device("cpu"))
-    return [(batch.inputs(), batch.labels) for batch in made]
-
-
-def task_splits(glue: str, subset: str, train_examples: int | None) -> tuple[TokenizedSplit, TokenizedSplit, int]:
-    """MiniLM's tokens of a GLUE task's training and development splits, and the padding token."""
-    run = {"cola": "comparative-1-roberta-base-110M--CoLA-GLUE", "sst2": "comparative-1-roberta-base-110M--SST-2-GLUE"}
-    arguments = [f"run={run[subset]}", "mode=full", "results_dir=.", f"run.dataset.name={glue}"]
-    settings = compose_settings([*arguments, f"run.model.pretrained_id={MINILM}"], CONFIG_DIR, {}).run
-    tokenizer = load_tokenizer(settings.model)
-    task = find_task(subset)
-    assert task is not None
-    _, (train_texts, evaluation_texts) = encode_tables(
-        load_tables(settings.dataset), settings.dataset, task.columns, TASK_METRICS[task.metric].predicts
-    )
-    train_texts = draw_subset(train_texts, train_examples, settings.dataset.subset_seed)
-    train, evaluation = (tokenize(split, tokenizer, settings.dataset) for split in (train_texts, evaluation_texts))
-    return train, evaluation, tokenizer.pad_token_id
-
-
 def make_lora_method(
     name: str, rank: int, device: torch.device, seed: int, *, dropout: float = 0.1
 ) -> tuple[nn.Module, LoraMethod]:
@@ -159,9 +118,6 @@ def make_lora_method(
     return adapted, LoraMethod(find_adapter_pairs(adapted))
 
 
-MODELS = {"minilm": load_minilm, "roberta-base": make_roberta_base}
-
-
 def write_json(path: Path, device: torch.device, settings: dict[str, Any], results: dict[str, Any]) -> None:
     """Writes settings, results, machine and versions, whole or not at all."""
     record = {
@@ -172,8 +128,37 @@ def write_json(path: Path, device: torch.device, settings: dict[str, Any], resul
     write_files({path: (json.dumps(record, indent=2) + "\n").encode()})
 
 
+def make_tiny(seed: int = 0) -> nn.Module:
+    """An encoder that trains in milliseconds: for rehearsals."""
+    torch.manual_seed(seed)
+    config = RobertaConfig(
+        vocab_size=30_000, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=514, pad_token_id=1,
+    )  # fmt: skip
+    return RobertaForSequenceClassification(config)
+
+
+MODELS = {"minilm": load_minilm, "roberta-base": make_roberta_base, "tiny": make_tiny}
+
+
+def show_progress(items: Collection[Any], description: str) -> Iterable[Any]:
+    """The items with a bar on the terminal, where rich is installed."""
+    try:
+        from rich.progress import track
+    except ImportError:
+        print(description, flush=True)
+        return items
+    return track(items, description=description)
+
+
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """A table on the terminal, numbers to the right, never cut."""
+    """A table on the terminal, numbers to the right, never cut; plain lines where rich is not installed."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        print(title, *("\t".join(row) for row in [columns, *rows]), sep="\n", flush=True)
+        return
     table = Table(title=title, title_justify="left")
     for place, column in enumerate(columns):
         table.add_column(column, justify="left" if place == 0 else "right", no_wrap=True)

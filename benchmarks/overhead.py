@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import track
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -31,6 +30,7 @@ from benchmarks.common import (
     median_interval,
     mixture_interval,
     print_table,
+    show_progress,
     write_json,
 )
 from fwlora import FisherWeightedLora, FisherWeighting
@@ -162,7 +162,9 @@ def time_rounds(
     vocabulary = model.config.vocab_size
     order = np.random.default_rng(0)
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for number in track(range(-SETTLING_ROUNDS, rounds), description=f"{rounds} rounds of {len(variants)} steps"):
+    for number in show_progress(
+        range(-SETTLING_ROUNDS, rounds), description=f"{rounds} rounds of {len(variants)} steps"
+    ):
         length = BATCH_LENGTHS[number % len(BATCH_LENGTHS)]
         batch, labels = draw_batch(length, batch_size, vocabulary, device, seed=number + SETTLING_ROUNDS)
         for name in order.permutation(list(variants)):

@@ -20,7 +20,8 @@ from rich.progress import track
 from scipy import stats
 from torch import nn
 
-from benchmarks.common import load_minilm, load_sentences, make_lora, print_table, write_json
+from benchmarks.common import load_minilm, make_lora, print_table, write_json
+from benchmarks.glue_data import load_sentences
 from fwlora import FisherWeighting
 from fwlora.adapters import find_adapter_pairs
 from fwlora.estimators import AdapterEstimator, ExactEstimator, GradientEstimator, SketchEstimator

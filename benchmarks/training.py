@@ -24,13 +24,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import track
 
-from benchmarks.common import MINILM, RESAMPLES, Interval, median_interval, mixture_interval, print_table, write_json
+from benchmarks.common import (
+    MINILM,
+    RESAMPLES,
+    Interval,
+    median_interval,
+    mixture_interval,
+    print_table,
+    show_progress,
+    write_json,
+)
 from benchmarks.overhead import SCHEDULE
 from benchmarks.stepping import SteppedLoop
 from benchmarks.training_loops import backbone_loop, engine_loop, limit_loop, trainer_loop
-from benchmarks.training_profile import PRODUCT_SHAPES, profile_step
+from benchmarks.training_profile import PRODUCT_SHAPES, measure_joined, profile_step
 from benchmarks.training_quality import read_runs, summarize
 from benchmarks.training_startup import measure_side_by_side, measure_startup
 from fwlora import FisherWeighting
@@ -72,7 +80,7 @@ ON_CPU: dict[str, tuple[Any, dict[str, Any]]] = {
 ON_GPU: dict[str, tuple[Any, dict[str, Any]]] = {
     "engine, CUDA graphs": (engine_loop, {"method": "lora", "cuda_graphs": True}),
 }
-PARTS = ["speed", "methods", "side_by_side", "startup", "lengths", "memory", "trial", "profile"]
+PARTS = ["speed", "methods", "side_by_side", "startup", "lengths", "memory", "trial", "profile", "joined"]
 
 
 def choose_loops(device: str, faster: Precision) -> dict[str, tuple[Any, dict[str, Any]]]:
@@ -102,11 +110,11 @@ def time_rounds(
     own_options = {"examples": BATCH_SIZE * (rounds + SETTLING_STEPS), **options}
     loops = {
         name: SteppedLoop(loop, {**own_options, **own}, SETTLING_STEPS).settle()
-        for name, (loop, own) in track(chosen.items(), description=f"{len(chosen)} loops settle")
+        for name, (loop, own) in show_progress(chosen.items(), description=f"{len(chosen)} loops settle")
     }
     order = np.random.default_rng(0)
     seconds: dict[str, list[float]] = {name: [] for name in loops}
-    for _ in track(range(rounds), description=f"{rounds} rounds of {len(loops)} steps"):
+    for _ in show_progress(range(rounds), description=f"{rounds} rounds of {len(loops)} steps"):
         for name in order.permutation(list(loops)):
             seconds[name].append(loops[name].step())
     for loop in loops.values():
@@ -232,6 +240,9 @@ def show(results: dict[str, Any]) -> None:
         row = results["side_by_side"]
         title = f"{row['cores']} runs of one thread against one of {row['cores']} threads"
         print_table(title, ["", ""], [["steps per second, ratio", str(Interval(**row["ratio"]))]])
+    if "joined" in results:
+        rows = [[count, f"{ratio:.2f}"] for count, ratio in results["joined"].items()]
+        print_table("R steps of 32 examples to one of 32 R", ["R", "times"], rows)
     if "startup" in results:
         rows = [
             [name, f"{row['seconds_median']:.2f}", f"{row['lowest']:.2f} .. {row['highest']:.2f}"]
@@ -289,6 +300,8 @@ def measure(parts: list[str], options: dict[str, Any], faster: Precision, rounds
         found["profile"] = [
             profile_step(precision, compiled=each) for precision in PRECISIONS for each in (False, True)
         ]
+    if "joined" in parts:
+        found["joined"] = measure_joined(faster)
     if "side_by_side" in parts:
         found["side_by_side"] = measure_side_by_side({**options, "method": "lora", "examples": BATCH_SIZE * rounds})
     if "methods" in parts:

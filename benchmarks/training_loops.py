@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from benchmarks.common import MODELS, TARGET_MODULES, make_lora_method, task_splits
+from benchmarks.common import MODELS, TARGET_MODULES, make_lora_method
 from benchmarks.stepping import Gate
 from benchmarks.trainers import make_trainer
 from fwlora import AdaLoraCallback, FisherWeightedLora, FisherWeighting
@@ -67,12 +67,19 @@ class GatedCallback(TrainerCallback):
 
 
 def load(options: dict[str, Any]) -> tuple[TokenizedSplit, TokenizedSplit, Task, TrainingOptions, torch.device]:
-    """The examples and what all loops are told; ``threads`` of the process are set here."""
+    """The examples and what all loops are told; ``threads`` of the process are set here.
+
+    With ``mean_length`` the examples are random tokens, and nothing of GLUE is read.
+    """
     if "threads" in options:
         torch.set_num_threads(options["threads"])
-    train_split, eval_split, pad_token_id = task_splits(options["glue"], "sst2", options["examples"])
     if "mean_length" in options:
-        train_split = random_split(options["examples"], options["mean_length"])
+        train_split, eval_split = (random_split(n, options["mean_length"]) for n in (options["examples"], 64))
+        pad_token_id = 1
+    else:
+        from benchmarks.glue_data import task_splits
+
+        train_split, eval_split, pad_token_id = task_splits(options["glue"], "sst2", options["examples"])
     settings = TrainingOptions(
         epochs=EPOCHS, batch_size=options["batch_size"], learning_rate=1e-4, weight_decay=0.1, warmup_ratio=0.06,
         seed=SEED,
@@ -110,7 +117,10 @@ def make_method(options: dict[str, Any], device: torch.device) -> tuple[nn.Modul
 
 
 def engine_loop(gate: Gate, options: dict[str, Any]) -> None:
-    """This engine; ``compiled`` false leaves the layers to torch's operations."""
+    """This engine.
+
+    ``compiled`` false leaves the layers to torch's operations, ``torch_compile`` the model to ``torch.compile``.
+    """
     keep_freed_memory()
     train_split, eval_split, task, settings, device = load(options)
     model, method = make_method(options, device)
@@ -118,9 +128,13 @@ def engine_loop(gate: Gate, options: dict[str, Any]) -> None:
     engine = EngineOptions(
         Processes(device),
         precision,
+        fused=not options.get("torch_compile", False),
         cuda_graphs=options.get("cuda_graphs", False),
         kernels=load_kernels(DTYPES[precision]) if device.type == "cpu" and options.get("compiled", True) else None,
     )
+    if not engine.fused:
+        inner: Any = model.get_base_model()  # type: ignore[operator]
+        inner.forward = torch.compile(inner.forward, dynamic=True)
     train(
         model, cast(Method, Gated(method, gate)), train_split, eval_split.select(np.arange(64)), settings, task, engine,
         log=lambda row: None,

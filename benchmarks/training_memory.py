@@ -9,7 +9,8 @@ import sys
 
 import torch
 
-from benchmarks.common import make_lora_method, task_splits
+from benchmarks.common import make_lora_method
+from benchmarks.glue_data import task_splits
 from benchmarks.training_quality import training_options
 from fwlora.experiment.engine.device import peak_memory_mib
 from fwlora.experiment.engine.distributed import Processes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -88,18 +88,15 @@ def classify(name: str, args: Any) -> str:
     return "copies, sums and the rest"
 
 
-def profile_step(precision: Precision = "fp32", *, compiled: bool = False) -> dict[str, Any]:
-    """Milliseconds of a LoRA step of 32 examples of 13 tokens, and of its operations by kind of work, from 30 steps.
-
-    Timing every operation takes time itself: the kinds add up to a little more than the step.
-    """
+def make_step(precision: Precision, *, compiled: bool, batch_size: int = BATCH_SIZE) -> Callable[[], float]:
+    """A LoRA step of examples of 13 tokens with MiniLM, which returns its seconds."""
     keep_freed_memory()
     device = torch.device("cpu")
     model, method = make_lora_method("minilm", RANK, device, 0)
     kernels = load_kernels(DTYPES[precision]) if compiled else None
     classifier = FastClassifier(model, method.pairs, precision, kernels=kernels).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
-    batch, labels = draw_batch(TOKENS, BATCH_SIZE, 30_000, device, seed=0)
+    batch, labels = draw_batch(TOKENS, batch_size, 30_000, device, seed=0)
     batch.pop("attention_mask")
 
     def step() -> float:
@@ -111,6 +108,30 @@ def profile_step(precision: Precision = "fp32", *, compiled: bool = False) -> di
 
     for _ in range(5):
         step()
+    return step
+
+
+def measure_joined(precision: Precision, counts: Sequence[int] = (2, 4, 8)) -> dict[str, float]:
+    """The time of R steps of 32 examples to that of one step of 32 R, medians of interleaved steps, by R.
+
+    A bound on what R runs gain whose frozen products are made on their joined tokens: each run's adapters, dropout,
+    head and optimizer would still be its own.
+    """
+    steps = {count: make_step(precision, compiled=True, batch_size=count * BATCH_SIZE) for count in (1, *counts)}
+    seconds: dict[int, list[float]] = {count: [] for count in steps}
+    for _ in range(STEPS):
+        for count, step in steps.items():
+            seconds[count].append(step())
+    medians = {count: float(np.median(found)) for count, found in seconds.items()}
+    return {str(count): count * medians[1] / medians[count] for count in counts}
+
+
+def profile_step(precision: Precision = "fp32", *, compiled: bool = False) -> dict[str, Any]:
+    """Milliseconds of a LoRA step of 32 examples of 13 tokens, and of its operations by kind of work, from 30 steps.
+
+    Timing every operation takes time itself: the kinds add up to a little more than the step.
+    """
+    step = make_step(precision, compiled=compiled)
     whole = float(np.median([step() for _ in range(STEPS)]))
     timer = Timer()
     with timer, timer.kernels():

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from scipy import stats
 
-from benchmarks.common import Interval, make_lora_method, task_splits
+from benchmarks.common import Interval, make_lora_method
+from benchmarks.glue_data import task_splits
 from benchmarks.trainers import make_trainer
 from fwlora.experiment.engine.distributed import Processes
 from fwlora.experiment.engine.loop import evaluate, train

@@ -65,19 +65,19 @@ def measure_side_by_side(options: dict[str, Any]) -> dict[str, Any]:
     loops = [SteppedLoop(engine_loop, {**options, "threads": count}, SETTLING_STEPS).settle() for count in counts]
     rates: dict[str, list[float]] = {"joint": [], "apart": []}
     for _ in range(BLOCKS):
-        rates["joint"].append(_steps_per_second(loops[:1]))
-        rates["apart"].append(_steps_per_second(loops[1:]))
+        rates["joint"].append(steps_per_second(loops[:1]))
+        rates["apart"].append(steps_per_second(loops[1:]))
     for loop in loops:
         loop.close()
     ratios = np.array(rates["apart"]) / np.array(rates["joint"])
     return {"cores": cores, "ratio": vars(median_interval(ratios)), **rates}
 
 
-def _steps_per_second(loops: list[SteppedLoop]) -> float:
+def steps_per_second(loops: list[SteppedLoop], steps: int = STEPS_PER_BLOCK) -> float:
     """Rate of all loops together, each taking its steps as fast as it can."""
 
     def take_steps(loop: SteppedLoop) -> None:
-        for _ in range(STEPS_PER_BLOCK):
+        for _ in range(steps):
             loop.step()
 
     workers = [threading.Thread(target=take_steps, args=(loop,)) for loop in loops]
@@ -86,4 +86,4 @@ def _steps_per_second(loops: list[SteppedLoop]) -> float:
         worker.start()
     for worker in workers:
         worker.join()
-    return len(loops) * STEPS_PER_BLOCK / (time.perf_counter() - began)
+    return len(loops) * steps / (time.perf_counter() - began)

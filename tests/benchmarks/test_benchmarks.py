@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 import time
@@ -152,3 +154,44 @@ def test_the_sketch_ranks_matrices_as_exact_does_on_real_data(glue_folder):
     fishers = sketch_quality.watch_training(1, str(glue_folder), steps=200, batch_size=32, learning_rate=2e-3)
     correlation = stats.spearmanr(fishers["exact"], fishers[f"sketch, k = {FisherWeighting().sketch_size}"]).statistic
     assert correlation >= sketch_quality.TARGET_SPEARMAN
+
+
+# What a machine with a GPU may lack.
+LACKING = ("hydra", "omegaconf", "wandb", "optuna", "datasets", "pandas", "sklearn", "rich", "matplotlib", "antlr4")
+
+
+@pytest.mark.slow
+def test_the_gpu_script_runs_on_a_cpu_without_the_programs_packages(tmp_path):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(
+        "import sys\nclass Lacking:\n    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.split('.')[0] in {LACKING}:\n            raise ModuleNotFoundError(name, name=name)\n"
+        "sys.meta_path.insert(0, Lacking())\n"
+    )
+    environment = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": f"{tmp_path / 'site'}:{REPOSITORY}"}
+    command = ["bash", str(REPOSITORY / "benchmarks" / "gpu.sh"), str(tmp_path / "out"), "--rehearse"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "out").iterdir()}
+    assert set(found) == {"training", "tests", "side_by_side", "overhead"}
+    training_part = found["training"]["training"]
+    assert set(training_part["loops"]) == {"engine, LoRA", "engine, LoRA, CUDA graphs"} and not training_part["failed"]
+    assert all(row["milliseconds_median"] > 0 for row in training_part["loops"].values())
+    assert all(set(rates) == {"1", "2"} for rates in found["side_by_side"]["side_by_side"]["steps_per_second"].values())
+    if not torch.cuda.is_available():
+        assert "skipped" in found["tests"]["tests"]["outcome"]
+
+
+def test_a_part_that_fails_leaves_the_others_alone(tmp_path):
+    (tmp_path / "python").write_text(
+        '#!/bin/sh\necho "$@" >> "$(dirname "$0")/calls"\ncase "$*" in *training*) exit 1;; *) exit 0;; esac\n'
+    )
+    (tmp_path / "python").chmod(0o755)
+    command = ["bash", str(REPOSITORY / "benchmarks" / "gpu.sh"), str(tmp_path / "out")]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHON": str(tmp_path / "python")}, capture_output=True, text=True
+    )
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert done.returncode == 1 and len(calls) == 4 and "training failed" in done.stdout
+    limits = re.findall(r"at most (\d+) s", done.stdout)
+    assert len(limits) == 4 and max(map(int, limits)) <= 240 and sum(map(int, limits)) <= 720
