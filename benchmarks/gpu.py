@@ -69,7 +69,7 @@ def time_training(options: dict[str, Any]) -> dict[str, Any]:
     for each in loops.values():
         each.close()
     base = np.array(seconds[LORA])
-    rows = {
+    rows: dict[str, dict[str, Any]] = {
         name: {
             "milliseconds_median": 1e3 * float(np.median(values)),
             "milliseconds_quartiles": [1e3 * float(value) for value in np.percentile(values, [25, 75])],

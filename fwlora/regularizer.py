@@ -36,7 +36,7 @@ from fwlora.estimators import (
 from fwlora.importance import FisherAccumulator, normalize_importance
 from fwlora.options import FisherWeighting
 from fwlora.reallocation import resize_factors
-from fwlora.shrinkage import BatchedShrinkage, shrinkage_penalty
+from fwlora.shrinkage import BatchedShrinkage, MakeShrinkage, Shrinkage, shrinkage_penalty
 from fwlora.state import STATE_FORMAT, match_state
 
 LOGGER = logging.getLogger(__name__)
@@ -77,6 +77,8 @@ class FisherWeightedLora:
         pairs: the adapted matrices, in model order; after a reallocation some may have rank 0.
         steps: calls of :meth:`step` so far.
         last_penalty: the term's value at the latest step, a scalar tensor on the device; 0 during the warm-up.
+        make_shrinkage: makes what adds the term's gradient, when importances are frozen; a loop with kernels of its own
+            sets another.
 
     Raises:
         ValueError: no such adapter, one that is frozen, held by another object or a variant of LoRA; an unsolved
@@ -111,7 +113,8 @@ class FisherWeightedLora:
         self.steps = 0
         self.last_penalty: Tensor = torch.zeros((), device=device, dtype=dtype)
         self._importance: Tensor | None = None
-        self._shrinkage: BatchedShrinkage | None = None
+        self._shrinkage: Shrinkage | None = None
+        self.make_shrinkage: MakeShrinkage = BatchedShrinkage
         self._hold(adapter_name)
         self._estimator: GradientEstimator | None = None
         self._place_hooks()
@@ -385,7 +388,7 @@ class FisherWeightedLora:
         if self.options.strength > 0 and chosen:
             scalings = importance.new_tensor([self.pairs[index].scaling for index in chosen])
             coefficients = self.options.strength * (1 - importance[chosen]) * scalings.square()
-            self._shrinkage = BatchedShrinkage([(self.pairs[i].A, self.pairs[i].B) for i in chosen], coefficients)
+            self._shrinkage = self.make_shrinkage([(self.pairs[i].A, self.pairs[i].B) for i in chosen], coefficients)
 
     def _by_name(self, values: Tensor) -> dict[str, float]:
         return dict(zip([pair.name for pair in self.pairs], values.tolist(), strict=True))

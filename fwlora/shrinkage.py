@@ -10,7 +10,8 @@ No product is larger than the factors themselves: dW is never formed.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -39,6 +40,17 @@ def shrinkage_penalty(
     """
     norms = [squared_delta_norm(A, B, s).to(weights.device) for (A, B), s in zip(factors, scalings, strict=True)]
     return strength * (weights * torch.stack(norms)).sum()
+
+
+class Shrinkage(Protocol):
+    """Adds the shrinkage gradient of factors that it was made with; see :class:`BatchedShrinkage`."""
+
+    def add_gradients(self, factor: float | Tensor = 1.0) -> Tensor:
+        """Add ``factor`` times the gradient to ``grad`` of every trained factor; return the term's value."""
+
+
+# From factors and coefficients, as :class:`BatchedShrinkage` takes them.
+MakeShrinkage = Callable[[Sequence[tuple[Tensor, Tensor]], Tensor], Shrinkage]
 
 
 class BatchedShrinkage:

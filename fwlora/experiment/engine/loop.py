@@ -268,6 +268,8 @@ class _TrainingStep:
         )
         if remark:
             logger.info(remark)
+        if engine.kernels is not None:
+            method.use_kernels(engine.kernels)
         self.classifier = engine.processes.prepare(self.local_classifier)
         self._graphs = _make_graphs(self.local_classifier, self._parameters, engine)
 

@@ -49,6 +49,7 @@ _SIGNATURES: dict[str, str] = {
     "attend": "pppp stf pp iiiii",
     "attend_backward": "ppppp stf ppp iiiii",
     "drop": "p stf pp ii",
+    "shrink": "pppp ppp i",
 }
 _TYPES = {"p": _POINTER, "i": _INTEGER, "f": _FLOAT, "s": _SEED, "t": _THRESHOLD}
 

@@ -657,6 +657,70 @@ void drop(const float *X, uint64_t seed, int32_t threshold, float scale, float *
     }
 }
 
+/* Rows of d values are padded to `wide` lanes: G (r, wide) = sum over rows of row^T row. */
+INLINE void gram_of_columns(const float *B, int64_t rows, int64_t r, int64_t wide, float *padded_row, float *G) {
+    memset(G, 0, r * wide * sizeof(float));
+    for (int64_t j = 0; j < rows; j++) {
+        memcpy(padded_row, B + j * r, r * sizeof(float));
+        for (int64_t c = 0; c < wide; c += LANES) {
+            vf row = load(padded_row + c);
+            for (int64_t a = 0; a < r; a++) store(G + a * wide + c, load(G + a * wide + c) + padded_row[a] * row);
+        }
+    }
+}
+
+/* Gradients and value of the terms c ||B A||_F^2 for A (r, d_in), B (d_out, r) of `count` matrices, sizes (count, 3):
+ * dA += 2 c (B^T B) A, dB += 2 c B (A A^T), values[m] = c ||B A||^2; dA and dB may be NULL. */
+void shrink(const float *const *A, const float *const *B, float *const *dA, float *const *dB, const int64_t *sizes,
+            const float *doubled, double *values, int64_t count, int threads) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t m = 0; m < count; m++) {
+        int64_t r = sizes[3 * m], d_in = sizes[3 * m + 1], d_out = sizes[3 * m + 2];
+        int64_t wide = (r + LANES - 1) / LANES * LANES;
+        float *BtB = calloc(2 * r * wide + 2 * wide, sizeof(float)), *AAt = BtB + r * wide, *row = AAt + r * wide;
+        float *sums = row + wide;
+        gram_of_columns(B[m], d_out, r, wide, row, BtB);
+        for (int64_t a = 0; a < r; a++)
+            for (int64_t b = a; b < r; b++) {
+                const float *x = A[m] + a * d_in, *y = A[m] + b * d_in;
+                vf total = splat(0.0f);
+                int64_t c = 0;
+                for (; c + LANES <= d_in; c += LANES) total += load(x + c) * load(y + c);
+                float rest = sum_lanes(total);
+                for (; c < d_in; c++) rest += x[c] * y[c];
+                AAt[a * wide + b] = AAt[b * wide + a] = rest;
+            }
+        double value = 0.0;
+        for (int64_t a = 0; a < r; a++)
+            for (int64_t b = 0; b < r; b++) value += (double)BtB[a * wide + b] * AAt[a * wide + b];
+        values[m] = 0.5 * doubled[m] * value;
+        for (int64_t i = 0; i < r * wide; i++) BtB[i] *= doubled[m];
+        for (int64_t i = 0; i < r * wide; i++) AAt[i] *= doubled[m];
+        if (dA[m])
+            for (int64_t a = 0; a < r; a++) {
+                float *out = dA[m] + a * d_in;
+                int64_t c = 0;
+                for (; c + LANES <= d_in; c += LANES) {
+                    vf total = load(out + c);
+                    for (int64_t b = 0; b < r; b++) total += BtB[a * wide + b] * load(A[m] + b * d_in + c);
+                    store(out + c, total);
+                }
+                for (; c < d_in; c++)
+                    for (int64_t b = 0; b < r; b++) out[c] += BtB[a * wide + b] * A[m][b * d_in + c];
+            }
+        if (dB[m])
+            for (int64_t j = 0; j < d_out; j++) {
+                for (int64_t c = 0; c < wide; c += LANES) {
+                    vf total = splat(0.0f);
+                    for (int64_t a = 0; a < r; a++) total += B[m][j * r + a] * load(AAt + a * wide + c);
+                    store(sums + c, total);
+                }
+                for (int64_t a = 0; a < r; a++) dB[m][j * r + a] += sums[a];
+            }
+        free(BtB);
+    }
+}
+
 /* kept (T, d): 1 where an element of the site is kept. For tests. */
 void draw_kept(uint64_t seed, int32_t threshold, uint8_t *kept, int64_t T, int64_t d) {
     for (int64_t t = 0; t < T; t++)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fwlora.adapters import AdapterPair
     from fwlora.config import RankPlan
     from fwlora.estimators import PassEstimator
+    from fwlora.experiment.fused.compiled import Kernels
     from fwlora.experiment.settings.schema import RunSettings
 
 # On which side of a comparison a variant stands: proposed ones are compared with all others.
@@ -106,6 +107,9 @@ class Method:
 
     def after_step(self, step: int) -> None:
         """Act after ``optimizer.step()`` number ``step``, counted from 1, before ``zero_grad()``."""
+
+    def use_kernels(self, kernels: Kernels) -> None:
+        """Take compiled kernels for the method's own work, before the first step; a method may do without."""
 
     def step_values(self) -> Mapping[str, Tensor | float]:
         """Return what to log of this step: ``penalty``, and what else the method has."""

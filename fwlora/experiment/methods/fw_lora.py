@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, fields
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_type_hints
 
 import pydantic
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from fwlora.config import RankPlan
     from fwlora.estimators import PassEstimator
+    from fwlora.experiment.fused.compiled import Kernels
     from fwlora.experiment.settings.schema import RunSettings
     from fwlora.regularizer import FisherWeightedLora
 
@@ -77,6 +79,12 @@ class FwLoraMethod(Method):
     def after_backward(self, optimizer: Optimizer) -> None:
         """Measure, or add the shrinkage gradient."""
         self.fisher_weighted.step(optimizer)
+
+    def use_kernels(self, kernels: Kernels) -> None:
+        """Add the shrinkage gradient by a compiled kernel, from the end of the warm-up on."""
+        from fwlora.experiment.fused.compiled_shrinkage import make_shrinkage
+
+        self.fisher_weighted.make_shrinkage = partial(make_shrinkage, kernels)
 
     def step_values(self) -> Mapping[str, Tensor | float]:
         """Return the shrinkage term as ``penalty``."""
