@@ -204,14 +204,17 @@ class PassEstimator(GradientEstimator):
         if not self.measuring:
             return
         G = output_gradient.detach().reshape(-1, output_gradient.shape[-1])
-        dtype = self._product_dtype(torch.promote_types(G.dtype, compressed.dtype))
-        # X^T G, not G^T X: on a CPU a short, wide result is faster than a tall, narrow one.
-        left, right = compressed.to(dtype).T, G.to(dtype)
         if torch.is_autocast_enabled(G.device.type):  # a backward pass inside the context
             with torch.autocast(G.device.type, enabled=False):
-                self._add(index, left @ right)
+                self._add(index, self._multiply(compressed, G))
         else:
-            self._add(index, left @ right)
+            self._add(index, self._multiply(compressed, G))
+
+    def _multiply(self, compressed: Tensor, G: Tensor) -> Tensor:
+        """Return what is kept of X, transposed, times G (T, d_out)."""
+        dtype = self._product_dtype(torch.promote_types(G.dtype, compressed.dtype))
+        # X^T G, not G^T X: on a CPU a short, wide result is faster than a tall, narrow one.
+        return compressed.to(dtype).T @ G.to(dtype)
 
 
 class ForwardHook:
@@ -250,6 +253,18 @@ class ExactEstimator(PassEstimator):
         return squared_norms
 
 
+class SketchProducts:
+    """The two products of a sketch, by torch's operations; a loop with kernels of its own overrides them."""
+
+    def compress(self, X: Tensor, signs: Tensor) -> Tensor:
+        """Return X S for X (T, d_in) and S (d_in, k): shape (T, k)."""
+        return X @ signs
+
+    def reduce(self, compressed: Tensor, G: Tensor) -> Tensor | None:
+        """Return (X S)^T G for G (T, d_out), shape (k, d_out); None leaves it to the estimator."""
+        return None
+
+
 class SketchEstimator(PassEstimator):
     r"""||G^T (X P)||_F^2 with P = S / sqrt(k), S (d_in, k) of random signs: unbiased, because E[P P^T] = I.
 
@@ -261,10 +276,17 @@ class SketchEstimator(PassEstimator):
     Args:
         size: k.
         seed: of all draws.
+        find_products: returns what makes the products of a pass.
     """
 
-    def __init__(self, pairs: Sequence[AdapterPair], size: int, seed: int = 0) -> None:
-        self.size, self.seed = size, seed
+    def __init__(
+        self,
+        pairs: Sequence[AdapterPair],
+        size: int,
+        seed: int = 0,
+        find_products: Callable[[], SketchProducts] = SketchProducts,
+    ) -> None:
+        self.size, self.seed, self._find_products = size, seed, find_products
         self._step = 0
         self._signs: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
         # Query, key and value read one tensor, whose sketch is computed once.
@@ -292,7 +314,11 @@ class SketchEstimator(PassEstimator):
         return compressed
 
     def _compress(self, X: Tensor) -> Tensor:
-        return X @ self._draw_signs(X.shape[-1], X.device, X.dtype)
+        return self._find_products().compress(X, self._draw_signs(X.shape[-1], X.device, X.dtype))
+
+    def _multiply(self, compressed: Tensor, G: Tensor) -> Tensor:
+        made = self._find_products().reduce(compressed, G)
+        return super()._multiply(compressed, G) if made is None else made
 
     def _draw_signs(self, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Draw S for one input width; its entries, -1 and 1, are exact in every floating-point type."""

@@ -32,6 +32,7 @@ from fwlora.estimators import (
     GradientEstimator,
     PassEstimator,
     SketchEstimator,
+    SketchProducts,
 )
 from fwlora.importance import FisherAccumulator, normalize_importance
 from fwlora.options import FisherWeighting
@@ -79,6 +80,7 @@ class FisherWeightedLora:
         last_penalty: the term's value at the latest step, a scalar tensor on the device; 0 during the warm-up.
         make_shrinkage: makes what adds the term's gradient, when importances are frozen; a loop with kernels of its own
             sets another.
+        sketch_products: makes the products of the estimator ``sketch``; likewise.
 
     Raises:
         ValueError: no such adapter, one that is frozen, held by another object or a variant of LoRA; an unsolved
@@ -115,6 +117,7 @@ class FisherWeightedLora:
         self._importance: Tensor | None = None
         self._shrinkage: Shrinkage | None = None
         self.make_shrinkage: MakeShrinkage = BatchedShrinkage
+        self.sketch_products = SketchProducts()
         self._hold(adapter_name)
         self._estimator: GradientEstimator | None = None
         self._place_hooks()
@@ -320,7 +323,14 @@ class FisherWeightedLora:
             return ExactEstimator(self.pairs)
         if self.options.estimator == "adapter":
             return AdapterEstimator(self.pairs)
-        return SketchEstimator(self.pairs, self.options.sketch_size, self.options.seed)
+        # Not through `self`, which the estimator must not keep alive.
+        held = weakref.ref(self)
+
+        def find_products() -> SketchProducts:
+            owner = held()
+            return SketchProducts() if owner is None else owner.sketch_products
+
+        return SketchEstimator(self.pairs, self.options.sketch_size, self.options.seed, find_products)
 
     def _check_optimizer(self, optimizer: torch.optim.Optimizer | None) -> None:
         if optimizer is None:

@@ -65,9 +65,11 @@ class Kernels:
 
     Args:
         library: of :func:`load_kernels`.
+        dtype: of the products.
     """
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
+        self.dtype = dtype
         self._functions = {}
         for name, signature in _SIGNATURES.items():
             function = getattr(library, name)
@@ -116,7 +118,7 @@ def load_kernels(dtype: torch.dtype) -> Kernels:
     command = [*compiler, *FLAGS, *DEFINITIONS[dtype]]
     path = _cached_path(command, runtime)
     with suppress(OSError):
-        return Kernels(ctypes.CDLL(str(path)))
+        return Kernels(ctypes.CDLL(str(path)), dtype)
     with tempfile.TemporaryDirectory(prefix="fwlora-") as folder:
         built = Path(folder, path.name)
         _compile([*command, "-o", str(built), str(SOURCE), str(runtime)])
@@ -127,7 +129,7 @@ def load_kernels(dtype: torch.dtype) -> Kernels:
             shutil.copyfile(built, partial)
             partial.replace(path)
         try:
-            return Kernels(ctypes.CDLL(str(built)))
+            return Kernels(ctypes.CDLL(str(built)), dtype)
         except OSError as error:
             raise NoKernelsError(f"{built.name} cannot be loaded: {error}") from None
 

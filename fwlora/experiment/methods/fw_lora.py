@@ -81,10 +81,11 @@ class FwLoraMethod(Method):
         self.fisher_weighted.step(optimizer)
 
     def use_kernels(self, kernels: Kernels) -> None:
-        """Add the shrinkage gradient by a compiled kernel, from the end of the warm-up on."""
-        from fwlora.experiment.fused.compiled_shrinkage import make_shrinkage
+        """Measure, and add the shrinkage gradient, by compiled kernels."""
+        from fwlora.experiment.fused.compiled_fw_lora import CompiledSketchProducts, make_shrinkage
 
         self.fisher_weighted.make_shrinkage = partial(make_shrinkage, kernels)
+        self.fisher_weighted.sketch_products = CompiledSketchProducts(kernels)
 
     def step_values(self) -> Mapping[str, Tensor | float]:
         """Return the shrinkage term as ``penalty``."""

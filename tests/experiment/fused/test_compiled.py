@@ -15,8 +15,8 @@ from fwlora.adapters import find_adapter_pairs
 from fwlora.experiment.engine.precision import DTYPES
 from fwlora.experiment.fused import compiled
 from fwlora.experiment.fused.compiled import Kernels, NoKernelsError, drop_threshold, kept_scale, load_kernels
+from fwlora.experiment.fused.compiled_fw_lora import CompiledShrinkage, CompiledSketchProducts, make_shrinkage
 from fwlora.experiment.fused.compiled_layer import CompiledLayer
-from fwlora.experiment.fused.compiled_shrinkage import CompiledShrinkage, make_shrinkage
 from fwlora.experiment.fused.dropout import KeptMask
 from fwlora.experiment.fused.families import known_families
 from fwlora.experiment.fused.forward import FastClassifier, PlainClassifier, make_classifier
@@ -364,6 +364,45 @@ def test_the_shrinkage_kernel_is_the_batched_form(ranks, factor):
         assert (ours is None) == (expected is None)
         if expected is not None:
             assert float((ours.double() - expected).norm() / expected.norm()) < 1e-5
+
+
+def keep_results(products: CompiledSketchProducts, found: list) -> None:
+    real = products.reduce
+
+    def reduce(compressed, G):
+        found.append(real(compressed, G))
+        return found[-1]
+
+    products.reduce = reduce
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 0.02)])
+def test_a_sketch_by_kernels_is_the_sketch_by_torchs_operations(precision, tolerance):
+    values = []
+    for by_kernels in (False, True):
+        model = adapt(make_base(), EVERYTHING, ranks=(1, 2)).float()
+        fw = FisherWeightedLora(model, FisherWeighting(estimator="sketch", warmup_steps=9, decay=0.5))
+        method, products = FwLoraMethod(fw), []
+        if by_kernels:
+            method.use_kernels(load_kernels(DTYPES[precision]))
+            assert isinstance(fw.sketch_products, CompiledSketchProducts)
+            keep_results(fw.sketch_products, products)
+        classifier = make_compiled(model, precision, find_estimator=lambda fw=fw: fw.pass_estimator)
+        for width in (9, 19):
+            gradients(classifier, make_inputs(width))
+            method.after_backward(torch.optim.SGD(fw.pairs[0].module.parameters(), lr=0.0))
+        values.append(fw.fisher.values.clone())
+        assert len(products) == (2 * len(fw.pairs) if by_kernels else 0)
+        assert all(product is not None and product.dtype == torch.float32 for product in products)
+    torch.testing.assert_close(values[1], values[0], rtol=tolerance, atol=0)
+
+
+def test_what_the_sketchs_kernels_do_not_take_is_left_to_torchs_operations():
+    products = CompiledSketchProducts(load_kernels(torch.float32))
+    for X, size in ((torch.randn(5, 24), 16), (torch.randn(5, 32), 5), (torch.randn(5, 32).double(), 16)):
+        signs = torch.ones(X.shape[1], size, dtype=X.dtype)
+        torch.testing.assert_close(products.compress(X, signs), X @ signs)
+        assert products.reduce(X[:, :size].contiguous(), torch.randn(5, 24)) is None
 
 
 def test_factors_of_another_type_are_left_to_torchs_operations():
