@@ -264,7 +264,6 @@ def _become(
         sys.path[0] = str(Path.cwd())
         sys.argv = [module, *arguments]
         sys.orig_argv = command_of(module, arguments)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         code = _run(module)
     finally:
         os._exit(code)
