@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from yaml import Node, YAMLError
 
@@ -77,6 +75,9 @@ def load_yaml(path: Path) -> Any:
     Raises:
         ValueError: it cannot be read or parsed, or is no mapping: a clause that says where and why.
     """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
         _check_yaml_size(path.read_text(encoding="utf-8"))
         node = OmegaConf.load(path)
@@ -123,6 +124,9 @@ def load_model(path: Path, model: type[Model]) -> tuple[Model | None, list[str]]
     Returns:
         The model, or None and a line for everything that is wrong.
     """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
         return model.model_validate(OmegaConf.to_container(load_yaml(path), resolve=True)), []
     except ValidationError as error:

@@ -373,7 +373,7 @@ def keep_results(products: CompiledSketchProducts, found: list) -> None:
         found.append(real(compressed, G))
         return found[-1]
 
-    products.reduce = reduce
+    products.reduce = reduce  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 0.02)])
