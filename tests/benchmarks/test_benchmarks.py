@@ -171,7 +171,12 @@ def test_the_gpu_script_runs_on_a_cpu_without_the_programs_packages(tmp_path):
         f"        return None if name.split('.')[0] in {LACKING} else self.finder.find_spec(name, path, target)\n"
         "sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]\n"
     )
-    environment = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": f"{tmp_path / 'site'}:{REPOSITORY}"}
+    environment = {
+        **os.environ,
+        "PYTHON": sys.executable,
+        "PYTHONPATH": f"{tmp_path / 'site'}:{REPOSITORY}",
+        "PYTEST_ADDOPTS": "-p no:hydra_pytest",  # a plugin that goes with Hydra
+    }
     command = ["bash", str(REPOSITORY / "benchmarks" / "gpu.sh"), str(tmp_path / "out"), "--rehearse"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
