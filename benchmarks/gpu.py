@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from benchmarks.common import Interval, median_interval, print_table, show_progress, write_json
-from benchmarks.stepping import SteppedLoop
+from benchmarks.stepping import SteppedLoop, take_rounds
 from benchmarks.training_loops import engine_loop, limit_loop, trainer_loop
 from benchmarks.training_startup import steps_per_second
 from fwlora.experiment.paths import REPOSITORY
@@ -61,19 +61,12 @@ def time_training(options: dict[str, Any]) -> dict[str, Any]:
             loops[name] = SteppedLoop(loop, {**options, **own}, SETTLING_STEPS).settle()
         except (RuntimeError, EOFError) as error:
             failed[name] = str(error)
-    seconds: dict[str, list[float]] = {name: [] for name in loops}
-    order = np.random.default_rng(0)
-    for _ in range(rounds):
-        for name in order.permutation(list(loops)):
-            seconds[name].append(loops[name].step())
-    for each in loops.values():
-        each.close()
-    base = np.array(seconds[LORA])
+    seconds = take_rounds(loops, range(rounds))
     rows: dict[str, dict[str, Any]] = {
         name: {
             "milliseconds_median": 1e3 * float(np.median(values)),
             "milliseconds_quartiles": [1e3 * float(value) for value in np.percentile(values, [25, 75])],
-            "time_to_lora": vars(median_interval(np.array(values) / base)),
+            "time_to_lora": vars(median_interval(values / seconds[LORA])),
         }
         for name, values in seconds.items()
     }

@@ -7,9 +7,11 @@ import os
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
 from typing import Any, Self
+
+import numpy as np
 
 Loop = Callable[["Gate", dict[str, Any]], None]
 
@@ -80,6 +82,18 @@ class SteppedLoop:
         if isinstance(answer, str):
             raise RuntimeError(answer)
         return answer
+
+
+def take_rounds(loops: dict[str, SteppedLoop], rounds: Iterable[Any]) -> dict[str, np.ndarray]:
+    """Take a step of each loop in every round, in random order, then close them; seconds by loop, shape (rounds,)."""
+    order = np.random.default_rng(0)
+    seconds: dict[str, list[float]] = {name: [] for name in loops}
+    for _ in rounds:
+        for name in order.permutation(list(loops)):
+            seconds[name].append(loops[name].step())
+    for loop in loops.values():
+        loop.close()
+    return {name: np.array(values) for name, values in seconds.items()}
 
 
 def _run(loop: Loop, connection: Connection, settle: int, options: dict[str, Any]) -> None:

@@ -36,7 +36,7 @@ from benchmarks.common import (
     write_json,
 )
 from benchmarks.overhead import SCHEDULE
-from benchmarks.stepping import SteppedLoop
+from benchmarks.stepping import SteppedLoop, take_rounds
 from benchmarks.training_loops import backbone_loop, engine_loop, limit_loop, trainer_loop
 from benchmarks.training_profile import PRODUCT_SHAPES, measure_joined, profile_step
 from benchmarks.training_quality import read_runs, summarize
@@ -112,14 +112,7 @@ def time_rounds(
         name: SteppedLoop(loop, {**own_options, **own}, SETTLING_STEPS).settle()
         for name, (loop, own) in show_progress(chosen.items(), description=f"{len(chosen)} loops settle")
     }
-    order = np.random.default_rng(0)
-    seconds: dict[str, list[float]] = {name: [] for name in loops}
-    for _ in show_progress(range(rounds), description=f"{rounds} rounds of {len(loops)} steps"):
-        for name in order.permutation(list(loops)):
-            seconds[name].append(loops[name].step())
-    for loop in loops.values():
-        loop.close()
-    return {name: np.array(values) for name, values in seconds.items()}
+    return take_rounds(loops, show_progress(range(rounds), description=f"{rounds} rounds of {len(loops)} steps"))
 
 
 def summarize_speed(seconds: dict[str, np.ndarray], faster: Precision, batch_size: int) -> dict[str, Any]:

@@ -38,7 +38,11 @@ TASKS: dict[str, tuple[int | None, int, float, int]] = {"sst2": (6_400, 1, 1e-3,
 TRAINER = "trainer"
 # Loop -> precision; the Trainer's is float32.
 LOOPS: dict[str, Precision] = {TRAINER: "fp32", "engine fp32": "fp32", "engine bf16": "bf16"}
-PAIRS = ((TRAINER, "engine fp32"), (TRAINER, "engine bf16"), ("engine fp32", "engine bf16"))
+# Of runs that were made before there were kernels, and are not made again.
+EARLIER = "engine fp32 without kernels"
+PAIRS = (
+    (TRAINER, EARLIER), (TRAINER, "engine fp32"), (TRAINER, "engine bf16"), ("engine fp32", "engine bf16"),
+)  # fmt: skip
 METRICS = {"sst2": "eval_accuracy", "cola": "eval_matthews_correlation"}
 
 

@@ -276,7 +276,7 @@ class SketchEstimator(PassEstimator):
     Args:
         size: k.
         seed: of all draws.
-        find_products: returns what makes the products of a pass.
+        products: makes the products of a pass.
     """
 
     def __init__(
@@ -284,9 +284,9 @@ class SketchEstimator(PassEstimator):
         pairs: Sequence[AdapterPair],
         size: int,
         seed: int = 0,
-        find_products: Callable[[], SketchProducts] = SketchProducts,
+        products: SketchProducts | None = None,
     ) -> None:
-        self.size, self.seed, self._find_products = size, seed, find_products
+        self.size, self.seed, self.products = size, seed, products or SketchProducts()
         self._step = 0
         self._signs: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
         # Query, key and value read one tensor, whose sketch is computed once.
@@ -314,10 +314,10 @@ class SketchEstimator(PassEstimator):
         return compressed
 
     def _compress(self, X: Tensor) -> Tensor:
-        return self._find_products().compress(X, self._draw_signs(X.shape[-1], X.device, X.dtype))
+        return self.products.compress(X, self._draw_signs(X.shape[-1], X.device, X.dtype))
 
     def _multiply(self, compressed: Tensor, G: Tensor) -> Tensor:
-        made = self._find_products().reduce(compressed, G)
+        made = self.products.reduce(compressed, G)
         return super()._multiply(compressed, G) if made is None else made
 
     def _draw_signs(self, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -117,7 +117,7 @@ class FisherWeightedLora:
         self._importance: Tensor | None = None
         self._shrinkage: Shrinkage | None = None
         self.make_shrinkage: MakeShrinkage = BatchedShrinkage
-        self.sketch_products = SketchProducts()
+        self._sketch_products = SketchProducts()
         self._hold(adapter_name)
         self._estimator: GradientEstimator | None = None
         self._place_hooks()
@@ -126,6 +126,17 @@ class FisherWeightedLora:
     def in_warmup(self) -> bool:
         """Whether the next :meth:`step` belongs to the warm-up."""
         return self._importance is None
+
+    @property
+    def sketch_products(self) -> SketchProducts:
+        """What makes the products of the estimator ``sketch``."""
+        return self._sketch_products
+
+    @sketch_products.setter
+    def sketch_products(self, products: SketchProducts) -> None:
+        self._sketch_products = products
+        if isinstance(self._estimator, SketchEstimator):
+            self._estimator.products = products
 
     @property
     def pass_estimator(self) -> PassEstimator | None:
@@ -323,14 +334,7 @@ class FisherWeightedLora:
             return ExactEstimator(self.pairs)
         if self.options.estimator == "adapter":
             return AdapterEstimator(self.pairs)
-        # Not through `self`, which the estimator must not keep alive.
-        held = weakref.ref(self)
-
-        def find_products() -> SketchProducts:
-            owner = held()
-            return SketchProducts() if owner is None else owner.sketch_products
-
-        return SketchEstimator(self.pairs, self.options.sketch_size, self.options.seed, find_products)
+        return SketchEstimator(self.pairs, self.options.sketch_size, self.options.seed, self._sketch_products)
 
     def _check_optimizer(self, optimizer: torch.optim.Optimizer | None) -> None:
         if optimizer is None:

@@ -32,7 +32,7 @@ def machine_cache() -> Path:
     return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or expand_home("~/.cache")) / "fwlora"
 
 
-def is_writable(folder: Path) -> bool:
+def make_writable(folder: Path) -> bool:
     """Make a folder where it is missing; return whether files can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from multiprocessing.reduction import DupFd
@@ -111,7 +112,7 @@ def start_program(
     )
 
 
-class _Piped:
+class _Piped(ABC):
     """What forked programs have in common."""
 
     stdout: IO[str] | None
@@ -129,13 +130,13 @@ class _Piped:
         """Ask the program to end."""
         self.send_signal(signal.SIGTERM)
 
+    @abstractmethod
     def send_signal(self, sig: int) -> None:
         """Send a signal, if the program still runs."""
-        raise NotImplementedError
 
+    @abstractmethod
     def wait(self) -> int:
         """Wait for the end; return the exit code."""
-        raise NotImplementedError
 
 
 class ForkedProgram(_Piped):

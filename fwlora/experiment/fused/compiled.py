@@ -1,7 +1,7 @@
 """The kernels of ``kernels.c``, compiled on the machine that runs them, and kept for its next process.
 
-They need a C compiler for GNU C and the OpenMP runtime that torch has loaded; where either is missing, or the
-processor is not the one the cache was filled on, the layers are computed by torch's operations instead.
+They need a compiler of GNU C and the OpenMP runtime that torch has loaded; where either is missing, the layers are
+computed by torch's operations instead. For another processor they are compiled anew.
 """
 
 from __future__ import annotations

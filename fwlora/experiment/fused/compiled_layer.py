@@ -108,12 +108,16 @@ class CompiledTape:
 class _Through:
     """What a group's adapters add to the gradient at its input: D(low A), the sum over members."""
 
-    low: Tensor | None
-    A: Tensor | None
-    count: int
-    rank: int
-    seeds: int | None
-    threshold: int
+    low: Tensor | None = None
+    A: Tensor | None = None
+    count: int = 0
+    rank: int = 0
+    seeds: int | None = None
+    threshold: int = NO_THRESHOLD
+
+    def of_one(self) -> tuple[Tensor | None, Tensor | None, int, int | None, int]:
+        """Return the arguments of a kernel that takes one member."""
+        return self.low, self.A, self.rank, self.seeds, self.threshold
 
 
 class CompiledLayer:
@@ -121,18 +125,17 @@ class CompiledLayer:
 
     Args:
         weights: of the layer.
-        dtype: of the products.
-        kernels: for that type.
+        kernels: of the products' type.
         first_only: whether only the first token of every example is needed of the output.
     """
 
-    def __init__(self, weights: LayerWeights, dtype: torch.dtype, kernels: Kernels, *, first_only: bool) -> None:
+    def __init__(self, weights: LayerWeights, kernels: Kernels, *, first_only: bool) -> None:
         self.norms, self.heads = list(weights.norms), weights.heads
-        self.dtype, self.first_only, self._kernels = dtype, first_only, kernels
+        self.dtype, self.first_only, self._kernels = kernels.dtype, first_only, kernels
         self._hidden = [(drop_threshold(p), kept_scale(p)) for p in weights.hidden_dropouts]
         self._attention = (drop_threshold(weights.attention_dropout), kept_scale(weights.attention_dropout))
         self.groups = {
-            group: CompiledGroup({name: weights.linear[name] for name in names}, dict(weights.scalings), dtype)
+            group: CompiledGroup({name: weights.linear[name] for name in names}, dict(weights.scalings), kernels.dtype)
             for group, names in group_names(first_only=first_only).items()
         }
         self._sites = {
@@ -232,11 +235,10 @@ class CompiledLayer:
                 observe(self.groups[name].adapted, tape.inputs[name], G[: len(self.groups[name].adapted)])
             return self._differentiate(name, G, adapters[name], tape, found)
 
-        dh, branch = self._norm_backward(1, G, None, None, tape)
+        dh, branch = self._norm_backward(1, G, None, _Through(), tape)
         part = through("output", branch[None])
         dH = self.groups["output"].multiply_back(branch[None])
-        arguments = (part.low, part.A, part.rank, part.seeds, part.threshold)
-        self._kernels("gelu_backward", dH, *arguments, tape.slope, dH, *dH.shape)
+        self._kernels("gelu_backward", dH, *part.of_one(), tape.slope, dH, *dH.shape)
         part = through("intermediate", dH[None])
         dh, branch = self._norm_backward(0, dh, self.groups["intermediate"].multiply_back(dH[None]), part, tape)
         part = through("attention_output", branch[None])
@@ -340,18 +342,15 @@ class CompiledLayer:
         return Hidden(out, out if inputs is None else inputs)
 
     def _norm_backward(
-        self, place: int, residual: Tensor, product: Tensor | None, part: _Through | None, tape: CompiledTape
+        self, place: int, residual: Tensor, product: Tensor | None, part: _Through, tape: CompiledTape
     ) -> tuple[Tensor, Tensor]:
         """Return the gradients at the residual, float32, and at the branch before its dropout."""
         normal, rstd = tape.norms[place]
         dh = torch.empty_like(normal)
         branch = torch.empty_like(dh, dtype=self.dtype)
-        added: tuple[Tensor | int | None, ...] = (None, None, 0, None, NO_THRESHOLD)
-        if part is not None:
-            added = (part.low, part.A, part.rank, part.seeds, part.threshold)
         site = self._site(f"hidden_{place}", self._hidden[place], tape)
         statistics = (normal, rstd, self.norms[place].weight)
-        self._kernels("norm_backward", residual, product, *added, *statistics, *site, dh, branch, *dh.shape)
+        self._kernels("norm_backward", residual, product, *part.of_one(), *statistics, *site, dh, branch, *dh.shape)
         return dh, branch
 
     def _differentiate(
@@ -364,7 +363,7 @@ class CompiledLayer:
     ) -> _Through:
         """Find the gradients of a group's joint factors from those at its outputs, G (members, T, d_out)."""
         if own is None:
-            return _Through(None, None, 0, 0, None, NO_THRESHOLD)
+            return _Through()
         group, X, seeds = self.groups[name], tape.inputs[name], tape.seeds.get(name)
         count, rank, _ = own.A.shape
         rows, address = len(X), _address(seeds)

@@ -37,8 +37,6 @@ class AdaptedGroup(Protocol):
 class EncoderLayer(Protocol):
     """A layer, forward and backward written out; masks, dropouts and tapes are its own."""
 
-    heads: int
-
     @property
     def groups(self) -> Mapping[str, AdaptedGroup]:
         """The layer's linear layers by group."""

@@ -160,8 +160,10 @@ def _make_layers(
     dtype = torch.bfloat16 if precision == "bf16" else weights[0].linear["query"].weight.dtype
     last = len(weights) - 1
     reasons = [reason for layer in weights if kernels and (reason := CompiledLayer.unsuitable(layer))]
+    if kernels is not None and not reasons and kernels.dtype != dtype:
+        reasons = [f"they multiply in {kernels.dtype}"]
     if kernels is not None and not reasons:
-        return [CompiledLayer(w, dtype, kernels, first_only=n == last) for n, w in enumerate(weights)], None
+        return [CompiledLayer(w, kernels, first_only=n == last) for n, w in enumerate(weights)], None
     remark = f"layers are computed by torch's operations, not by compiled kernels: {reasons[0]}" if reasons else None
     return [FusedLayer(w, dtype, first_only=n == last) for n, w in enumerate(weights)], remark
 

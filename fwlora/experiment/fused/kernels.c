@@ -657,7 +657,7 @@ void drop(const float *X, uint64_t seed, int32_t threshold, float scale, float *
     }
 }
 
-/* Rows of d values are padded to `wide` lanes: G (r, wide) = sum over rows of row^T row. */
+/* G (r, wide) = B^T B of B (rows, r), zeros behind its r columns; padded_row has `wide` floats, zeros behind r. */
 INLINE void gram_of_columns(const float *B, int64_t rows, int64_t r, int64_t wide, float *padded_row, float *G) {
     memset(G, 0, r * wide * sizeof(float));
     for (int64_t j = 0; j < rows; j++) {

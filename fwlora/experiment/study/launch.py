@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Self
 
 from fwlora.experiment.errors import UserError
-from fwlora.experiment.paths import CACHE_VARIABLE, is_writable, machine_cache
+from fwlora.experiment.paths import CACHE_VARIABLE, machine_cache, make_writable
 from fwlora.experiment.programs import Program, WarmServer, start_program
 from fwlora.experiment.study.spec import PlannedRun
 
@@ -72,7 +72,7 @@ class Launcher(ABC):
 
 
 class LocalLauncher(Launcher):
-    """Start runs as processes of this machine, one after the other, each a fork of one that imported all they need.
+    """Start runs as processes of this machine, one after the other, this checkout's by forking.
 
     Args:
         context: where they start, and what takes their output.
@@ -85,7 +85,7 @@ class LocalLauncher(Launcher):
         self._children: set[Program] = set()
         self._server = WarmServer() if WarmServer.serves(context.repository) else None
         # Runs that are to be compared find what the first of them measured, its fastest precision among it.
-        self._cache = None if is_writable(machine_cache()) else tempfile.TemporaryDirectory(prefix="fwlora-cache-")
+        self._cache = None if make_writable(machine_cache()) else tempfile.TemporaryDirectory(prefix="fwlora-cache-")
         self._closed = False
 
     def submit(self, run: PlannedRun) -> Future[Outcome]:

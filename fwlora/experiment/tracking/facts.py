@@ -17,7 +17,7 @@ class RunFacts:
         primary_metric: name of the evaluation metric that is compared, such as ``eval_accuracy``.
         precision: ``bf16`` or ``fp32``.
         product_times_ms: of the model's products by precision, which that was chosen by; None without a choice.
-        kernels: ``compiled`` where a layer is computed by compiled kernels, else ``torch``.
+        kernels: ``compiled`` where compiled kernels were at hand, which take most models, else ``torch``.
         train_examples: number of training examples.
         eval_examples: number of evaluation examples.
         train_fingerprint: hash of the training split's texts and labels.
