@@ -84,9 +84,9 @@ class SteppedLoop:
         return answer
 
 
-def take_rounds(loops: dict[str, SteppedLoop], rounds: Iterable[Any]) -> dict[str, np.ndarray]:
+def take_rounds(loops: dict[str, SteppedLoop], rounds: Iterable[Any], seed: int = 0) -> dict[str, np.ndarray]:
     """Take a step of each loop in every round, in random order, then close them; seconds by loop, shape (rounds,)."""
-    order = np.random.default_rng(0)
+    order = np.random.default_rng(seed)
     seconds: dict[str, list[float]] = {name: [] for name in loops}
     for _ in rounds:
         for name in order.permutation(list(loops)):

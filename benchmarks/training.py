@@ -6,9 +6,8 @@
 Every loop runs in a process of its own and takes a step when it is told to. A round is one step of each, in random
 order; every loop goes once over the same examples of SST-2, as many as fill the rounds and twelve steps to settle, in
 batches of its own. ``speed`` compares loops in both precisions: ratios are of sums over rounds, with an interval from
-resampling whole rounds. ``methods`` compares the engine's methods in the faster precision, over five times as many
-rounds of the same batches: ratios are medians of pairs, which a disturbed round does not move. ``--quality-runs`` joins
-what ``training_quality`` wrote to the table. Leave the machine idle.
+resampling whole rounds. ``methods`` compares the engine's methods in the faster precision, see ``training_methods``.
+``--quality-runs`` joins what ``training_quality`` wrote to the table. Leave the machine idle.
 """
 
 from __future__ import annotations
@@ -29,40 +28,27 @@ from benchmarks.common import (
     MINILM,
     RESAMPLES,
     Interval,
-    median_interval,
-    mixture_interval,
     print_table,
     show_progress,
     write_json,
 )
-from benchmarks.overhead import SCHEDULE
 from benchmarks.stepping import SteppedLoop, take_rounds
 from benchmarks.training_loops import backbone_loop, engine_loop, limit_loop, trainer_loop
+from benchmarks.training_methods import summarize_methods, time_methods
 from benchmarks.training_profile import PRODUCT_SHAPES, measure_joined, profile_step
 from benchmarks.training_quality import read_runs, summarize
 from benchmarks.training_startup import measure_side_by_side, measure_startup
-from fwlora import FisherWeighting
 from fwlora.experiment.engine.options import Precision
 from fwlora.experiment.engine.precision import choose_precision, time_products
 from fwlora.experiment.paths import REPOSITORY
 
 BATCH_SIZE, RANK = 32, 8
 SETTLING_STEPS = 12
-# Rounds of ``methods`` to one of ``speed``.
-METHOD_ROUNDS = 5
+# Rounds of ``speed`` to those of one block of ``methods``.
+METHOD_ROUNDS = 4
 MEAN_LENGTHS = (8, 16, 32, 64, 128)
 MEMORY_EXAMPLES = (1_000, 8_000, 67_349)
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
-LORA, AGAIN, ADALORA = "LoRA", "LoRA again", "AdaLoRA"
-MEASURED, BETWEEN, SHRINKING = (f"FW-LoRA, {kind} step" for kind in ("measured", "unmeasured", "shrinkage"))
-METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
-    LORA: (engine_loop, {"method": "lora"}),
-    AGAIN: (engine_loop, {"method": "lora"}),
-    ADALORA: (engine_loop, {"method": "adalora"}),
-    MEASURED: (engine_loop, {"method": "fw_lora measuring"}),
-    BETWEEN: (engine_loop, {"method": "fw_lora between"}),
-    SHRINKING: (engine_loop, {"method": "fw_lora shrinking"}),
-}
 TRAINER, GROUPED, ENGINE, LIMIT = "Trainer", "Trainer grouped by length", "engine", "limit: products alone"
 IN_EACH_PRECISION: dict[str, tuple[Any, dict[str, Any]]] = {
     TRAINER: (trainer_loop, {"method": "lora", "grouped": False}),
@@ -136,29 +122,6 @@ def summarize_speed(seconds: dict[str, np.ndarray], faster: Precision, batch_siz
         "share of the limit, at least 0.70": ratio_interval(limits[faster], engine),
         "times the Trainer, at least 5": ratio_interval(trainer, engine),
         "times the Trainer grouped by length, at least 2.3": ratio_interval(grouped, engine),
-    }
-    return {"loops": rows, "targets": {name: vars(interval) for name, interval in targets.items()}}
-
-
-def summarize_methods(seconds: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Medians of paired ratios to LoRA's step, and FW-LoRA's whole run over SST-2's schedule."""
-    ratios = {name: values / seconds[LORA] for name, values in seconds.items()}
-    rows = {
-        name: {
-            "milliseconds_median": 1e3 * float(np.median(values)),
-            "milliseconds_quartiles": [1e3 * float(v) for v in np.percentile(values, [25, 75])],
-            "time_to_lora": vars(median_interval(ratios[name])),
-        }
-        for name, values in seconds.items()
-    }
-    warmup = SCHEDULE["warmup_steps"] / SCHEDULE["total_steps"]
-    measured = warmup / FisherWeighting().fisher_every
-    parts = [(measured, MEASURED), (warmup - measured, BETWEEN), (1 - warmup, SHRINKING)]
-    targets = {
-        "FW-LoRA's whole run to LoRA's, at most 1.01": mixture_interval(
-            [(share, ratios[name]) for share, name in parts]
-        ),
-        "AdaLoRA's to LoRA's, at most 1.10": median_interval(ratios[ADALORA]),
     }
     return {"loops": rows, "targets": {name: vars(interval) for name, interval in targets.items()}}
 
@@ -298,7 +261,7 @@ def measure(parts: list[str], options: dict[str, Any], faster: Precision, rounds
     if "side_by_side" in parts:
         found["side_by_side"] = measure_side_by_side({**options, "method": "lora", "examples": BATCH_SIZE * rounds})
     if "methods" in parts:
-        found["methods"] = summarize_methods(time_rounds(METHODS, options, METHOD_ROUNDS * rounds))
+        found["methods"] = summarize_methods(time_methods(options, max(1, rounds // METHOD_ROUNDS)))
     if "speed" in parts:
         seconds = time_rounds(choose_loops(options["device"], faster), options, rounds)
         found["speed"] = summarize_speed(seconds, faster, BATCH_SIZE)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +20,9 @@ from fwlora.adapters import AdapterPair, check_attached, find_adapter_pairs
 from fwlora.architectures import stores_transposed
 from fwlora.budget import MatrixShape
 from fwlora.config import lora_fields, wrap_with_peft
+from fwlora.orthogonality import orthogonality_term
 from fwlora.targets import TargetPatterns
-
-# Attributes of PEFT's allocator: sensitivity and its two moving averages, by parameter name.
-_AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
+from fwlora.triplet_scores import TripletScores
 
 
 @dataclass(frozen=True)
@@ -149,15 +147,8 @@ class AdaLora:
         self._allocator.init_bgt = sum(cost * pair.rank for cost, pair in zip(self._costs, self.pairs, strict=True))
         self._allocator.target_bgt = plan.budget
         self._allocator.mask_to_budget = self._mask_to_budget
-        self._allocator.update_ipt = self._update_averages
-        self._parameters = {
-            key.replace(".lora_E.", f".{kind}."): parameter
-            for key, pair in zip(self._pattern_keys(), self.pairs, strict=True)
-            for kind, parameter in (("lora_A", pair.A), ("lora_B", pair.B), ("lora_E", pair.E))
-            if parameter is not None
-        }
-        # PEFT's averages over all parameters, a vector each; its dictionaries hold parts of them.
-        self._averages: list[Tensor] | None = None
+        self._scores = TripletScores(self.pairs, self._allocator)
+        self._allocator.update_ipt = self._scores.update
         self._last_allocation_step = int(self._config.total_step or 0) - self._config.tfinal
         self.last_term = torch.zeros(())
         if self._last_allocation_step < 2:
@@ -165,23 +156,19 @@ class AdaLora:
                 f"AdaLoRA's schedule ends at step {self._last_allocation_step}; it needs at least 2 steps of allocation"
             )
 
+    @property
+    def term_weight(self) -> float:
+        """Weight of :meth:`loss_term`."""
+        return float(self._config.orth_reg_weight)
+
     def loss_term(self) -> Tensor | None:
         r"""Return orth_reg_weight / (2 M) sum_m (||A A^T - I||_F + ||B^T B - I||_F), a scalar: R(P, Q) as PEFT has it.
 
         M is the number of matrices, A has shape (r, d_in) and B (d_out, r). None where the weight is 0.
         """
-        if self._config.orth_reg_weight == 0:
+        if self.term_weight == 0:
             return None
-        groups: dict[torch.Size, list[Tensor]] = defaultdict(list)
-        for pair in self.pairs:
-            groups[pair.A.shape].append(pair.A)
-            groups[pair.B.mT.shape].append(pair.B.mT)
-        norms = []
-        for factors in groups.values():
-            P = torch.stack(factors)
-            identity = torch.eye(P.shape[1], device=P.device, dtype=P.dtype)
-            norms.append(torch.linalg.matrix_norm(P @ P.mT - identity))
-        term: Tensor = self._config.orth_reg_weight * torch.cat(norms).mean()
+        term = orthogonality_term([(pair.A, pair.B) for pair in self.pairs], self.term_weight)
         self.last_term = term.detach()
         return term
 
@@ -197,7 +184,7 @@ class AdaLora:
         """Count the triplets that are not masked, one number per matrix, as of the latest allocation."""
         pattern = self._config.rank_pattern or {}
         ranks = []
-        for name, pair in zip(self._pattern_keys(), self.pairs, strict=True):
+        for name, pair in zip(self._scores.keys, self.pairs, strict=True):
             mask = pattern.get(name, pattern.get(name.removesuffix(f".{self._allocator.adapter_name}")))
             ranks.append(pair.A.shape[0] if mask is None else sum(mask))
         return ranks
@@ -205,7 +192,7 @@ class AdaLora:
     def state_dict(self) -> dict[str, Any]:
         """Return what a resume needs beside the weights: PEFT's averages of sensitivity, and the current masks."""
         return {
-            "averages": {name: _copy(getattr(self._allocator, name)) for name in _AVERAGES},
+            "averages": self._scores.state(),
             "rank_pattern": dict(self._config.rank_pattern or {}),
             "last_term": self.last_term,
         }
@@ -216,42 +203,11 @@ class AdaLora:
         Raises:
             ValueError: a state of other matrices.
         """
-        keys = set(self._pattern_keys())
-        if not {name for name in state["rank_pattern"] if ".lora_E." in name} <= keys:
+        if not {name for name in state["rank_pattern"] if ".lora_E." in name} <= set(self._scores.keys):
             raise ValueError("`state` belongs to another model: its masks are those of other matrices")
-        for name in _AVERAGES:
-            setattr(self._allocator, name, _copy(state["averages"][name]))
-        self._averages = None
+        self._scores.load(state["averages"])
         self._config.rank_pattern = dict(state["rank_pattern"])
         self.last_term = state["last_term"]
-
-    def _pattern_keys(self) -> list[str]:
-        return [f"{pair.name}.lora_E.{self._allocator.adapter_name}" for pair in self.pairs]
-
-    @torch.no_grad()
-    def _update_averages(self, model: nn.Module) -> None:
-        """Update PEFT's averages of sensitivity and its uncertainty as its allocator does, all parameters at once.
-
-        Args:
-            model: whose parameters have their gradients.
-        """
-        parameters = list(self._parameters.values())
-        if self._averages is None or next(iter(self._parameters)) not in self._allocator.ipt:
-            self._averages = [self._join_averages(getattr(self._allocator, name)) for name in _AVERAGES]
-        sensitivity, average, uncertainty = self._averages
-        torch.mul(_join(parameters), _join([cast(Tensor, parameter.grad) for parameter in parameters]), out=sensitivity)
-        sensitivity.abs_()
-        average.mul_(self._allocator.beta1).add_(sensitivity * (1 - self._allocator.beta1))
-        deviation = (sensitivity - average).abs_()
-        uncertainty.mul_(self._allocator.beta2).add_(deviation.mul_(1 - self._allocator.beta2))
-
-    def _join_averages(self, held: dict[str, Tensor]) -> Tensor:
-        """Return a vector of what PEFT's allocator holds, zeros at first, and let it hold the vector's parts."""
-        parts = [held.get(name, torch.zeros_like(parameter)) for name, parameter in self._parameters.items()]
-        joint = _join(parts)
-        split = joint.split([part.numel() for part in parts])
-        held.update({name: own.view_as(part) for name, part, own in zip(self._parameters, parts, split, strict=True)})
-        return joint
 
     @torch.no_grad()
     def _mask_to_budget(self, model: nn.Module, budget: int) -> dict[str, list[bool]]:
@@ -265,7 +221,7 @@ class AdaLora:
             Which triplets of each matrix are kept, by PEFT's keys.
         """
         pattern = {}
-        for key, pair, kept in zip(self._pattern_keys(), self.pairs, self._choose_triplets(budget), strict=True):
+        for key, pair, kept in zip(self._scores.keys, self.pairs, self._choose_triplets(budget), strict=True):
             assert pair.E is not None
             if not all(kept):
                 pair.E.masked_fill_(~torch.tensor(kept, device=pair.E.device)[:, None], 0.0)
@@ -281,7 +237,7 @@ class AdaLora:
         Returns:
             For every matrix, which of its triplets are kept.
         """
-        scores = torch.cat([self._triplet_scores(key) for key in self._pattern_keys()]).tolist()
+        scores = self._scores.compute().tolist()
         places = [(place, index) for index, pair in enumerate(self.pairs) for place in range(pair.rank)]
         kept = [[False] * pair.rank for pair in self.pairs]
         for _, place, index in sorted((-score, *where) for score, where in zip(scores, places, strict=True)):
@@ -289,22 +245,6 @@ class AdaLora:
                 budget -= self._costs[index]
                 kept[index][place] = True
         return kept
-
-    def _triplet_scores(self, key_E: str) -> Tensor:
-        """Return PEFT's score of each triplet of one matrix, s(E) + mean s(A) + mean s(B), shape (r,)."""
-        score = self._allocator._element_score
-        of_A = score(key_E.replace(".lora_E.", ".lora_A.")).mean(dim=1)
-        of_B = score(key_E.replace(".lora_E.", ".lora_B.")).mean(dim=0)
-        scores: Tensor = score(key_E).view(-1) + of_A + of_B
-        return scores
-
-
-def _copy(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in values.items()}
-
-
-def _join(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
 @torch.no_grad()

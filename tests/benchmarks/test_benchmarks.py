@@ -14,7 +14,15 @@ import pytest
 import torch
 from scipy import stats
 
-from benchmarks import overhead, sketch_quality, stepping, training, training_profile, training_quality
+from benchmarks import (
+    overhead,
+    sketch_quality,
+    stepping,
+    training,
+    training_methods,
+    training_profile,
+    training_quality,
+)
 from benchmarks.common import MODELS, median_interval, mixture_interval
 from fwlora import FisherWeighting
 from tests.helpers.family_models import make_base
@@ -93,16 +101,23 @@ def test_speed_is_summarized_with_the_ratios_that_have_targets():
     assert shares == pytest.approx({"engine, fp32": 1.3 / 1.7, "Trainer, bf16": 0.1})
 
 
-def test_a_methods_whole_run_mixes_its_kinds_of_step():
-    lora = np.random.default_rng(0).uniform(0.05, 0.07, 60)
-    factors = dict.fromkeys(training.METHODS, 1.0) | {training.MEASURED: 1.08, training.SHRINKING: 1.004}
-    seconds = {name: factor * lora for name, factor in (factors | {training.ADALORA: 1.1}).items()}
-    seconds[training.SHRINKING][7] *= 50  # a disturbed round
-    found = training.summarize_methods(seconds)
+def test_a_methods_whole_run_mixes_its_kinds_of_step_within_blocks():
+    lora = np.random.default_rng(0).uniform(0.05, 0.07, (4, 60))
+    methods = training_methods
+    factors = dict.fromkeys(methods.METHODS, 1.0) | {methods.MEASURED: 1.08, methods.SHRINKING: 1.004}
+    seconds = {name: factor * lora for name, factor in (factors | {methods.ADALORA: 1.1}).items()}
+    seconds[methods.SHRINKING][0, 7] *= 50  # a disturbed round
+    offsets = np.array([0.99, 1.01, 1.03, 1.01])
+    seconds[methods.ADALORA] *= offsets[:, None]  # processes of unlike speed
+    found = methods.summarize_methods(seconds)
     every = FisherWeighting().fisher_every
     warm = 1.08 / every + (1 - 1 / every)
-    estimates = [target["estimate"] for target in found["targets"].values()]
-    assert estimates == pytest.approx([(500 * warm + 5815 * 1.004) / 6315, 1.1])
+    whole, adalora = found["targets"].values()
+    assert whole["estimate"] == pytest.approx((500 * warm + 5815 * 1.004) / 6315)
+    assert whole["high"] - whole["low"] < 1e-6
+    half = stats.t.ppf(0.975, 3) * (1.1 * offsets).std(ddof=1) / 4**0.5
+    assert adalora["estimate"] == pytest.approx(1.1 * 1.01)
+    assert adalora["high"] - adalora["estimate"] == pytest.approx(half)
 
 
 def test_quality_is_the_paired_difference_of_seeds_that_both_have(tmp_path):

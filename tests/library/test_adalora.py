@@ -157,7 +157,7 @@ def test_kept_triplets_are_the_most_important_ones():
     plan = AdaLoraPlan(init_rank=3, budget=7 * 41)
     model, method, _ = make(plan, total_steps=8, schedule={**SCHEDULE, "tfinal": 0})
     train_steps(model, method, 7)
-    scores = torch.cat([method._triplet_scores(key) for key in method._pattern_keys()])
+    scores = method._scores.compute()
     before = torch.cat([pair.E.detach().flatten() for pair in method.pairs])
     method.after_step(8)
     kept = torch.cat([pair.E.detach().flatten() for pair in method.pairs]) != 0
@@ -273,3 +273,21 @@ def test_averages_are_pefts_to_the_last_bit():
         expected = getattr(theirs, name)
         assert set(ours) == set(expected) and len(ours) == 3 * len(adalora.pairs)
         assert all(torch.equal(ours[key], value) for key, value in expected.items())
+
+
+def test_a_triplets_score_is_pefts():
+    model, adalora, _ = make(AdaLoraPlan(init_rank=3, budget=450))
+    allocator = model.base_model.rankallocator
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(2):
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+        allocator.update_ipt(model.base_model.model)
+    expected = []
+    for pair in adalora.pairs:
+        of_A, of_B, of_E = (allocator._element_score(f"{pair.name}.lora_{kind}.default") for kind in "ABE")
+        pefts = torch.stack([of_A.mean(dim=1), of_B.mean(dim=0)], dim=1)
+        expected.append(allocator._combine_ipt(of_E, pefts))
+    torch.testing.assert_close(adalora._scores.compute(), torch.cat(expected), rtol=1e-6, atol=0)
+    assert torch.cat(expected).unique().numel() == 18

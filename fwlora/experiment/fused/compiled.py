@@ -50,6 +50,7 @@ _SIGNATURES: dict[str, str] = {
     "attend_backward": "ppppp stf ppp iiiii",
     "drop": "p stf pp ii",
     "shrink": "pppp ppp i",
+    "orthogonalize": "pppp pfp i",
 }
 _TYPES = {"p": _POINTER, "i": _INTEGER, "f": _FLOAT, "s": _SEED, "t": _THRESHOLD}
 

@@ -669,7 +669,48 @@ INLINE void gram_of_columns(const float *B, int64_t rows, int64_t r, int64_t wid
     }
 }
 
-/* Gradients and value of the terms c ||B A||_F^2 for A (r, d_in), B (d_out, r) of `count` matrices, sizes (count, 3):
+/* G (r, wide) = A A^T of A (r, d); its columns behind r are left as they are. */
+INLINE void gram_of_rows(const float *A, int64_t r, int64_t d, int64_t wide, float *G) {
+    for (int64_t a = 0; a < r; a++)
+        for (int64_t b = a; b < r; b++) {
+            const float *x = A + a * d, *y = A + b * d;
+            vf total = splat(0.0f);
+            int64_t c = 0;
+            for (; c + LANES <= d; c += LANES) total += load(x + c) * load(y + c);
+            float rest = sum_lanes(total);
+            for (; c < d; c++) rest += x[c] * y[c];
+            G[a * wide + b] = G[b * wide + a] = rest;
+        }
+}
+
+/* out (r, d) += S A of S (r, wide) and A (r, d). */
+INLINE void add_mixed_rows(const float *S, const float *A, float *out, int64_t r, int64_t d, int64_t wide) {
+    for (int64_t a = 0; a < r; a++) {
+        int64_t c = 0;
+        for (; c + LANES <= d; c += LANES) {
+            vf total = load(out + a * d + c);
+            for (int64_t b = 0; b < r; b++) total += S[a * wide + b] * load(A + b * d + c);
+            store(out + a * d + c, total);
+        }
+        for (; c < d; c++)
+            for (int64_t b = 0; b < r; b++) out[a * d + c] += S[a * wide + b] * A[b * d + c];
+    }
+}
+
+/* out (rows, r) += B S of B (rows, r) and S (r, wide); sums has `wide` floats. */
+INLINE void add_mixed_columns(const float *B, const float *S, float *out, int64_t rows, int64_t r, int64_t wide,
+                              float *sums) {
+    for (int64_t j = 0; j < rows; j++) {
+        for (int64_t c = 0; c < wide; c += LANES) {
+            vf total = splat(0.0f);
+            for (int64_t a = 0; a < r; a++) total += B[j * r + a] * load(S + a * wide + c);
+            store(sums + c, total);
+        }
+        for (int64_t a = 0; a < r; a++) out[j * r + a] += sums[a];
+    }
+}
+
+/* Gradients and values of the terms c ||B A||_F^2 for A (r, d_in), B (d_out, r) of `count` matrices, sizes (count, 3):
  * dA += 2 c (B^T B) A, dB += 2 c B (A A^T), values[m] = c ||B A||^2; dA and dB may be NULL. */
 void shrink(const float *const *A, const float *const *B, float *const *dA, float *const *dB, const int64_t *sizes,
             const float *doubled, double *values, int64_t count, int threads) {
@@ -678,46 +719,45 @@ void shrink(const float *const *A, const float *const *B, float *const *dA, floa
         int64_t r = sizes[3 * m], d_in = sizes[3 * m + 1], d_out = sizes[3 * m + 2];
         int64_t wide = (r + LANES - 1) / LANES * LANES;
         float *BtB = calloc(2 * r * wide + 2 * wide, sizeof(float)), *AAt = BtB + r * wide, *row = AAt + r * wide;
-        float *sums = row + wide;
         gram_of_columns(B[m], d_out, r, wide, row, BtB);
-        for (int64_t a = 0; a < r; a++)
-            for (int64_t b = a; b < r; b++) {
-                const float *x = A[m] + a * d_in, *y = A[m] + b * d_in;
-                vf total = splat(0.0f);
-                int64_t c = 0;
-                for (; c + LANES <= d_in; c += LANES) total += load(x + c) * load(y + c);
-                float rest = sum_lanes(total);
-                for (; c < d_in; c++) rest += x[c] * y[c];
-                AAt[a * wide + b] = AAt[b * wide + a] = rest;
-            }
+        gram_of_rows(A[m], r, d_in, wide, AAt);
         double value = 0.0;
-        for (int64_t a = 0; a < r; a++)
-            for (int64_t b = 0; b < r; b++) value += (double)BtB[a * wide + b] * AAt[a * wide + b];
+        for (int64_t i = 0; i < r * wide; i++) value += (double)BtB[i] * AAt[i];
         values[m] = 0.5 * doubled[m] * value;
         for (int64_t i = 0; i < r * wide; i++) BtB[i] *= doubled[m];
         for (int64_t i = 0; i < r * wide; i++) AAt[i] *= doubled[m];
-        if (dA[m])
-            for (int64_t a = 0; a < r; a++) {
-                float *out = dA[m] + a * d_in;
-                int64_t c = 0;
-                for (; c + LANES <= d_in; c += LANES) {
-                    vf total = load(out + c);
-                    for (int64_t b = 0; b < r; b++) total += BtB[a * wide + b] * load(A[m] + b * d_in + c);
-                    store(out + c, total);
-                }
-                for (; c < d_in; c++)
-                    for (int64_t b = 0; b < r; b++) out[c] += BtB[a * wide + b] * A[m][b * d_in + c];
-            }
-        if (dB[m])
-            for (int64_t j = 0; j < d_out; j++) {
-                for (int64_t c = 0; c < wide; c += LANES) {
-                    vf total = splat(0.0f);
-                    for (int64_t a = 0; a < r; a++) total += B[m][j * r + a] * load(AAt + a * wide + c);
-                    store(sums + c, total);
-                }
-                for (int64_t a = 0; a < r; a++) dB[m][j * r + a] += sums[a];
-            }
+        if (dA[m]) add_mixed_rows(BtB, A[m], dA[m], r, d_in, wide);
+        if (dB[m]) add_mixed_columns(B[m], AAt, dB[m], d_out, r, wide, row + wide);
         free(BtB);
+    }
+}
+
+/* c ||G - I||_F of a Gram matrix (r, wide); G becomes 2 c (G - I) / ||G - I||_F, or 0 where that norm is. */
+INLINE double weigh_excess(float *G, int64_t r, int64_t wide, float c) {
+    double squares = 0.0;
+    for (int64_t a = 0; a < r; a++) G[a * wide + a] -= 1.0f;
+    for (int64_t i = 0; i < r * wide; i++) squares += (double)G[i] * G[i];
+    double norm = sqrt(squares);
+    float factor = norm > 0.0 ? (float)(2.0 * c / norm) : 0.0f;
+    for (int64_t i = 0; i < r * wide; i++) G[i] *= factor;
+    return c * norm;
+}
+
+/* Gradients and values of the terms c (||A A^T - I||_F + ||B^T B - I||_F), arguments as those of shrink. */
+void orthogonalize(const float *const *A, const float *const *B, float *const *dA, float *const *dB,
+                   const int64_t *sizes, float c, double *values, int64_t count, int threads) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t m = 0; m < count; m++) {
+        int64_t r = sizes[3 * m], d_in = sizes[3 * m + 1], d_out = sizes[3 * m + 2];
+        int64_t wide = (r + LANES - 1) / LANES * LANES;
+        float *G = calloc(r * wide + 2 * wide, sizeof(float)), *row = G + r * wide;
+        gram_of_rows(A[m], r, d_in, wide, G);
+        values[m] = weigh_excess(G, r, wide, c);
+        if (dA[m]) add_mixed_rows(G, A[m], dA[m], r, d_in, wide);
+        gram_of_columns(B[m], d_out, r, wide, row, G);
+        values[m] += weigh_excess(G, r, wide, c);
+        if (dB[m]) add_mixed_columns(B[m], G, dB[m], d_out, r, wide, row + wide);
+        free(G);
     }
 }
 

@@ -17,9 +17,12 @@ if TYPE_CHECKING:
     import torch
     from peft import PeftModel
     from torch import Tensor, nn
+    from torch.optim import Optimizer
 
     from fwlora.adalora import AdaLora
     from fwlora.config import RankPlan
+    from fwlora.experiment.fused.compiled import Kernels
+    from fwlora.experiment.fused.compiled_terms import CompiledOrthogonality
     from fwlora.experiment.settings.schema import RunSettings
 
 
@@ -83,10 +86,27 @@ class AdaLoraMethod(Method):
     def __init__(self, adalora: AdaLora) -> None:
         super().__init__(adalora.pairs)
         self.adalora = adalora
+        self._compiled_term: CompiledOrthogonality | None = None
+
+    def use_kernels(self, kernels: Kernels) -> None:
+        """Add the orthogonality term's gradient by a compiled kernel, where it takes the factors."""
+        from fwlora.experiment.fused.compiled_terms import CompiledOrthogonality, takes_factors
+
+        factors = [(pair.A, pair.B) for pair in self.pairs]
+        if takes_factors(factors) and self.adalora.term_weight:
+            self._compiled_term = CompiledOrthogonality(kernels, factors, self.adalora.term_weight)
 
     def loss_term(self) -> Tensor | None:
-        """Return the orthogonality term; see :meth:`fwlora.adalora.AdaLora.loss_term`."""
-        return self.adalora.loss_term()
+        """Return the orthogonality term, unless a kernel adds its gradient.
+
+        See :meth:`fwlora.adalora.AdaLora.loss_term`.
+        """
+        return self.adalora.loss_term() if self._compiled_term is None else None
+
+    def after_backward(self, optimizer: Optimizer) -> None:
+        """Add the orthogonality term's gradient, where a kernel does."""
+        if self._compiled_term is not None:
+            self.adalora.last_term = self._compiled_term.add_gradients()
 
     def after_step(self, step: int) -> None:
         """Update scores and masks."""

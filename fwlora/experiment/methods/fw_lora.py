@@ -82,7 +82,8 @@ class FwLoraMethod(Method):
 
     def use_kernels(self, kernels: Kernels) -> None:
         """Measure, and add the shrinkage gradient, by compiled kernels."""
-        from fwlora.experiment.fused.compiled_fw_lora import CompiledSketchProducts, make_shrinkage
+        from fwlora.experiment.fused.compiled_sketch import CompiledSketchProducts
+        from fwlora.experiment.fused.compiled_terms import make_shrinkage
 
         self.fisher_weighted.make_shrinkage = partial(make_shrinkage, kernels)
         self.fisher_weighted.sketch_products = CompiledSketchProducts(kernels)

@@ -15,14 +15,13 @@ from fwlora.adapters import find_adapter_pairs
 from fwlora.experiment.engine.precision import DTYPES
 from fwlora.experiment.fused import compiled
 from fwlora.experiment.fused.compiled import Kernels, NoKernelsError, drop_threshold, kept_scale, load_kernels
-from fwlora.experiment.fused.compiled_fw_lora import CompiledShrinkage, CompiledSketchProducts, make_shrinkage
 from fwlora.experiment.fused.compiled_layer import CompiledLayer
+from fwlora.experiment.fused.compiled_sketch import CompiledSketchProducts
 from fwlora.experiment.fused.dropout import KeptMask
 from fwlora.experiment.fused.families import known_families
 from fwlora.experiment.fused.forward import FastClassifier, PlainClassifier, make_classifier
 from fwlora.experiment.fused.layer import FusedLayer
 from fwlora.experiment.methods.fw_lora import FwLoraMethod
-from fwlora.shrinkage import BatchedShrinkage
 from tests.helpers.fused_models import ALL, adapt, make_base
 
 FAMILIES = [family.name for family in known_families()]
@@ -314,56 +313,21 @@ def test_there_are_no_kernels_for_other_types():
 
 
 def test_what_the_kernels_do_not_take_is_left_to_torchs_operations_and_said():
-    def remark_of(model: nn.Module) -> str:
+    def remark_of(model: nn.Module, precision: str = "fp32") -> str:
         kernels = load_kernels(torch.float32)
         classifier, remark = make_classifier(
-            model, find_adapter_pairs(model), "fp32", lambda: None, fast=True, kernels=kernels
+            model, find_adapter_pairs(model), precision, lambda: None, fast=True, kernels=kernels
         )
         assert all(isinstance(layer, FusedLayer) for layer in classifier.layers)
         gradients(classifier, make_inputs(9))
         return str(remark)
 
     assert "float32" in remark_of(adapt(make_base()))
+    assert "they multiply in torch.float32" in remark_of(adapt(make_base()).float(), "bf16")
     odd = make_base()
     for layer in odd.roberta.encoder.layer:
         layer.intermediate.dense, layer.output.dense = nn.Linear(32, 40), nn.Linear(40, 32)
     assert "multiples of 16" in remark_of(adapt(odd).float())
-
-
-@pytest.mark.parametrize("ranks", [(1,), (3, 4, 8), (17, 2)])
-@pytest.mark.parametrize("factor", [1.0, 0.5, torch.tensor(2.0)])
-def test_the_shrinkage_kernel_is_the_batched_form(ranks, factor):
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(32, 48), (37, 32), (20, 5), (384, 1536)]
-    factors = []
-    for place, (d_in, d_out) in enumerate(shapes):
-        rank = ranks[place % len(ranks)]
-        factors.append((
-            nn.Parameter(torch.randn(rank, d_in, generator=generator)),
-            nn.Parameter(torch.randn(d_out, rank, generator=generator)),
-        ))  # fmt: skip
-    factors[1][0].requires_grad_(False)
-    coefficients = torch.tensor([0.3, 0.9, 0.0, 0.2])
-    parameters = [parameter for pair in factors for parameter in pair]
-    starts = [None if place == 2 else torch.randn(p.shape, generator=generator) for place, p in enumerate(parameters)]
-    doubles = [(nn.Parameter(A.detach().double()), nn.Parameter(B.detach().double())) for A, B in factors]
-    found = []
-    for made, own in (
-        (make_shrinkage(load_kernels(torch.float32), factors, coefficients), factors),
-        (BatchedShrinkage(doubles, coefficients.double()), doubles),
-    ):
-        flat = [parameter for pair in own for parameter in pair]
-        flat[2].requires_grad_(False)
-        for parameter, start in zip(flat, starts, strict=True):
-            if parameter.requires_grad and start is not None:
-                parameter.grad = start.to(parameter.dtype).clone()
-        found.append((made.add_gradients(factor), [parameter.grad for parameter in flat]))
-    assert isinstance(make_shrinkage(load_kernels(torch.float32), factors, coefficients), CompiledShrinkage)
-    assert float(found[0][0]) == pytest.approx(float(found[1][0]), rel=1e-5)
-    for ours, expected in zip(found[0][1], found[1][1], strict=True):
-        assert (ours is None) == (expected is None)
-        if expected is not None:
-            assert float((ours.double() - expected).norm() / expected.norm()) < 1e-5
 
 
 def keep_results(products: CompiledSketchProducts, found: list) -> None:
@@ -403,26 +367,3 @@ def test_what_the_sketchs_kernels_do_not_take_is_left_to_torchs_operations():
         signs = torch.ones(X.shape[1], size, dtype=X.dtype)
         torch.testing.assert_close(products.compress(X, signs), X @ signs)
         assert products.reduce(X[:, :size].contiguous(), torch.randn(5, 24)) is None
-
-
-def test_factors_of_another_type_are_left_to_torchs_operations():
-    factors = [(torch.randn(2, 8, dtype=torch.float64), torch.randn(8, 2, dtype=torch.float64))]
-    assert isinstance(make_shrinkage(load_kernels(torch.float32), factors, torch.ones(1)), BatchedShrinkage)
-
-
-def test_the_engines_kernels_shrink_what_the_loop_without_them_shrinks():
-    found = []
-    for kernels in (None, load_kernels(torch.float32)):
-        model = adapt(make_base()).float()
-        method = FwLoraMethod(FisherWeightedLora(model, FisherWeighting(warmup_steps=1, strength=0.1)))
-        if kernels is not None:
-            method.use_kernels(kernels)
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
-        for _ in range(3):
-            gradients(PlainClassifier(model), make_inputs(9))
-            method.after_backward(optimizer)
-            optimizer.step()
-        found.append((method.step_values()["penalty"], [pair.B.detach().clone() for pair in method.pairs]))
-        kind = CompiledShrinkage if kernels else BatchedShrinkage
-        assert isinstance(method.fisher_weighted._shrinkage, kind)
-    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
