@@ -22,7 +22,6 @@ import hydra
 from omegaconf import DictConfig
 
 from fwlora.config import RankPlan
-from fwlora.experiment.checkpoint import save_checkpoint
 from fwlora.experiment.engine.device import keep_freed_memory
 from fwlora.experiment.engine.distributed import is_main_process, leave_process_group
 from fwlora.experiment.engine.loop import train
@@ -42,6 +41,7 @@ from fwlora.experiment.run import (
     print_log_lines,
     summarize_run,
 )
+from fwlora.experiment.saved_model import save_model
 from fwlora.experiment.search import InfeasibleTrialError, SearchResult, search, trial_settings
 from fwlora.experiment.settings.hydra_arguments import Invocation, enter_program, run_task
 from fwlora.experiment.settings.modes import get_mode
@@ -209,7 +209,7 @@ def train_and_record(
     tracker.set_summary(summary)
     if directory is not None and is_main_process():
         final_value = summary[metrics.final_name(summary[metrics.PRIMARY_METRIC])]
-        save_checkpoint(adapted, inputs.tokenizer, run, facts, final_value, directory / "checkpoint")
+        save_model(adapted, inputs.tokenizer, run, facts, final_value, directory / "checkpoint")
     tracker.set_summary({metrics.COMPLETED: True})
     log_outcome(summary)
 

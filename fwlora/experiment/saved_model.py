@@ -49,7 +49,7 @@ The value is of one run with one seed; `python -m src.evaluate` gives intervals 
 """
 
 
-def save_checkpoint(
+def save_model(
     adapted: AdaptedModel, tokenizer: Any, run: RunSettings, facts: RunFacts, final_value: float, folder: Path
 ) -> None:
     """Save model, tokenizer and model card, all or nothing.
