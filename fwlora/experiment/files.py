@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import shutil
@@ -18,25 +19,27 @@ from yaml import Node, YAMLError
 from fwlora.experiment.errors import UserError, describe_validation_error
 
 MOST_VALUES = 100_000
+_PARTIAL = ".partial"
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 Model = TypeVar("Model", bound=BaseModel)
 
 
 def write_files(files: Mapping[Path, bytes]) -> None:
     """Write every file under a temporary name, then rename them all, so that an error leaves all files as they were.
 
-    Folders are made as needed.
+    Folders are made as needed. A file that is renamed is on the disk, so that a crash leaves old content or new.
 
     Raises:
         OSError: a folder or file cannot be written; ``filename`` is that of the file.
     """
-    temporaries = {path: _name_partial(path) for path in files}
+    temporaries = {path: name_partial(path) for path in files}
     path = Path()
     try:
         for path, content in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.is_dir():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-            temporaries[path].write_bytes(content)
+            _write_new(temporaries[path], content)
         for path, temporary in temporaries.items():
             os.replace(temporary, path)
     except OSError as error:
@@ -48,25 +51,99 @@ def write_files(files: Mapping[Path, bytes]) -> None:
 
 
 def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a new folder beside ``folder`` and put it in its place, so that a failure leaves the old one.
+    """Fill a new folder beside ``folder`` and put it in its place, so that a failure or a crash leaves the old one.
 
     Args:
         folder: to be replaced or made.
         fill: writes the content into the folder that it is given.
     """
-    partial = _name_partial(folder)
+    partial = name_partial(folder)
     partial.mkdir(parents=True)
     try:
         fill(partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
+        sync_tree(partial)
+        _put_in_place(partial, folder)
+        sync_folder(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _name_partial(path: Path) -> Path:
-    # Several processes may write at once.
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
+def delete_folder(folder: Path) -> None:
+    """Delete a folder at once for everybody who looks for it, then its content; what cannot be deleted is left."""
+    doomed = name_partial(folder)
+    with suppress(OSError):
+        folder.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def name_partial(path: Path) -> Path:
+    """Return a name beside a path for what is not complete yet; several processes may write at once."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{_PARTIAL}")
+
+
+def remove_partials(folder: Path) -> None:
+    """Delete what processes that were killed left incomplete in a folder, where no other process writes."""
+    for path in folder.glob(f".*{_PARTIAL}"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                path.unlink()
+
+
+def sync_tree(folder: Path) -> None:
+    """Wait until a folder's files, which lie in it or in folders below, are on the disk."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            _sync(Path(place, name))
+        sync_folder(Path(place))
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk, where the system can do that."""
+    with suppress(OSError):
+        _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_new(path: Path, content: bytes) -> None:
+    """Write a file that must not exist, not even as a link, through to the disk."""
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _put_in_place(new: Path, folder: Path) -> None:
+    """Give a folder another's name, in one operation where the system has one; the old one is then at ``new``."""
+    try:
+        new.rename(folder)  # where there is none, or an empty one
+        return
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+    if not _exchange(new, folder):
+        old = name_partial(folder)
+        folder.rename(old)
+        new.rename(folder)
+        old.rename(new)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchange two names by Linux's ``renameat2``; return whether that could be done."""
+    try:
+        library = ctypes.CDLL(None, use_errno=True)
+        done = library.renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE)
+    except (OSError, AttributeError):
+        return False
+    return done == 0
 
 
 def load_yaml(path: Path) -> Any:
