@@ -78,6 +78,7 @@ def _study(arguments: argparse.Namespace) -> int:
 
     from fwlora.experiment.errors import user_errors_exit
     from fwlora.experiment.paths import find_repository
+    from fwlora.experiment.stopping import Stopper
     from fwlora.experiment.study.display import format_duration
     from fwlora.experiment.study.execution import run_study
     from fwlora.experiment.study.spec import load_study, plan_study
@@ -90,11 +91,9 @@ def _study(arguments: argparse.Namespace) -> int:
         planned = plan_study(study, repository / "config", os.environ, arguments.overrides)
         folders = " and ".join(dict.fromkeys(run.results_dir for run in planned))
         console.print(f"study {arguments.name}: {len(planned)} runs, results in {folders}", highlight=False)
-        try:
-            exit_code = run_study(planned, repository, console, arguments.on)
-        except KeyboardInterrupt:
-            console.print("interrupted")
-            return 130
+        # Its runs need up to ten seconds to stop.
+        Stopper(patience_s=15.0).install()
+        exit_code = run_study(planned, repository, console, arguments.on)
     if exit_code == 0:
         console.print(f"study {arguments.name} took {format_duration(time.monotonic() - started)}", highlight=False)
     return exit_code

@@ -9,20 +9,29 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, get_args
 
+from fwlora.experiment.stopping import StopRequested
+
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
 _UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
 EXIT_USER_ERROR = 2
 EXIT_EXHAUSTED = 1
+EXIT_UNRECORDED = 74  # EX_IOERR of sysexits.h: the record of a run is not whole
+EXIT_HELD = 75  # EX_TEMPFAIL: another process is at the run
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 class UserError(ValueError):
     """A mistake in what the user asked for: what, where, the value, the remedy.
 
-    Entry points print ``str(error)`` to stderr and exit with :data:`EXIT_USER_ERROR`.
+    Entry points print ``str(error)`` to stderr and exit with its exit code.
+
+    Attributes:
+        exit_code: :data:`EXIT_USER_ERROR`, unless a subclass has another.
     """
+
+    exit_code: int = EXIT_USER_ERROR
 
     @classmethod
     def collect(cls, heading: str, problems: Iterable[str]) -> UserError:
@@ -117,7 +126,7 @@ def _known_keys(parents: Sequence[str], model: Any) -> list[str]:
 
 @contextmanager
 def user_errors_exit() -> Iterator[None]:
-    """End the process with the message and :data:`EXIT_USER_ERROR` where the block raises a :class:`UserError`.
+    """End the process with the message and the error's exit code where the block raises a :class:`UserError`.
 
     A KeyboardInterrupt prints "interrupted" and exits with 130 (128 + SIGINT). A machine without memory or room on its
     disk is told in one line, with :data:`EXIT_EXHAUSTED`.
@@ -126,7 +135,7 @@ def user_errors_exit() -> Iterator[None]:
         yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_USER_ERROR)
+        sys.exit(error.exit_code)
     except (MemoryError, OSError, RuntimeError) as error:
         reason = _describe_exhaustion(error)
         if reason is None:
@@ -136,6 +145,9 @@ def user_errors_exit() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(EXIT_INTERRUPTED)
+    except StopRequested as stop:
+        print("interrupted" if stop.exit_code == EXIT_INTERRUPTED else stop, file=sys.stderr, flush=True)
+        sys.exit(stop.exit_code)
 
 
 def list_causes(error: BaseException) -> list[BaseException]:

@@ -28,6 +28,7 @@ from types import TracebackType
 from typing import IO, Any, NoReturn, Protocol, Self
 
 from fwlora.experiment.paths import find_own_checkout
+from fwlora.experiment.stopping import name_parent
 
 PROGRAMS = ("src.main", "src.train")
 # What runs import later than their first line; a test holds that nothing of weight is missing.
@@ -88,18 +89,26 @@ def command_of(module: str, arguments: Sequence[str]) -> list[str]:
 
 
 def start_program(
-    module: str, arguments: Sequence[str], environment: Mapping[str, str], folder: Path | None = None
+    module: str,
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    folder: Path | None = None,
+    inherited: Sequence[int] = (),
 ) -> Program:
     """Start ``python -u -m <module>``, its output and errors in ``stdout``; from a fork, by forking.
+
+    The program asks itself to stop when this process ends before it.
 
     Args:
         module: such as ``src.train``.
         arguments: of the program.
         environment: variables by name.
         folder: to start in; None for the current one.
+        inherited: descriptors that the program keeps open.
     """
+    variables = {**environment, **name_parent()}
     if _preloaded:
-        return ForkedProgram(module, arguments, environment, folder)
+        return ForkedProgram(module, arguments, variables, folder)
     return subprocess.Popen(
         command_of(module, arguments),
         cwd=folder,
@@ -108,7 +117,8 @@ def start_program(
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        env=dict(environment),
+        env=variables,
+        pass_fds=inherited,
     )
 
 
@@ -191,7 +201,7 @@ class WarmServer:
         reading, writing = os.pipe()
         try:
             process = self._context.Process(
-                target=_become, args=(module, list(arguments), dict(environment), folder, DupFd(writing))
+                target=_become, args=(module, list(arguments), {**environment, **name_parent()}, folder, DupFd(writing))
             )
             process.start()
         except BaseException:
