@@ -19,20 +19,27 @@ from fwlora.experiment.errors import UserError
 from fwlora.experiment.paths import CONFIG_DIR, find_log
 from fwlora.experiment.pipeline_contract import complete_verdict, is_verdict
 from fwlora.experiment.programs import command_of, start_program
+from fwlora.experiment.resume.lock import RunLock, hold_run
 from fwlora.experiment.settings.hydra_arguments import Invocation, enter_program, run_task
+from fwlora.experiment.stopping import SIGNALS, watch_parent
+from fwlora.experiment.streams import outlive_readers
 
 INTERRUPT_PATIENCE_S = 10.0
 
 
-def launch_training(invocation: Invocation, log_path: Path, environment: Mapping[str, str]) -> tuple[int, list[str]]:
+def launch_training(
+    invocation: Invocation, log_path: Path, environment: Mapping[str, str], lock: RunLock | None = None
+) -> tuple[int, list[str]]:
     """Run ``src.train``, its output on this stdout and appended to the log.
 
-    SIGTERM is passed on to the child; SIGINT too, if the child is still running after a while.
+    Requests to stop are passed on to the child; SIGINT, which a terminal sends to both, after a while. A reader of
+    stdout that goes away ends neither.
 
     Args:
         invocation: what the child is to do.
         log_path: of the log.
         environment: variables of this process by name.
+        lock: of the run, which the child takes over.
 
     Returns:
         The child's exit code, and the lines of its verdict, in modes that have one; they are not printed yet.
@@ -52,17 +59,20 @@ def launch_training(invocation: Invocation, log_path: Path, environment: Mapping
         command = " ".join(command_of("src.train", invocation.overrides))
         log.write(f"# {datetime.now(UTC).isoformat(timespec='seconds')} {command}\n")
         log.flush()
-        with start_program("src.train", invocation.overrides, {**environment, **invocation.hand_over()}) as child:
+        variables = {**environment, **invocation.hand_over(), **(lock.for_child() if lock else {})}
+        inherited = [lock.descriptor] if lock else []
+        with start_program("src.train", invocation.overrides, variables, inherited=inherited) as child:
             interrupted = threading.Timer(INTERRUPT_PATIENCE_S, child.send_signal, [signal.SIGINT])
 
             def pass_on(number: int, frame: object) -> None:
-                if number == signal.SIGTERM:
+                if number != signal.SIGINT:
                     child.send_signal(number)
                 # Ctrl-C reaches the child too; interrupt it only if it is still running after a while.
                 elif not interrupted.is_alive():
                     interrupted.start()
 
-            previous = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+            taken = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+            previous = {number: signal.signal(number, pass_on) for number in taken}
             try:
                 assert child.stdout is not None
                 for line in child.stdout:
@@ -82,9 +92,12 @@ def launch_training(invocation: Invocation, log_path: Path, environment: Mapping
 
 def run(invocation: Invocation) -> None:
     """Launch the training that was asked for, and end as it ends."""
+    outlive_readers()
+    watch_parent()
     settings = invocation.settings
     log_path = find_log(settings.results_dir, settings.run.run_id, settings.mode)
-    exit_code, verdict = launch_training(invocation, log_path, os.environ)
+    with hold_run(settings) as lock:
+        exit_code, verdict = launch_training(invocation, log_path, os.environ, lock)
     for line in complete_verdict(verdict, settings.mode):
         print(line, flush=True)
     # A child killed by signal n is reported by subprocess as -n, by shells as 128 + n.

@@ -7,7 +7,9 @@
 4. Record: every step and every epoch go to the tracker as they come, final values and predictions at the end. A full
    run saves its adapter.
 
-``src.main`` starts this program as a subprocess and hands its settings over; alone it takes the same arguments.
+A full run writes checkpoints while it searches and trains; the same command continues it after a stop, to the bytes of
+the run that never stopped (:mod:`fwlora.experiment.resume`). ``src.main`` starts this program as a subprocess and hands
+its settings over; alone it takes the same arguments.
 """
 
 from __future__ import annotations
@@ -15,8 +17,6 @@ from __future__ import annotations
 from fwlora.experiment.interrupts import end_imports
 
 import logging
-import time
-from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
@@ -30,6 +30,8 @@ from fwlora.experiment.engine.progress import ProgressPrinter
 from fwlora.experiment.modeling.build import AdaptedModel, check_max_length, load_tokenizer
 from fwlora.experiment.paths import CONFIG_DIR, REPOSITORY
 from fwlora.experiment.pipeline_contract import announce_verdict, watch
+from fwlora.experiment.resume.lock import hold_run
+from fwlora.experiment.resume.session import RunSession, open_session
 from fwlora.experiment.run import (
     RunInputs,
     choose_engine,
@@ -47,6 +49,8 @@ from fwlora.experiment.settings.hydra_arguments import Invocation, enter_program
 from fwlora.experiment.settings.modes import get_mode
 from fwlora.experiment.settings.resolve import check_schedules
 from fwlora.experiment.settings.schema import ProgramSettings, RunSettings
+from fwlora.experiment.stopping import Stopper
+from fwlora.experiment.streams import outlive_readers
 from fwlora.experiment.tracking import NullTracker, Tracker, metrics, open_tracker
 from fwlora.experiment.tracking.facts import RunFacts
 from src.model import build_model, plan_adapters
@@ -56,46 +60,47 @@ from src.preprocess import load_task, tokenize_search_task, tokenize_task
 logger = logging.getLogger("fwlora.train")
 
 
-def run_training(settings: ProgramSettings, command: str | None = None) -> Tracker:
-    """Carry out one run, recorded by the tracker that the settings name.
+def run_training(settings: ProgramSettings, command: str | None = None, stopper: Stopper | None = None) -> Tracker:
+    """Carry out one run, recorded by the tracker that the settings name, or what earlier attempts have left of it.
 
     Args:
         settings: of the run and the program.
         command: that made it, to be recorded.
+        stopper: of this process; None of one that is not to take requests to stop.
 
     Returns:
-        What recorded the run.
+        What recorded the run; of a run that was finished before, one that kept nothing.
 
     Raises:
         UserError: input that cannot make a run; before any weight is loaded, wherever that can be known.
+        StopRequested: the run was stopped; the same command continues it.
     """
-    inputs = prepare_inputs(settings)
-    settings = get_mode(settings.mode).fit(settings, len(inputs.data.train.labels))
-    run = settings.run
-    log_run(settings, inputs)
-    if run.model.lora.enabled and run.optuna.n_trials == 0:
-        check_schedules(run, run.training.total_steps(len(inputs.data.train.labels)))
-    directory = Path(settings.results_dir) / run.run_id
-    facts = collect_facts(inputs, REPOSITORY, command)
-    config = {**settings.as_record(), "resolved": facts.as_record()}
-    tracker: Tracker = NullTracker()
-    if is_main_process():
-        tracker = watch(open_tracker(settings, run_id=run.run_id, config=config, directory=directory), settings.mode)
-    exit_code = 1
-    try:
-        found, search_time_s = None, 0.0
-        if run.optuna.n_trials:
-            started = time.perf_counter()
-            found = run_search(run, inputs)
-            search_time_s = time.perf_counter() - started
-            run = run.with_values(found.best_values)
-            tracker.update_config({"run": run.model_dump(), "search": found.as_record()})
-        saved_in = directory if get_mode(settings.mode).keeps_model else None
-        train_and_record(run, inputs, facts, tracker, found, search_time_s, saved_in)
-        exit_code = 0
-    finally:
-        tracker.finish(exit_code)
-    return tracker
+    with hold_run(settings):
+        inputs = prepare_inputs(settings)
+        settings = get_mode(settings.mode).fit(settings, len(inputs.data.train.labels))
+        run = settings.run
+        log_run(settings, inputs)
+        if run.model.lora.enabled and run.optuna.n_trials == 0:
+            check_schedules(run, run.training.total_steps(len(inputs.data.train.labels)))
+        facts = collect_facts(inputs, REPOSITORY, command)
+        session = open_session(settings, facts, inputs.engine.processes, stopper or Stopper())
+        tracker: Tracker = NullTracker()
+        if session.is_finished:
+            logger.info(f"run {run.run_id} is finished, see {session.directory}; resume=never makes it anew")
+            return tracker
+        if is_main_process():
+            config = {**settings.as_record(), "resolved": facts.as_record(), **session.as_record()}
+            tracker = open_tracker(settings, run_id=run.run_id, config=config, directory=session.directory)
+            tracker = watch(tracker, settings.mode)
+        with session.recording(tracker):
+            found = None
+            if run.optuna.n_trials:
+                found = run_search(run, inputs, session)
+                run = run.with_values(found.best_values)
+                tracker.update_config({"run": run.model_dump(), "search": found.as_record()})
+            with session.deferring_stops():
+                train_and_record(run, inputs, facts, tracker, found, session)
+        return tracker
 
 
 def prepare_inputs(settings: ProgramSettings) -> RunInputs:
@@ -118,8 +123,13 @@ def prepare_inputs(settings: ProgramSettings) -> RunInputs:
     return RunInputs(data, tokenizer, plan, task, engine, train_split, eval_split, timings, search_splits)
 
 
-def run_search(run: RunSettings, inputs: RunInputs) -> SearchResult:
+def run_search(run: RunSettings, inputs: RunInputs, session: RunSession) -> SearchResult:
     """Search on a fixed part of train, scored on another; the reported split selects nothing.
+
+    Args:
+        run: settings whose ``optuna`` node says what to do.
+        inputs: of the run.
+        session: keeps the trials that are finished.
 
     Raises:
         UserError: no trial can make a run.
@@ -152,7 +162,7 @@ def run_search(run: RunSettings, inputs: RunInputs) -> SearchResult:
         return result.last.values[metrics.eval_name(inputs.task.task_metric)]
 
     with engine_errors_name_settings():
-        return search(run, objective)
+        return search(run, objective, session.trials)
 
 
 def build_adapted(run: RunSettings, plan: RankPlan, inputs: RunInputs, total_steps: int) -> AdaptedModel:
@@ -167,10 +177,9 @@ def train_and_record(
     facts: RunFacts,
     tracker: Tracker,
     found: SearchResult | None,
-    search_time_s: float,
-    directory: Path | None,
+    session: RunSession,
 ) -> None:
-    """Carry out the training that is compared.
+    """Carry out the training that is compared, from where the session continues.
 
     Args:
         run: with the values that a search found.
@@ -178,8 +187,7 @@ def train_and_record(
         facts: of the run, for the saved model's card.
         tracker: takes every row and the summary.
         found: by the search, if there was one.
-        search_time_s: seconds that it took.
-        directory: of the run's results; the model is saved below it, unless it is None.
+        session: of this attempt; says where the model is saved.
 
     Raises:
         UserError: a schedule that does not fit, or a training that diverged.
@@ -193,6 +201,7 @@ def train_and_record(
         f"parameters: adapter {counts[metrics.PARAMS_ADAPTER]:,}, head {counts[metrics.PARAMS_HEAD]:,}, "
         f"total {counts[metrics.PARAMS_TOTAL]:,}"
     )
+    history = session.open_history(tracker)
     with engine_errors_name_settings():
         result = train(
             adapted.model,
@@ -202,22 +211,27 @@ def train_and_record(
             run.training.options,
             inputs.task,
             inputs.engine,
-            log=tracker.log,
+            log=history.add,
             report=ProgressPrinter(),
+            watch=session.open_watch(history),
+            resume_from=session.load(history),
         )
-    summary = summarize_run(result, adapted, inputs, search_time_s)
+    summary = summarize_run(result, adapted, inputs, found.seconds if found else 0.0)
     tracker.set_summary(summary)
-    if directory is not None and is_main_process():
+    if session.adapter_folder is not None and is_main_process():
         final_value = summary[metrics.final_name(summary[metrics.PRIMARY_METRIC])]
-        save_model(adapted, inputs.tokenizer, run, facts, final_value, directory / "checkpoint")
+        save_model(adapted, inputs.tokenizer, run, facts, final_value, session.adapter_folder)
     tracker.set_summary({metrics.COMPLETED: True})
     log_outcome(summary)
 
 
 def run(invocation: Invocation) -> None:
     """Carry out the training that was asked for."""
+    outlive_readers()
+    stopper = Stopper()
+    stopper.install()
     print_log_lines()
-    tracker = run_training(invocation.settings, invocation.command)
+    tracker = run_training(invocation.settings, invocation.command, stopper)
     leave_process_group()
     announce_verdict(tracker)
 

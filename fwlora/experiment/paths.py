@@ -19,6 +19,8 @@ CACHE_VARIABLE = "FWLORA_CACHE_DIR"
 # Below a run's folder and the comparison's, beside which pipelines take every file but two documents for a figure.
 REPORT_FOLDER = "report"
 LOG_FOLDER = "logs"
+# Likewise: records of the attempts at a run, what a stopped one continues from, and the trained model.
+ATTEMPTS, CHECKPOINTS, ADAPTER = "attempts", "checkpoint", "adapter"
 
 
 def find_log(results_dir: str | Path, run_id: str, mode: str) -> Path:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from fwlora.experiment.methods import get_method
 from fwlora.experiment.settings.modes import Mode, limit_to_batches, register_mode
 from fwlora.experiment.settings.schema import ProgramSettings
 from fwlora.experiment.tracking import Tracker, metrics
+from fwlora.experiment.tracking.records import RowKey
 
 VALIDATION_FAILED = 3
 MIRROR = "run"
@@ -169,6 +170,14 @@ class WatchedTracker(Tracker):
     def finish(self, exit_code: int = 0) -> None:
         """End the record."""
         self.tracker.finish(exit_code)
+
+    def recorded_rows(self, attempts: Sequence[int]) -> Collection[RowKey]:
+        """Return the keys of the rows that earlier attempts have recorded."""
+        return self.tracker.recorded_rows(attempts)
+
+    def problem(self) -> str | None:
+        """Return why the record is not whole."""
+        return self.tracker.problem()
 
     def verdict(self) -> Verdict:
         """Judge the run."""

@@ -73,6 +73,7 @@ def save_model(
 
     def fill(partial: Path) -> None:
         adapted.method.save(model, partial)
+        _forget_last_call(tokenizer)
         tokenizer.save_pretrained(partial)
         if base is not model:
             base.config.save_pretrained(partial)
@@ -81,6 +82,14 @@ def save_model(
         (partial / "README.md").write_text(write_card(run, facts, final_value), encoding="utf-8")
 
     replace_folder(folder, fill)
+
+
+def _forget_last_call(tokenizer: Any) -> None:
+    """Let a fast tokenizer neither cut nor pad: it saves what its last call asked for, if this process made one."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_truncation()
+        backend.no_padding()
 
 
 def write_card(run: RunSettings, facts: RunFacts, final_value: float) -> str:

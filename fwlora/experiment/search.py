@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ import optuna
 from fwlora.experiment.errors import UserError
 from fwlora.experiment.json_types import JsonMapping, JsonObject
 from fwlora.experiment.methods import get_method
+from fwlora.experiment.resume.trials import FinishedTrial, TrialLog
 from fwlora.experiment.settings.schema import RunSettings
 from fwlora.experiment.settings.search_space import Categorical, IntRange, LogUniform
 
@@ -32,6 +34,7 @@ class SearchResult:
         completed_trials: trials that were trained.
         infeasible_trials: trials whose values could not make a run.
         dropped_dimensions: names in the search space that were not searched, with the reason.
+        seconds: that all trials took.
     """
 
     best_values: JsonObject
@@ -39,6 +42,7 @@ class SearchResult:
     completed_trials: int
     infeasible_trials: int
     dropped_dimensions: dict[str, str] = field(default_factory=dict)
+    seconds: float = field(default=0.0, compare=False)
 
     def as_record(self) -> JsonObject:
         """Return plain values for the run's record."""
@@ -64,13 +68,16 @@ def effective_space(run: RunSettings) -> tuple[JsonObject, dict[str, str]]:
     return space, dropped
 
 
-def search(run: RunSettings, objective: Callable[[RunSettings], float]) -> SearchResult:
+def search(run: RunSettings, objective: Callable[[RunSettings], float], log: TrialLog | None = None) -> SearchResult:
     """Run ``optuna.n_trials`` trials with the TPE sampler, seeded by ``optuna.seed``.
+
+    Finished trials of an earlier attempt are told to a new sampler, which then goes on as the one that made them.
 
     Args:
         run: settings whose ``optuna`` node says what to do.
         objective: trains with the given settings and returns the metric on held-out data; raises
             :class:`InfeasibleTrialError` where the values cannot make a run.
+        log: keeps finished trials.
 
     Raises:
         UserError: nothing to search, or no trial could be trained.
@@ -85,26 +92,46 @@ def search(run: RunSettings, objective: Callable[[RunSettings], float]) -> Searc
         direction=run.optuna.direction, sampler=optuna.samplers.TPESampler(seed=run.optuna.seed)
     )
 
-    def run_trial(trial: optuna.Trial) -> float:
-        label = f"search: trial {trial.number + 1}/{run.optuna.n_trials}"
+    log = log or TrialLog(None)
+    earlier, finished = log.read(), list[FinishedTrial]()
+    for number in range(run.optuna.n_trials):
+        trial = study.ask()
+        label = f"search: trial {number + 1}/{run.optuna.n_trials}"
         values = {name: _suggest(trial, name, distribution) for name, distribution in space.items()}
-        try:
-            value = objective(run.with_values(values))
-        except InfeasibleTrialError as reason:
-            logger.info("%s infeasible (%s): %s", label, reason, _format(values))
-            raise optuna.TrialPruned(str(reason)) from None
-        logger.info("%s objective %.4f: %s", label, value, _format(values))
-        return value
-
-    study.optimize(run_trial, n_trials=run.optuna.n_trials)
-    completed = study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE])
-    infeasible = len(study.trials) - len(completed)
+        made = earlier[number] if number < len(earlier) and earlier[number].values == values else None
+        if made is None:
+            earlier = earlier[:number]  # of another version of the sampler
+            made = _make_trial(run, values, objective)
+            outcome = f"infeasible ({made.reason})" if made.objective is None else f"objective {made.objective:.4f}"
+        else:
+            outcome = "was made before"
+        finished.append(made)
+        if len(finished) > len(earlier):
+            log.write(finished)
+        logger.info("%s %s: %s", label, outcome, _format(values))
+        if made.objective is None:
+            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+        else:
+            study.tell(trial, made.objective)
+    completed = [trial for trial in finished if trial.objective is not None]
+    infeasible = len(finished) - len(completed)
     if not completed:
         raise UserError(
             f"run.optuna: none of {infeasible} trials could be trained; narrow run.optuna.search_space to values "
             "that fit the run's length"
         )
-    return SearchResult(study.best_params, study.best_value, len(completed), infeasible, dropped)
+    seconds = sum(trial.seconds for trial in finished)
+    return SearchResult(study.best_params, study.best_value, len(completed), infeasible, dropped, seconds)
+
+
+def _make_trial(run: RunSettings, values: JsonObject, objective: Callable[[RunSettings], float]) -> FinishedTrial:
+    started = time.perf_counter()
+    value, reason = None, ""
+    try:
+        value = objective(run.with_values(values))
+    except InfeasibleTrialError as error:
+        reason = str(error)
+    return FinishedTrial(values, value, time.perf_counter() - started, reason)
 
 
 def trial_settings(candidate: RunSettings, run_examples: int, trial_examples: int) -> RunSettings:

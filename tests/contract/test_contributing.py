@@ -25,6 +25,7 @@ from fwlora.adapters import find_adapter_pairs
 from fwlora.experiment.engine import optimizer
 from fwlora.experiment.engine.loop import train
 from fwlora.experiment.engine.task import Task
+from fwlora.experiment.engine.watch import TrainingWatch
 from fwlora.experiment.fused import families
 from fwlora.experiment.fused.forward import PlainClassifier, make_classifier
 from fwlora.experiment.study.execution import run_study
@@ -210,6 +211,10 @@ def test_the_methods_state_is_saved_and_continued():
     task = Task(pad_token_id=1, num_classes=2, task_metric="accuracy")
     states = []
 
+    class Keep(TrainingWatch):
+        def after_step(self, state):
+            states.append(copy.deepcopy(state.state_dict()))
+
     def run(resume_from=None):
         model, lora = attach_method("lora", {})
         method = method_class(lora.pairs)
@@ -222,7 +227,7 @@ def test_the_methods_state_is_saved_and_continued():
             task,
             CPU,
             log=lambda row: None,
-            on_step=lambda state: states.append(copy.deepcopy(state.state_dict())),
+            watch=Keep(),
             resume_from=resume_from,
         ).total_steps
         return method.steps, steps

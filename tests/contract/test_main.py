@@ -60,7 +60,7 @@ def test_full_offline_run_then_evaluation(tiny, tmp_path):
         run_ids.append(f"{run_id}-s2")
         typed[run_ids[-1]] = shlex.join(["python", "-u", "-m", *command])
     before = {path.relative_to(tmp_path).parts[1] for path in tmp_path.rglob("*") if path.is_file()}
-    assert before == {"logs", "wandb", "checkpoint"}
+    assert before == {"logs", "wandb", "adapter", "attempts"}
     assert not list(tmp_path.rglob("*.pdf")) + list(tmp_path.rglob("metrics.json")), "training evaluates nothing"
     done = python("src.evaluate", f"results_dir={tmp_path}", f"run_ids={json.dumps(run_ids)}")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -37,7 +37,7 @@ def test_a_pipeline_answers_with_the_names_of_the_classes(method, tiny_roberta, 
         method, tiny_roberta, three_classes, recorded, "run.dataset.subset=null",
         "run.training.learning_rate=0.02", "run.training.epochs=4",
     )  # fmt: skip
-    saved = tmp_path / "results" / settings.run.run_id / "checkpoint"
+    saved = tmp_path / "results" / settings.run.run_id / "adapter"
     moved = tmp_path / "elsewhere"
     shutil.copytree(saved, moved)
     answers = pipeline("text-classification", model=str(moved))(["the cat", "no one", "a dog"])
@@ -56,7 +56,7 @@ def test_a_pipeline_answers_with_the_names_of_the_classes(method, tiny_roberta, 
 
 def test_the_card_says_what_the_model_is(tiny_roberta, tiny_glue, recorded, tmp_path):
     settings, tracker = full_run("baseline_lora", tiny_roberta, tiny_glue, recorded)
-    folder = tmp_path / "results" / settings.run.run_id / "checkpoint"
+    folder = tmp_path / "results" / settings.run.run_id / "adapter"
     card = (folder / "README.md").read_text()
     _, header, body = card.split("---\n", 2)
     assert yaml.safe_load(header)["pipeline_tag"] == "text-classification"
@@ -84,7 +84,7 @@ def test_weights_that_the_hub_gave_are_found_in_its_cache(tiny_roberta, tiny_glu
     (place / "refs").mkdir()
     (place / "refs" / "main").write_text("0" * 40)
     settings, _ = full_run("baseline_lora", Path("someone/tiny"), tiny_glue, recorded)
-    folder = tmp_path / "results" / settings.run.run_id / "checkpoint"
+    folder = tmp_path / "results" / settings.run.run_id / "adapter"
     assert (folder / "model.safetensors").read_bytes() == (snapshot / "model.safetensors").read_bytes()
     assert "base_model: someone/tiny" in (folder / "README.md").read_text()
     answer = pipeline("text-classification", model=str(folder))("the cat")
@@ -93,7 +93,7 @@ def test_weights_that_the_hub_gave_are_found_in_its_cache(tiny_roberta, tiny_glu
 
 def test_a_model_of_the_head_alone_is_saved_with_its_labels(tiny_roberta, tiny_glue, recorded, tmp_path):
     settings, _ = full_run("baseline_lora", tiny_roberta, tiny_glue, recorded, "run.model.lora.enabled=false")
-    folder = tmp_path / "results" / settings.run.run_id / "checkpoint"
+    folder = tmp_path / "results" / settings.run.run_id / "adapter"
     assert pipeline("text-classification", model=str(folder))("the cat")[0]["label"] in {"0", "1"}
 
 

@@ -178,7 +178,7 @@ def test_training_ends_well_while_its_server_does_not(
     (line,) = [line for line in caplog.messages if "the upload is not complete" in line]
     assert line.endswith(f"nothing is lost, send the rest with: wandb sync --include-online {folder}")
     assert server.run(run_id).state == "running"
-    assert (results_dir / run_id / "checkpoint").is_dir()
+    assert (results_dir / run_id / "adapter").is_dir()
 
     follow_advice(line)
     (files,), (api,) = load(results_dir, "files", run_id), load(tmp_path / "elsewhere", "api", run_id)

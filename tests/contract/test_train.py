@@ -71,7 +71,7 @@ def test_reallocated_ranks_are_recorded_and_saved(estimator, tiny_roberta, tiny_
     final, first = record.summary[metrics.PARAMS_ADAPTER_FINAL], record.summary[metrics.PARAMS_ADAPTER]
     assert 0.9 * first < final <= first <= record.summary[metrics.BUDGET_PARAMETERS]
     base = AutoModelForSequenceClassification.from_pretrained(tiny_roberta)
-    loaded = PeftModel.from_pretrained(base, Path("results") / settings.run.run_id / "checkpoint")
+    loaded = PeftModel.from_pretrained(base, Path("results") / settings.run.run_id / "adapter")
     saved = {pair.name: pair.rank for pair in find_adapter_pairs(loaded)}
     assert saved == {name: rank for name, rank in zip(names, ranks, strict=True) if rank}
 
@@ -110,7 +110,7 @@ def test_full_run_records_what_evaluation_needs(method, tiny_roberta, tiny_glue,
     elif method == "baseline_lora":
         assert set(penalties) == {0.0} and set(summary[metrics.MODULE_IMPORTANCES]) == {None}
     else:
-        checkpoint = load_file(tmp_path / "results" / settings.run.run_id / "checkpoint" / "adapter_model.safetensors")
+        checkpoint = load_file(tmp_path / "results" / settings.run.run_id / "adapter" / "adapter_model.safetensors")
         kept = {name: A.shape[0] for name, A in checkpoint.items() if name.endswith("lora_A.weight")}
         assert sum(kept.values()) == sum(summary[metrics.MODULE_RANKS]), "no pruned triplet came back"
         ranks = [row[metrics.ACTIVE_RANK] for row in rows]
@@ -120,7 +120,7 @@ def test_full_run_records_what_evaluation_needs(method, tiny_roberta, tiny_glue,
     written = {
         path.relative_to(tmp_path / "results").parts[1] for path in (tmp_path / "results").rglob("*") if path.is_file()
     }
-    assert written == {"checkpoint"}
+    assert written == {"adapter", "attempts"}
 
 
 def test_reported_values_are_the_last_epochs_even_where_another_was_better(tiny_roberta, tiny_glue, monkeypatch):
@@ -155,7 +155,7 @@ def test_saved_checkpoint_predicts_what_was_recorded(method, tiny_roberta, tiny_
     prepared = src.train.prepare_inputs(settings)
     split = tokenize(prepared.data.evaluation, prepared.tokenizer, settings.run.dataset)
     base = AutoModelForSequenceClassification.from_pretrained(tiny_roberta)
-    model = PeftModel.from_pretrained(base, tmp_path / "results" / settings.run.run_id / "checkpoint")
+    model = PeftModel.from_pretrained(base, tmp_path / "results" / settings.run.run_id / "adapter")
     again = evaluate(PlainClassifier(model), split, 32, prepared.task, prepared.engine)
     assert again.loss == pytest.approx(tracker.summary["final_eval_loss"], rel=1e-5)
     assert again.predictions.tolist() == unpack_values(tracker.summary[metrics.EVAL_PREDICTIONS]).tolist()

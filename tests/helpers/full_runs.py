@@ -36,7 +36,7 @@ def full_run(
     """Make a run of 30 steps on CoLA; return its settings and its record, the last of the fixture ``recorded``."""
     run_id = f"{METHODS[method]}-roberta-base-110M--CoLA-GLUE"
     more = ["run.fw_lora.warmup_steps=5"] if method == "proposed_fw_lora" else []
-    options = ["run.optuna.n_trials=0", f"run.training.seed={seed}", *more, *arguments]
+    options = ["run.optuna.n_trials=0", f"run.training.seed={seed}", "resume=never", *more, *arguments]
     settings = compose(run_id, tiny_roberta, tiny_glue, *options)
     run_training(settings)
     return settings, recorded[-1]

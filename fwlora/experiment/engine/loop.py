@@ -22,6 +22,7 @@ from fwlora.experiment.engine.options import EngineOptions, TrainingOptions
 from fwlora.experiment.engine.progress import Progress
 from fwlora.experiment.engine.state import TrainState
 from fwlora.experiment.engine.task import Task
+from fwlora.experiment.engine.watch import TrainingWatch
 from fwlora.experiment.fused.forward import FastClassifier, make_classifier
 from fwlora.experiment.methods import Method
 from fwlora.experiment.tracking import metrics
@@ -88,7 +89,7 @@ def train(
     *,
     log: LogRow,
     report: Callable[[Progress], None] = lambda progress: None,
-    on_step: Callable[[TrainState], None] = lambda state: None,
+    watch: TrainingWatch | None = None,
     resume_from: Mapping[str, Any] | None = None,
 ) -> TrainingResult:
     """Train for ``training.epochs`` and evaluate after each.
@@ -106,14 +107,16 @@ def train(
         engine: where and how to compute.
         log: takes one history row, by the names of :mod:`fwlora.experiment.tracking.metrics`.
         report: takes progress, after every flush of step values.
-        on_step: takes the state after every optimizer step; a place to save it.
-        resume_from: an earlier training's :meth:`TrainState.state_dict`; model and method are built anew.
+        watch: called where the state can be saved or the training stopped.
+        resume_from: an earlier training's :meth:`TrainState.state_dict`; model and method are built anew. Of one that
+            had taken its last step only the evaluation is made.
 
     Raises:
         DivergedError: the loss or a measurement is no longer finite.
         ScheduleError: a learning-rate schedule that cannot be made.
-        ValueError: ``resume_from`` is the state of a finished training, of another method or of other options.
+        ValueError: ``resume_from`` is the state of another method or of other options.
     """
+    watch = watch or TrainingWatch()
     state = _make_state(model, method, len(train_split), training, task, engine, log, report)
     step = _TrainingStep(state, training, task, engine)
     _seed_dropout(training.seed, engine.processes)
@@ -126,18 +129,14 @@ def train(
         step.classifier.train()
         for batches, examples in _epoch_steps(train_split, training, task, engine, state):
             step.run(batches, examples)
-            on_step(state)
+            watch.after_step(state)
         with state.clock.phase(_phase(method)):
             state.meter.flush()
-        with state.clock.phase("eval"):
-            try:
-                evaluation = evaluate(step.local_classifier, eval_split, training.batch_size, task, engine)
-            except DivergedError as error:
-                reached = state.position.step
-                raise DivergedError(f"{error} after step {reached}", loss=error.loss, step=reached) from None
+        evaluation = _evaluate_epoch(step.local_classifier, eval_split, training, task, engine, state, watch)
         _finish_epoch(state, evaluation, log)
+        watch.after_epoch(state)
     if evaluation is None:
-        raise ValueError("`resume_from` is the state of a finished training")
+        evaluation = _evaluate_epoch(step.local_classifier, eval_split, training, task, engine, state, watch)
     seconds, step_times_s = state.clock.seconds, state.meter.step_times_s
     peak_mib = peak_memory_mib(engine.device)
     steps, cpu_time_s = state.position.step, state.clock.cpu_seconds
@@ -146,7 +145,12 @@ def train(
 
 @torch.no_grad()
 def evaluate(
-    classifier: nn.Module, split: TokenizedSplit, batch_size: int, task: Task, engine: EngineOptions
+    classifier: nn.Module,
+    split: TokenizedSplit,
+    batch_size: int,
+    task: Task,
+    engine: EngineOptions,
+    between_batches: Callable[[], None] = lambda: None,
 ) -> EvaluationResult:
     """Compute loss, task metrics and predictions of a split, each example counted once; no penalty enters.
 
@@ -156,6 +160,7 @@ def evaluate(
         batch_size: examples per batch in training; an evaluation takes :data:`EVALUATION_BATCH_FACTOR` times as many.
         task: padding and classes.
         engine: where and how to compute.
+        between_batches: called before every batch; may raise to end the evaluation.
 
     Raises:
         DivergedError: the loss is not finite.
@@ -166,6 +171,7 @@ def evaluate(
     total = torch.zeros((), dtype=torch.float64, device=engine.device)
     outputs: list[Tensor] = []
     for batch in stage(split, batches, task.padding(engine), engine.device):
+        between_batches()
         logits = classifier(**batch.inputs())
         total += task.sum_losses(logits, batch.labels)
         outputs.append(logits)
@@ -210,6 +216,25 @@ def _seed_dropout(seed: int, processes: Processes) -> None:
 
 def _phase(method: Method) -> str:
     return "warmup" if method.in_warmup else "train"
+
+
+def _evaluate_epoch(
+    classifier: nn.Module,
+    split: TokenizedSplit,
+    training: TrainingOptions,
+    task: Task,
+    engine: EngineOptions,
+    state: TrainState,
+    watch: TrainingWatch,
+) -> EvaluationResult:
+    """Evaluate between two epochs, under the clock's phase ``eval``."""
+    with state.clock.phase("eval"):
+        try:
+            between_batches = partial(watch.during_evaluation, state)
+            return evaluate(classifier, split, training.batch_size, task, engine, between_batches)
+        except DivergedError as error:
+            reached = state.position.step
+            raise DivergedError(f"{error} after step {reached}", loss=error.loss, step=reached) from None
 
 
 def _finish_epoch(state: TrainState, evaluation: EvaluationResult, log: LogRow) -> None:

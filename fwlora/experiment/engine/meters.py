@@ -161,6 +161,10 @@ class EpochMeter:
         self._report(Progress(step, self._total_steps, epoch, row[metrics.TRAIN_LOSS], warming_up))
         self._pending.clear()
 
+    def skip_time(self) -> None:
+        """Leave out the time since the latest flush, which was not a step's."""
+        self._last_flush = time.perf_counter()
+
     def epoch_values(self) -> dict[str, float]:
         """Return mean loss, and accuracy where labels are classes, over the epoch's training examples."""
         loss = {metrics.TRAIN_EPOCH_LOSS: self._loss_sum / self._examples}
@@ -175,3 +179,4 @@ class EpochMeter:
         """Continue the sums of :meth:`state_dict`."""
         self._loss_sum, self._correct, self._examples = state["loss_sum"], state["correct"], state["examples"]
         self.step_times_s = list(state["step_times_s"])
+        self.skip_time()

@@ -57,7 +57,7 @@ class TrainState:
     epoch_rows: list[dict[str, float]] = field(default_factory=list)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return tensors and plain values, for ``torch.save``; step values that wait are logged first.
+        """Return tensors and plain values; step values that wait are logged first.
 
         Call it between two optimizer steps. Tensors are the live ones: save or copy them before the next step.
         """

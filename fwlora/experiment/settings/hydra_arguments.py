@@ -49,7 +49,7 @@ USAGE = """\
 usage: python -u -m {program} run=<run_id> results_dir=<dir> mode=<mode> [run.<key>=<value> ...]
 
   run          a file of config/runs, by its name; <run_id>-s<N> is the same with seed N
-  results_dir  where logs, checkpoints and the tracker's files go, under <run_id>/
+  results_dir  where logs, adapters and the tracker's files go, under <run_id>/
                (empty: the variable RESULTS_DIR, or .research/results)
   mode         one of:
 {modes}

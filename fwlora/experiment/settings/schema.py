@@ -338,6 +338,8 @@ class ProgramSettings(SettingsNode):
         mode: a registered one, see :mod:`fwlora.experiment.settings.modes`.
         engine: how to compute.
         tracker: the name of what records the run.
+        resume: ``auto`` continues what an earlier attempt at the run has left, and leaves a finished run as it is;
+            ``never`` starts anew.
 
     The node of the chosen tracker comes from the registry, see :func:`program_settings_class`.
     """
@@ -348,6 +350,7 @@ class ProgramSettings(SettingsNode):
     engine: EngineSettings = Field(default_factory=EngineSettings)
     # Not recorded: a record is found in its tracker alone.
     tracker: str = Field(default=DEFAULT_TRACKER, exclude=True)
+    resume: Literal["auto", "never"] = "auto"
 
     @field_validator("mode")
     @classmethod
@@ -375,6 +378,7 @@ class ProgramSettings(SettingsNode):
         """Return plain values for the run's record."""
         record = self.model_dump()
         engine = record.pop("engine")
+        del record["resume"]  # does not define the run
         return {**record, "engine": engine}  # after the tracker's node, as in the records that there are
 
 

@@ -16,9 +16,12 @@ from fwlora.experiment.errors import UserError
 from fwlora.experiment.json_types import JsonMapping, JsonObject, JsonValue
 from fwlora.experiment.tracking import metrics
 
+# A row's ``global_step``, and whether it is an optimizer step's rather than an epoch's.
+RowKey = tuple[float, bool]
 # Ended with exit code 0; ended with another; not ended; its process is gone without an end.
 RunState = Literal["finished", "failed", "running", "crashed"]
 
+_ROW_MARKS = ((True, metrics.TRAIN_LOSS), (False, metrics.TRAIN_EPOCH_LOSS))
 LARGEST_FLOAT = int(sys.float_info.max)
 LARGEST_INTEGER = 2**53  # services keep larger whole numbers as floats, some of them rounded
 
@@ -211,6 +214,22 @@ def canonicalize(value: JsonValue) -> JsonValue:
         spelled = {sys.intern(name): canonicalize(value[name]) for name in sorted(value)}
         return {name: item for name, item in spelled.items() if item != {}}
     return [canonicalize(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def row_key(row: Mapping[str, object]) -> RowKey:
+    """Return what tells a logged row from the others of its run."""
+    step = row[metrics.GLOBAL_STEP]
+    assert isinstance(step, int | float)
+    return float(step), metrics.TRAIN_LOSS in row
+
+
+def find_row_keys(history: Iterable[JsonMapping]) -> frozenset[RowKey]:
+    """Return the keys of the logged rows that a record's history was merged from."""
+    found = set()
+    for row in history:
+        step = float(row[metrics.GLOBAL_STEP])
+        found |= {(step, of_step) for of_step, name in _ROW_MARKS if name in row}
+    return frozenset(found)
 
 
 def deduplicate_history(rows: Iterable[JsonMapping]) -> list[JsonObject]:

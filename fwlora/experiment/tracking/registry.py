@@ -20,7 +20,19 @@ DEFAULT_TRACKER = "wandb"
 # files: what a tracker left under `results_dir`; api: its service; auto: files, and the service for what they lack.
 SourceChoice = Literal["auto", "api", "files"]
 
-_RESERVED = ("run", "runs", "results_dir", "mode", "engine", "tracker", "hydra", "defaults", "run_ids", "source")
+_RESERVED = (
+    "run",
+    "runs",
+    "results_dir",
+    "mode",
+    "engine",
+    "tracker",
+    "resume",
+    "hydra",
+    "defaults",
+    "run_ids",
+    "source",
+)
 _TRACKERS: dict[str, type[TrackerSettings]] = {}
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from fwlora.experiment.json_types import JsonMapping, JsonObject, JsonValue
 from fwlora.experiment.tracking import metrics
-from fwlora.experiment.tracking.records import RunRecord
+from fwlora.experiment.tracking.records import RowKey, RunRecord
 
 
 class Tracker(ABC):
@@ -30,6 +30,18 @@ class Tracker(ABC):
     @abstractmethod
     def finish(self, exit_code: int = 0) -> None:
         """End the record; exit code 0 marks a run that did all it had to do."""
+
+    def recorded_rows(self, attempts: Sequence[int]) -> Collection[RowKey]:
+        """Return the keys of the history rows that earlier attempts have recorded, which are not to be logged again.
+
+        Args:
+            attempts: numbers of the attempts that this one continues, as the config entry ``attempt`` of each says.
+        """
+        return ()
+
+    def problem(self) -> str | None:
+        """Return why the record is not whole, once it is ended; None of one that is."""
+        return None
 
 
 class RecordSource(ABC):

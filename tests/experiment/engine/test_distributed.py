@@ -35,5 +35,5 @@ def test_the_program_under_torchrun_prints_and_records_once(tiny_roberta, tiny_g
         "run.model.parameter_budget_percent=5.0", "run.fw_lora.warmup_steps=3", "run.optuna.n_trials=0",
     )  # fmt: skip
     assert printed.count("parameters: adapter") == 1
-    assert (tmp_path / run_id / "checkpoint" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / run_id / "adapter" / "adapter_model.safetensors").is_file()
     assert len(list((tmp_path / run_id / "wandb").glob("offline-run-*"))) == 1

@@ -39,11 +39,11 @@ def find_run_folders(directory: Path, run_id: str) -> list[Path]:
 
 
 def read_files(run_id: str, results_dir: Path, project: str) -> RunRecord:
-    """Read the latest attempt that ended with exit code 0, otherwise the latest, on top of those before it.
+    """Read the latest attempt that ended with exit code 0, otherwise the latest, on top of those that it continues.
 
-    Rows of earlier attempts count unless it repeated them: an attempt that resumed from a checkpoint does not have the
-    run's first steps. So do config entries, while each attempt has its own summary. The server does the same. Attempts
-    in a mode that is recorded apart, such as ``pilot``, count in their own project alone.
+    Rows of these count unless it repeated them: an attempt that resumed from a checkpoint does not have the run's first
+    steps. So do config entries, while each attempt has its own summary. The server does the same. Attempts in a mode
+    that is recorded apart, such as ``pilot``, count in their own project alone.
 
     Args:
         run_id: of the run.
@@ -54,11 +54,7 @@ def read_files(run_id: str, results_dir: Path, project: str) -> RunRecord:
         RunUnavailableError: there is no readable file.
     """
     folders = find_run_folders(results_dir / run_id, run_id)
-    try:
-        read = [read_attempt(folder, run_id) for folder in folders]
-    except OSError as error:
-        raise RunUnavailableError(f"{error.filename} cannot be read ({error.strerror})") from error
-    readable = [attempt for attempt in read if attempt.config or attempt.rows]
+    readable = read_attempts(folders, run_id)
     if not readable:
         raise RunUnavailableError(_explain_missing(run_id, results_dir, bool(folders)))
     own = [attempt for attempt in readable if attempt.project == project]
@@ -68,11 +64,31 @@ def read_files(run_id: str, results_dir: Path, project: str) -> RunRecord:
         raise RunUnavailableError(f"W&B's files in {results_dir / run_id / 'wandb'} are of the project {others}")
     complete = [index for index, attempt in enumerate(attempts) if attempt.state == "finished"]
     chosen = complete[-1] if complete else len(attempts) - 1
-    run = replace(attempts[chosen], config={}, rows=[])
-    for attempt in attempts[: chosen + 1]:
+    number, chain = attempts[chosen].attempt
+    earlier = [attempt for attempt in attempts[:chosen] if (attempt.attempt[0] in chain if number else True)]
+    return join_attempts([*earlier, attempts[chosen]]).to_record(run_id)
+
+
+def read_attempts(folders: Sequence[Path], run_id: str) -> list[RawRun]:
+    """Read what is readable of a run's folders, in the order of the attempts' numbers; of none by the folders' names.
+
+    Raises:
+        RunUnavailableError: a file cannot be read.
+    """
+    try:
+        read = [read_attempt(folder, run_id) for folder in folders]
+    except OSError as error:
+        raise RunUnavailableError(f"{error.filename} cannot be read ({error.strerror})") from error
+    return sorted((each for each in read if each.config or each.rows), key=lambda each: each.attempt[0])
+
+
+def join_attempts(attempts: Sequence[RawRun]) -> RawRun:
+    """Put attempts that continue one another together; state, summary and place are the last one's."""
+    run = replace(attempts[-1], config={}, rows=[])
+    for attempt in attempts:
         run.config |= attempt.config
         run.rows += attempt.rows
-    return run.to_record(run_id)
+    return run
 
 
 def has_end(file: Path) -> bool:

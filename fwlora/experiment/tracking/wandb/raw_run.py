@@ -49,6 +49,15 @@ class RawRun:
         mode = known_modes().get(str(self.config.get("mode")))
         return bool(mode and mode.project_suffix)
 
+    @property
+    def attempt(self) -> tuple[int, list[int]]:
+        """The attempt's number, and those that it continues; 0 and none of a record that has no attempts."""
+        node = self.config.get("attempt")
+        if not isinstance(node, Mapping) or not isinstance(node.get("number"), int):
+            return 0, []
+        chain = node.get("chain")
+        return node["number"], list(chain) if isinstance(chain, list) else []
+
     def to_record(self, run_id: str) -> RunRecord:
         """Drop W&B's own entries, restore non-finite numbers, keep each step once; the same for every source."""
         rows = (_clean(row) for row in _order_attempts(self.rows))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,7 +14,15 @@ from fwlora.experiment.errors import UserError
 from fwlora.experiment.json_types import JsonMapping, JsonObject
 from fwlora.experiment.tracking import metrics
 from fwlora.experiment.tracking import tracker as tracking
-from fwlora.experiment.tracking.wandb.files import find_run_folders, has_end, note_writer
+from fwlora.experiment.tracking.records import RowKey, find_row_keys
+from fwlora.experiment.tracking.wandb.files import (
+    find_run_folders,
+    has_end,
+    join_attempts,
+    note_writer,
+    read_attempts,
+)
+from fwlora.experiment.tracking.wandb.raw_run import RawRun
 from fwlora.experiment.tracking.wandb.session import end_session, explain, find_upload_error, one_line, open_session
 
 if TYPE_CHECKING:
@@ -61,7 +69,7 @@ def start_tracker(
 
     def start(mode: Literal["online", "offline"]) -> _WandbTracker:
         run = _init_run(settings, mode, run_id, entries, directory, init_timeout_s, finish_timeout_s)
-        return _WandbTracker(run)
+        return _WandbTracker(run, directory)
 
     cause = None
     if settings.mode == "online":
@@ -154,9 +162,10 @@ def _init_run(
 class _WandbTracker(tracking.Tracker):
     """A W&B run; a failure is logged once and raises nothing."""
 
-    def __init__(self, run: wandb.Run) -> None:
+    def __init__(self, run: wandb.Run, directory: Path) -> None:
         self._run: Any = run  # parts of it are untyped
-        self._failed = False
+        self._directory = directory
+        self._problem: str | None = None
         self._finished = False
         self.url: str | None = None if run.offline else run.url
         self.folder = Path(run.dir).parent
@@ -174,6 +183,30 @@ class _WandbTracker(tracking.Tracker):
 
     def set_summary(self, values: JsonMapping) -> None:
         self._guard(lambda: self._run.summary.update(tracking.spell_non_finite(tracking.check_entries(values))))
+
+    def recorded_rows(self, attempts: Sequence[int]) -> Collection[RowKey]:
+        if not attempts:
+            return ()
+        earlier = self._read_server() if self.url else None
+        if earlier is None:
+            folders = [folder for folder in find_run_folders(self._directory, self._run.id) if folder != self.folder]
+            read = [each for each in read_attempts(folders, self._run.id) if each.attempt[0] in attempts]
+            if not read:
+                return ()
+            earlier = join_attempts(read)
+        return find_row_keys(earlier.to_record(self._run.id).history)
+
+    def problem(self) -> str | None:
+        return self._problem
+
+    def _read_server(self) -> RawRun | None:
+        """Return the history that the server has; None where it cannot be asked."""
+        import wandb
+
+        with suppress(Exception):
+            found = wandb.Api(timeout=ASK_TIMEOUT_S).run(self._run.path)
+            return RawRun(self.url or "", rows=list(found.scan_history(use_cache=False)))
+        return None
 
     def finish(self, exit_code: int = 0) -> None:
         if self._finished:
@@ -193,8 +226,10 @@ class _WandbTracker(tracking.Tracker):
             unsent = "no usable answer in time"
         except Exception as error:
             logger.warning("W&B: the run's record ends early (%s); what there is: %s", one_line(error), self.folder)
+            self._problem = one_line(error)
             return
-        self._await_log()
+        if not self._await_log():
+            self._problem = self._problem or f"its end is not in {self.folder}"
         if unsent:
             logger.warning(
                 "W&B: the upload is not complete (%s); nothing is lost, send the rest with: "
@@ -208,17 +243,21 @@ class _WandbTracker(tracking.Tracker):
         with suppress(OSError):
             note_writer(self.folder, ended)
 
-    def _await_log(self) -> None:
+    def _await_log(self) -> bool:
         """Wait for the end of the log, which W&B's client writes a moment after it reports the end of the run."""
         deadline = time.monotonic() + LOG_TIMEOUT_S
         with suppress(OSError):
-            while not has_end(self.folder / f"run-{self._run.id}.wandb") and time.monotonic() < deadline:
+            while not has_end(self.folder / f"run-{self._run.id}.wandb"):
+                if time.monotonic() >= deadline:
+                    return False
                 time.sleep(0.02)
+            return True
+        return False
 
     def _guard(self, record: Callable[[], object]) -> None:
         try:
             record()
         except Exception as error:
-            if not self._failed:
+            if self._problem is None:
                 logger.warning("W&B: values could not be recorded (%s); the run goes on", one_line(error))
-            self._failed = True
+                self._problem = one_line(error)

@@ -1,0 +1,99 @@
+"""What defines a run, so that a continued one is the same: settings, data, weights, and how they are computed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fwlora.experiment.json_types import JsonMapping, JsonObject, JsonValue
+
+if TYPE_CHECKING:
+    from fwlora.experiment.settings.schema import ProgramSettings
+    from fwlora.experiment.tracking.facts import RunFacts
+
+# A run that is continued in another environment goes on, but not to the byte.
+ENVIRONMENT = "environment"
+_PACKAGES = ("torch", "transformers", "peft", "fwlora")
+_MOST_SHOWN = 20
+
+
+def describe_identity(
+    settings: ProgramSettings, facts: RunFacts, weight_files: Sequence[Path], *, processes: int, threads: int
+) -> JsonObject:
+    """Describe a run by everything that its bytes depend on.
+
+    Args:
+        settings: of the run and the program.
+        facts: what the program found out.
+        weight_files: of the pretrained model, which are read.
+        processes: that take part.
+        threads: of each.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    tracker = settings.tracker_settings
+    environment = facts.environment
+    packages = environment.get("packages")
+    versions = packages if isinstance(packages, dict) else {}
+    return {
+        "run": settings.run.model_dump(mode="json"),
+        "mode": settings.mode,
+        settings.tracker: {name: getattr(tracker, name) for name in tracker.source_fields},
+        "engine": {
+            "fast": settings.engine.fast, "cuda_graphs": settings.engine.cuda_graphs,
+            "precision": facts.precision, "kernels": facts.kernels, "processes": processes,
+        },
+        "data": {
+            "train": facts.train_fingerprint, "eval": facts.eval_fingerprint,
+            "train_examples": facts.train_examples, "eval_examples": facts.eval_examples,
+            "labels": list(facts.label_names),
+        },
+        "weights": {path.name: _digest(path) for path in weight_files},
+        ENVIRONMENT: {
+            "threads": threads, "device": environment.get("device"), "cpu": environment.get("cpu"),
+            **{name: versions.get(name) for name in _PACKAGES if name in versions},
+        },
+    }  # fmt: skip
+
+
+def find_differences(recorded: JsonMapping, present: JsonMapping) -> tuple[list[str], list[str]]:
+    """Compare two identities.
+
+    Args:
+        recorded: of an earlier attempt; what it does not have is not compared.
+        present: of this one.
+
+    Returns:
+        A line for every difference in what defines the run, and for every one in its environment.
+    """
+    defining: list[str] = []
+    surrounding: list[str] = []
+    now = dict(_flatten(present))
+    for key, before in _flatten(recorded):
+        if key not in now or now[key] != before:
+            line = f"{key}: {_show(before)} then, {_show(now[key]) if key in now else 'not there'} now"
+            (surrounding if key.startswith(f"{ENVIRONMENT}.") else defining).append(line)
+    if len(defining) > _MOST_SHOWN:
+        defining = [*defining[:_MOST_SHOWN], f"and {len(defining) - _MOST_SHOWN} more"]
+    return defining, surrounding
+
+
+def _flatten(value: JsonMapping, path: str = "") -> Iterator[tuple[str, JsonValue]]:
+    for name, item in value.items():
+        if isinstance(item, dict) and item:
+            yield from _flatten(item, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", item
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
