@@ -44,6 +44,8 @@ from fwlora.experiment.paths import REPOSITORY
 
 BATCH_SIZE, RANK = 32, 8
 SETTLING_STEPS = 12
+# Enough to meet every shape that is compiled anew.
+COMPILE_SETTLING_STEPS = 30
 # Rounds of ``speed`` to those of one block of ``methods``.
 METHOD_ROUNDS = 4
 MEAN_LENGTHS = (8, 16, 32, 64, 128)
@@ -66,7 +68,7 @@ ON_CPU: dict[str, tuple[Any, dict[str, Any]]] = {
 ON_GPU: dict[str, tuple[Any, dict[str, Any]]] = {
     "engine, CUDA graphs": (engine_loop, {"method": "lora", "cuda_graphs": True}),
 }
-PARTS = ["speed", "methods", "side_by_side", "startup", "lengths", "memory", "trial", "profile", "joined"]
+PARTS = ["speed", "methods", "side_by_side", "startup", "lengths", "memory", "trial", "profile", "joined", "compile"]
 
 
 def choose_loops(device: str, faster: Precision) -> dict[str, tuple[Any, dict[str, Any]]]:
@@ -147,6 +149,28 @@ def measure_lengths(options: dict[str, Any]) -> list[dict[str, float]]:
     return rows
 
 
+def measure_compile(options: dict[str, Any], rounds: int = 60) -> dict[str, Any]:
+    """Step times of the engine, of its layers by torch's operations, and of PEFT's model under ``torch.compile``."""
+    own = {**options, "method": "lora", "examples": BATCH_SIZE * (rounds + COMPILE_SETTLING_STEPS)}
+    loops, settled = {}, {}
+    for name, more in {
+        ENGINE: {}, "engine without compiled kernels": {"compiled": False},
+        "model under torch.compile": {"compiled": False, "torch_compile": True},
+    }.items():  # fmt: skip
+        started = time.perf_counter()
+        loops[name] = SteppedLoop(engine_loop, {**own, **more}, COMPILE_SETTLING_STEPS).settle()
+        settled[name] = time.perf_counter() - started
+    seconds = take_rounds(loops, range(rounds))
+    return {
+        name: {
+            "milliseconds_median": 1e3 * float(np.median(values)),
+            "time_to_engine": vars(ratio_interval(values, seconds[ENGINE])),
+            "settle_s": settled[name],
+        }
+        for name, values in seconds.items()
+    }
+
+
 def measure_memory(glue: str) -> list[dict[str, float]]:
     """Peak resident memory of the program itself, data to last step, in a fresh process per number of examples."""
     rows = []
@@ -196,6 +220,17 @@ def show(results: dict[str, Any]) -> None:
         row = results["side_by_side"]
         title = f"{row['cores']} runs of one thread against one of {row['cores']} threads"
         print_table(title, ["", ""], [["steps per second, ratio", str(Interval(**row["ratio"]))]])
+    if "compile" in results:
+        rows = [
+            [
+                name,
+                f"{row['milliseconds_median']:.1f}",
+                str(Interval(**row["time_to_engine"])),
+                f"{row['settle_s']:.0f}",
+            ]
+            for name, row in results["compile"].items()
+        ]
+        print_table("The model compiled by torch", ["loop", "ms / step", "time / engine", "s to settle"], rows)
     if "joined" in results:
         rows = [[count, f"{ratio:.2f}"] for count, ratio in results["joined"].items()]
         print_table("R steps of 32 examples to one of 32 R", ["R", "times"], rows)
@@ -258,6 +293,8 @@ def measure(parts: list[str], options: dict[str, Any], faster: Precision, rounds
         ]
     if "joined" in parts:
         found["joined"] = measure_joined(faster)
+    if "compile" in parts:
+        found["compile"] = measure_compile(options)
     if "side_by_side" in parts:
         found["side_by_side"] = measure_side_by_side({**options, "method": "lora", "examples": BATCH_SIZE * rounds})
     if "methods" in parts:
