@@ -7,7 +7,6 @@ from fwlora.experiment.interrupts import end_imports
 import os
 import signal
 import sys
-import threading
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,16 +14,13 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from fwlora.experiment.errors import UserError
 from fwlora.experiment.paths import CONFIG_DIR, find_log
 from fwlora.experiment.pipeline_contract import complete_verdict, is_verdict
 from fwlora.experiment.programs import command_of, start_program
 from fwlora.experiment.resume.lock import RunLock, hold_run
 from fwlora.experiment.settings.hydra_arguments import Invocation, enter_program, run_task
 from fwlora.experiment.stopping import SIGNALS, watch_parent
-from fwlora.experiment.streams import outlive_readers
-
-INTERRUPT_PATIENCE_S = 10.0
+from fwlora.experiment.streams import LastingLog, outlive_readers
 
 
 def launch_training(
@@ -32,8 +28,8 @@ def launch_training(
 ) -> tuple[int, list[str]]:
     """Run ``src.train``, its output on this stdout and appended to the log.
 
-    Requests to stop are passed on to the child; SIGINT, which a terminal sends to both, after a while. A reader of
-    stdout that goes away ends neither.
+    Requests to stop are passed on to the child, which takes those that a terminal sends to both for one. Neither a
+    reader of stdout that goes away nor a log that cannot be written any more ends the run.
 
     Args:
         invocation: what the child is to do.
@@ -42,37 +38,21 @@ def launch_training(
         lock: of the run, which the child takes over.
 
     Returns:
-        The child's exit code, and the lines of its verdict, in modes that have one; they are not printed yet.
+        The child's exit code, or that of an incomplete record where only the log is not whole; and the lines of its
+        verdict, in modes that have one, which are not printed yet.
 
     Raises:
         UserError: the log cannot be written.
     """
-    try:
-        log_path.parent.mkdir(parents=True, exist_ok=True)
-        log = log_path.open("a", encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"results_dir: {log_path.parent} cannot be written ({error.strerror}); choose another folder"
-        ) from None
     verdict = []
-    with log:
+    with LastingLog(log_path) as log:
         command = " ".join(command_of("src.train", invocation.overrides))
         log.write(f"# {datetime.now(UTC).isoformat(timespec='seconds')} {command}\n")
-        log.flush()
         variables = {**environment, **invocation.hand_over(), **(lock.for_child() if lock else {})}
         inherited = [lock.descriptor] if lock else []
         with start_program("src.train", invocation.overrides, variables, inherited=inherited) as child:
-            interrupted = threading.Timer(INTERRUPT_PATIENCE_S, child.send_signal, [signal.SIGINT])
-
-            def pass_on(number: int, frame: object) -> None:
-                if number != signal.SIGINT:
-                    child.send_signal(number)
-                # Ctrl-C reaches the child too; interrupt it only if it is still running after a while.
-                elif not interrupted.is_alive():
-                    interrupted.start()
-
             taken = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-            previous = {number: signal.signal(number, pass_on) for number in taken}
+            previous = {number: signal.signal(number, lambda sent, frame: child.send_signal(sent)) for number in taken}
             try:
                 assert child.stdout is not None
                 for line in child.stdout:
@@ -81,13 +61,11 @@ def launch_training(
                         continue
                     print(line, end="", flush=True)
                     log.write(line)
-                    log.flush()
             finally:
                 child.wait()
-                interrupted.cancel()
                 for number, handler in previous.items():
                     signal.signal(number, handler)
-    return child.returncode, verdict
+    return child.returncode or log.exit_code(), verdict
 
 
 def run(invocation: Invocation) -> None:

@@ -1,11 +1,15 @@
-"""Output that outlives its readers: a terminal that is closed or a pipe whose reader ended is no reason to stop."""
+"""Output that outlives its readers and its disk: neither is a reason for a run to stop."""
 
 from __future__ import annotations
 
 import os
 import sys
 from contextlib import suppress
-from typing import Any, TextIO
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+from fwlora.experiment.errors import EXIT_UNRECORDED, UserError
 
 
 class LastingStream:
@@ -50,3 +54,51 @@ def outlive_readers() -> None:
         stream = getattr(sys, name)
         if stream is not None and not isinstance(stream, LastingStream):
             setattr(sys, name, LastingStream(stream))
+
+
+class LastingLog:
+    """A log file that lines are appended to; once that fails it drops them, and says so at the end.
+
+    Args:
+        path: of the file; folders are made.
+
+    Raises:
+        UserError: it cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._error: OSError | None = None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise UserError(
+                f"results_dir: {path.parent} cannot be written ({error.strerror}); choose another folder"
+            ) from None
+
+    def write(self, line: str) -> None:
+        """Append a line, or drop it."""
+        if self._error is None:
+            try:
+                self._file.write(line.encode(errors="replace"))
+            except OSError as error:
+                self._error = error
+
+    def exit_code(self) -> int:
+        """Return 0 where the log is whole; otherwise say why it is not, and return :data:`EXIT_UNRECORDED`."""
+        if self._error is None and not self._path.exists():
+            self._error = FileNotFoundError(None, "it was removed")
+        if self._error is None:
+            return 0
+        print(f"error: the log {self._path} is not whole: {self._error.strerror}", file=sys.stderr, flush=True)
+        return EXIT_UNRECORDED
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        with suppress(OSError):
+            self._file.close()

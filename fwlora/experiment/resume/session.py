@@ -118,7 +118,7 @@ class RunSession:
             self._end("stopped", str(stop))
             tracker.finish(stop.exit_code)
             if self.store is not None:
-                logger.info(f"{stop}; the same command continues the run")
+                logger.info("the same command continues the run")
             raise
         except BaseException as error:
             self._end("failed", " ".join(str(error).split())[:500] or type(error).__name__)

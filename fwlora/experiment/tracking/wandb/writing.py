@@ -155,8 +155,17 @@ def _init_run(
             if folder not in earlier_folders:
                 shutil.rmtree(folder, ignore_errors=True)
         raise
+    _drop_import_hooks()
     run.define_metric("*", step_metric=metrics.GLOBAL_STEP)
     return run
+
+
+def _drop_import_hooks() -> None:
+    """Keep the client out of later imports: it reports some of them, and an import fails with its service."""
+    with suppress(ImportError, AttributeError):
+        from wandb.sdk.lib.import_hooks import unregister_all_post_import_hooks
+
+        unregister_all_post_import_hooks()
 
 
 class _WandbTracker(tracking.Tracker):
@@ -197,7 +206,7 @@ class _WandbTracker(tracking.Tracker):
         return find_row_keys(earlier.to_record(self._run.id).history)
 
     def problem(self) -> str | None:
-        return self._problem
+        return None if self._problem is None else f"W&B: {self._problem}"
 
     def _read_server(self) -> RawRun | None:
         """Return the history that the server has; None where it cannot be asked."""
@@ -227,6 +236,7 @@ class _WandbTracker(tracking.Tracker):
         except Exception as error:
             logger.warning("W&B: the run's record ends early (%s); what there is: %s", one_line(error), self.folder)
             self._problem = one_line(error)
+            end_session()  # of a service that is gone, which the client would tell at the process's end
             return
         if not self._await_log():
             self._problem = self._problem or f"its end is not in {self.folder}"
