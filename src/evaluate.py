@@ -18,9 +18,10 @@ def main(arguments: Sequence[str]) -> int:
         # Processes that draw figures import this module, too, and should stay small.
         from fwlora.experiment.evaluation.claims.claim import load_claims
         from fwlora.experiment.evaluation.evaluate import (
+            clean_up,
             collect_records,
             evaluate_records,
-            remove_stale_figures,
+            find_stale_figures,
             write_results,
         )
         from fwlora.experiment.evaluation.figures.draw import available_cores
@@ -43,8 +44,9 @@ def main(arguments: Sequence[str]) -> int:
         evaluation = evaluate_records(
             records, request.results_dir, claims, made_by, workers=available_cores(), choice=request.pairs
         )
+        stale = find_stale_figures(evaluation.files)
         write_results(evaluation.files)
-        remove_stale_figures(evaluation.files)
+        clean_up(evaluation.files, stale)
         print_lines([evaluation.summary, *map(str, evaluation.files)])
     return 0
 

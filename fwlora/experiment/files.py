@@ -6,6 +6,7 @@ import ctypes
 import errno
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -81,9 +82,17 @@ def name_partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{_PARTIAL}")
 
 
-def remove_partials(folder: Path) -> None:
-    """Delete what processes that were killed left incomplete in a folder, where no other process writes."""
+def remove_partials(folder: Path, older_than_s: float = 0.0) -> None:
+    """Delete what processes that were killed left incomplete in a folder.
+
+    Args:
+        folder: that is cleaned; not the folders in it.
+        older_than_s: where other processes may be writing, the age of what none of them can have begun.
+    """
     for path in folder.glob(f".*{_PARTIAL}"):
+        with suppress(OSError):
+            if time.time() - path.lstat().st_mtime < older_than_s:
+                continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,12 +20,15 @@ from fwlora.experiment.evaluation.output import documents, tables
 from fwlora.experiment.evaluation.output.aggregate import aggregate
 from fwlora.experiment.evaluation.report.render import ReportOrigin, render_report
 from fwlora.experiment.evaluation.request import COMPARISON_FOLDER
-from fwlora.experiment.files import write_files
+from fwlora.experiment.files import remove_partials, write_files
 from fwlora.experiment.paths import REPORT_FOLDER
 from fwlora.experiment.tracking import RecordSource
 from fwlora.experiment.tracking.records import RunRecord, UnreadableRunsError
 
 SHOWN_CHARACTERS = 20
+MANIFEST = "figures.json"
+# No evaluation writes its files for so long.
+ABANDONED_S = 3600.0
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ def evaluate_records(
         folder = results_dir / run.run_id
         files[folder / "metrics.json"] = documents.to_json(documents.describe_run(run))
         files[folder / REPORT_FOLDER / "history.json"] = documents.to_json(documents.describe_history(run))
-        files.update({path: content for path, content in pictures.items() if path.parent == folder})
+        files.update(_figures_of(folder, pictures))
     cells, comparison, warnings = evidence.cells, evidence.comparison, evidence.warnings
     results = evidence.claim_results
     folder = results_dir / COMPARISON_FOLDER
@@ -109,7 +113,7 @@ def evaluate_records(
     files[below / "comparison_table.md"] = markdown.encode()
     files[below / "comparison_table.tex"] = tables.render_latex(cells, comparison).encode()
     files[below / "comparison_table.csv"] = tables.render_csv(cells).encode()
-    files.update({path: content for path, content in pictures.items() if path.parent == folder})
+    files.update(_figures_of(folder, pictures))
     summary = [tables.render_text_table(cells), *tables.render_verdicts(results)]
     summary += [f"warning: {warning}" for warning in warnings]
     names = [name for run in evidence.runs for name in (run.run_id, *run.label_names)]
@@ -136,14 +140,40 @@ def write_results(files: Mapping[Path, bytes]) -> None:
         ) from None
 
 
-def remove_stale_figures(files: Mapping[Path, bytes]) -> None:
-    """Remove figures of an earlier evaluation from folders that were written; they show other runs.
+def find_stale_figures(files: Mapping[Path, bytes]) -> list[Path]:
+    """List the figures that an earlier evaluation made in folders that are to be written, and this one does not.
+
+    What an evaluation made is what its manifest names, ``report/figures.json`` in each folder.
 
     Args:
-        files: all that was written; a folder's figures are called ``<run id>_*.pdf`` or ``comparison_*.pdf``.
+        files: all that is to be written.
     """
+    stale = []
+    for manifest in (path for path in files if path.name == MANIFEST):
+        folder = manifest.parent.parent
+        with suppress(OSError, ValueError, TypeError, RecursionError):
+            names = json.loads(manifest.read_text(encoding="utf-8"))["figures"]
+            made = [folder / name for name in names if Path(name).name == name and name.endswith(".pdf")]
+            stale += [path for path in made if path not in files]
+    return stale
+
+
+def clean_up(files: Mapping[Path, bytes], stale: Sequence[Path]) -> None:
+    """Remove stale figures, and what evaluations that were killed left incomplete in the folders that were written.
+
+    Args:
+        files: all that was written.
+        stale: of :func:`find_stale_figures`.
+    """
+    for path in stale:
+        with suppress(OSError):
+            path.unlink()
     for folder in {path.parent for path in files}:
-        for path in folder.glob("*.pdf"):
-            if path.name.startswith(f"{folder.name}_") and path not in files:
-                with suppress(OSError):
-                    path.unlink()
+        remove_partials(folder, older_than_s=ABANDONED_S)
+
+
+def _figures_of(folder: Path, pictures: Mapping[Path, bytes]) -> dict[Path, bytes]:
+    """Return a folder's figures with their manifest; nothing where it has none."""
+    own = {path: content for path, content in pictures.items() if path.parent == folder}
+    names = sorted(path.name for path in own)
+    return {**own, folder / REPORT_FOLDER / MANIFEST: documents.to_json({"figures": names})} if own else own

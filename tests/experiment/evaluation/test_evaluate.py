@@ -18,7 +18,7 @@ import pytest
 
 from fwlora.experiment.errors import UserError
 from fwlora.experiment.evaluation.compare.cells import PairChoice
-from fwlora.experiment.evaluation.evaluate import collect_records, remove_stale_figures, write_results
+from fwlora.experiment.evaluation.evaluate import clean_up, collect_records, find_stale_figures, write_results
 from fwlora.experiment.evaluation.request import parse_request
 from fwlora.experiment.tracking import RecordSource
 from fwlora.experiment.tracking.records import UnreadableRunsError
@@ -272,11 +272,28 @@ def test_a_results_dir_that_cannot_be_written_is_an_error(tmp_path: Path):
         write_results({blocked / "run" / "metrics.json": b"{}"})
 
 
-def test_figures_of_an_earlier_evaluation_are_removed(tmp_path: Path):
-    kept, stale, other = (tmp_path / "comparison" / f"{name}.pdf" for name in ("comparison_a", "comparison_b", "mine"))
-    write_results({path: b"x" for path in (kept, stale, other)})
-    remove_stale_figures({kept: b"x"})
-    assert sorted(kept.parent.iterdir()) == [kept, other]
+def test_figures_of_an_earlier_evaluation_are_removed_and_no_file_of_others(tmp_path: Path):
+    folder = tmp_path / "comparison"
+    kept, stale, others = (folder / f"comparison_{name}.pdf" for name in ("a", "b", "of_a_user"))
+    manifest = folder / "report" / "figures.json"
+    abandoned, under_way = folder / ".a.0123.partial", folder / ".b.0123.partial"
+    write_results({
+        **dict.fromkeys((kept, stale, others, abandoned, under_way), b"x"),
+        manifest: json.dumps({"figures": [kept.name, stale.name, "../../precious.pdf", "notes.txt"]}).encode(),
+        tmp_path / "precious.pdf": b"x", folder / "notes.txt": b"x",
+    })  # fmt: skip
+    os.utime(abandoned, (0, 0))
+    files = {kept: b"y", manifest: b'{"figures": ["comparison_a.pdf"]}'}
+    found = find_stale_figures(files)
+    assert found == [stale]
+    write_results(files)
+    clean_up(files, found)
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == [under_way.name, kept.name, others.name, "notes.txt", "report"]
+    assert (tmp_path / "precious.pdf").exists()
+    for content in (b"", b"[" * 5_000, b'{"figures": 3}', b'{"figures": [3]}'):
+        manifest.write_bytes(content)
+        assert find_stale_figures(files) == []
 
 
 def test_a_reader_that_stops_reading_and_a_terminal_without_quotes_are_no_errors(results_dir: Path):
