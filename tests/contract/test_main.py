@@ -135,8 +135,7 @@ def test_unwritable_results_dir(tmp_path, tiny):
     assert done.returncode == 2 and "cannot be written" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGINT, 130)])
-def test_a_request_to_stop_reaches_the_child(tmp_path, tiny, number, expected):
+def test_an_interrupt_of_the_parent_alone_reaches_the_child(tmp_path, tiny):
     command = [
         sys.executable, "-u", "-m", "src.main", f"run={LORA}", f"results_dir={tmp_path}", "mode=full",
         "wandb.mode=disabled", "run.optuna.n_trials=0", "run.training.epochs=10000", *tiny,
@@ -149,11 +148,11 @@ def test_a_request_to_stop_reaches_the_child(tmp_path, tiny, number, expected):
         for line in started.stdout:
             if line.startswith("step "):
                 break
-        started.send_signal(number)
+        started.send_signal(signal.SIGINT)
         asked = time.monotonic()
         rest = started.stdout.read()
-        assert started.wait(timeout=60) == expected and time.monotonic() - asked < 30
-        assert "Traceback" not in rest
+        assert started.wait(timeout=60) == 130 and time.monotonic() - asked < 10
+        assert rest.endswith("the same command continues the run\ninterrupted\n") and "Traceback" not in rest
 
 
 WAITS = """

@@ -66,7 +66,18 @@ def make_run(warm, tiny_roberta, tiny_glue, tmp_path) -> Callable[..., TinyRun]:
     return make
 
 
-@pytest.mark.parametrize("number", [number for number in SIGNALS if number != signal.SIGINT])
+# Those that pytest's own workers do not ignore.
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        *(
+            pytest.param(number, marks=pytest.mark.slow)
+            for number in SIGNALS
+            if number not in (signal.SIGTERM, signal.SIGINT)
+        ),
+    ],
+)
 def test_a_signal_stops_a_run_with_a_checkpoint_and_the_same_command_continues_it(make_run, number):
     whole, run = make_run("sketch", "whole"), make_run("sketch")
     whole.complete()
@@ -86,7 +97,9 @@ def test_a_signal_stops_a_run_with_a_checkpoint_and_the_same_command_continues_i
     assert run.found() == whole.found()
 
 
-@pytest.mark.parametrize("line", ["run ", "W&B", "parameters: "])
+@pytest.mark.parametrize(
+    "line", ["W&B", *(pytest.param(line, marks=pytest.mark.slow) for line in ("run ", "parameters: "))]
+)
 def test_a_signal_before_the_first_step_stops_a_run(make_run, line):
     run = make_run("LoRA")
     with run.start() as program:

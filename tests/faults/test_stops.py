@@ -85,10 +85,19 @@ def interrupt(settings: ProgramSettings, monkeypatch: pytest.MonkeyPatch, place:
             run_training(settings, stopper=stopper)
 
 
+ENDS = [*(("stop", place) for place in STOPS), *(("kill", place) for place in KILLS)]
+# One method at every place, and every method in each of its phases; all others take their minutes when asked.
+EVERYWHERE, EVERY_METHOD = "FW-LoRA, reallocation", [("stop", ("step", 3)), ("kill", ("step", 13))]
+
+
 @pytest.mark.parametrize(
-    ("kind", "place"), [*(("stop", place) for place in STOPS), *(("kill", place) for place in KILLS)]
+    ("method", "kind", "place"),
+    [
+        pytest.param(method, *end, marks=[] if method == EVERYWHERE or end in EVERY_METHOD else [pytest.mark.slow])
+        for method in METHODS
+        for end in ENDS
+    ],
 )
-@pytest.mark.parametrize("method", METHODS)
 def test_a_run_that_ended_anywhere_is_continued_to_the_same_bytes(
     method, kind, place, settings_of, whole_run, monkeypatch
 ):
