@@ -156,7 +156,7 @@ def trainer_loop(gate: Gate, options: dict[str, Any]) -> None:
 
 
 def epoch_batches(split: TokenizedSplit, task: Task, settings: TrainingOptions, device: torch.device) -> Iterator[Any]:
-    """The engine's own batches, epoch after epoch."""
+    """Batches of like length, epoch after epoch, for a model that computes padding."""
     for epoch in range(EPOCHS):
         plan = plan_epoch(split.lengths, settings.batch_size, seed=SEED, epoch=epoch, by_length=True)
         yield from stage(split, plan, Padding(task.pad_token_id), device)
@@ -182,12 +182,12 @@ def backbone_loop(gate: Gate, options: dict[str, Any]) -> None:
 
 
 def limit_loop(gate: Gate, options: dict[str, Any]) -> None:
-    """The layers' matrix products alone, X W^T and G W for each, on the engine's batch shapes.
+    """The layers' matrix products alone, X W^T and G W for each, on the real tokens of the engine's own batches.
 
     Every product reads an X or G of its own layer's, as in a network: query, key and value share their X.
     """
     keep_freed_memory()
-    train_split, _, task, settings, device = load(options)
+    train_split, _, _, settings, device = load(options)
     model: Any = MODELS[options["model"]]().to(device)
     dtype = torch.bfloat16 if options["precision"] == "bf16" else torch.float32
     layers = getattr(model, model.base_model_prefix).encoder.layer
@@ -200,8 +200,11 @@ def limit_loop(gate: Gate, options: dict[str, Any]) -> None:
     outputs = [[torch.randn(most, weight.shape[0], device=device, dtype=dtype) for weight in row] for row in weights]
 
     places = [(layer, place) for layer, row in enumerate(weights) for place in range(len(row))]
-    for batch in epoch_batches(train_split, task, settings, device):
-        tokens = batch.input_ids.numel()
+    orders = (
+        plan_epoch(train_split.lengths, settings.batch_size, seed=SEED, epoch=n, by_length=False) for n in range(EPOCHS)
+    )
+    for batch in (batch for order in orders for batch in order):
+        tokens = int(train_split.lengths[batch].sum())
         for layer, place in places:
             torch.mm(inputs[layer][max(0, place - 2)][:tokens], weights[layer][place].T)
         for layer, place in reversed(places):

@@ -3,8 +3,8 @@
     uv run python -m benchmarks.training_quality --glue FOLDER --runs PATH [--tasks sst2 cola] [--loops trainer ...]
 
 All start from the same head and adapters (seed), with the same optimizer, schedule and number of steps. The Trainer
-draws batches at random and computes through PEFT in float32; the engine draws batches of like length and computes by
-its fused path and compiled kernels, in either precision. Every finished run is appended to PATH as a line of JSON; what
+draws batches at random and computes through PEFT in float32; the engine draws others at random and computes by its
+fused path and compiled kernels, in either precision. Every finished run is appended to PATH as a line of JSON; what
 PATH holds already is not run again, so that several processes may share the work by ``--loops`` and ``--tasks``.
 """
 

@@ -112,7 +112,7 @@ def choose_engine(settings: ProgramSettings, matrices: Sequence[MatrixShape]) ->
         processes,
         precision,
         pad_to,
-        group_by_length=fast,
+        group_by_length=fast and settings.engine.batches == "by_length",
         fused=fast,
         cuda_graphs=settings.engine.cuda_graphs,
         kernels=_compile_kernels(precision) if wants_kernels else None,

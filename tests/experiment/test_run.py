@@ -69,7 +69,8 @@ def test_the_engine_is_literal_where_it_must_not_be_fast(monkeypatch):
         return choose_engine(compose("engine.device=cpu", "engine.precision=fp32", *arguments), MATRICES)[0]
 
     fast = choose()
-    assert (fast.pad_to, fast.group_by_length, fast.fused, fast.cuda_graphs) == (None, True, True, False)
+    assert (fast.pad_to, fast.group_by_length, fast.fused, fast.cuda_graphs) == (None, False, True, False)
+    assert choose("engine.batches=by_length").group_by_length
     assert fast.kernels is load_kernels(torch.float32)
     assert choose("engine.compiled=false").kernels is None
     literal = choose("engine.fast=false", "run.dataset.max_length=77")

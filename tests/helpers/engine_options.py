@@ -9,7 +9,7 @@ import torch
 from fwlora.experiment.engine.distributed import Processes
 from fwlora.experiment.engine.options import EngineOptions
 
-CPU = EngineOptions(Processes(torch.device("cpu")))
+CPU = EngineOptions(Processes(torch.device("cpu")), group_by_length=True)
 
 
 def pad_literally(width: int) -> EngineOptions:

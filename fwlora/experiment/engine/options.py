@@ -68,7 +68,7 @@ class EngineOptions:
         processes: that share every batch; they name the device.
         precision: ``bf16`` or ``fp32``.
         pad_to: pad every batch to this many tokens; None pads to the longest example of a batch.
-        group_by_length: whether batches hold examples of like length.
+        group_by_length: whether batches hold examples of like length; else they are drawn at random.
         fused: whether to compute by the fused path where it covers the model.
         cuda_graphs: on a GPU, capture the fused path's passes and replay them.
         kernels: on a CPU, compiled kernels of ``precision`` for the fused path's layers; None computes them by torch's
@@ -78,7 +78,7 @@ class EngineOptions:
     processes: Processes
     precision: Precision = "fp32"
     pad_to: int | None = None
-    group_by_length: bool = True
+    group_by_length: bool = False
     fused: bool = True
     cuda_graphs: bool = False
     kernels: Kernels | None = None

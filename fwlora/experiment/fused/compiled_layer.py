@@ -89,12 +89,48 @@ class CompiledGroup:
         return into
 
 
+@dataclass(frozen=True)
+class TokenLayout:
+    """Where the tokens of a batch lie: one example after the other, without padding.
+
+    Attributes:
+        bounds: example e has rows ``bounds[e]`` to ``bounds[e + 1]``; shape (batch + 1,).
+        areas: numbers of attention weights per head before each example, by whether only first tokens attend.
+        widest: tokens of the longest example.
+        real: uint8 of shape (T,), 0 at padding; None where there is none.
+    """
+
+    bounds: Tensor
+    areas: Mapping[bool, Tensor]
+    widest: int
+    real: Tensor | None = None
+
+    @classmethod
+    def make(cls, lengths: Tensor, real: Tensor | None = None) -> TokenLayout:
+        """Return the layout of examples of these lengths, int64 of shape (batch,)."""
+        areas = {True: _add_up(lengths), False: _add_up(lengths * lengths)}
+        return cls(_add_up(lengths), areas, int(lengths.max()), real)
+
+    @property
+    def batch(self) -> int:
+        """Return the number of examples."""
+        return len(self.bounds) - 1
+
+    @property
+    def firsts(self) -> Tensor:
+        """Return the rows of the first tokens, shape (batch,)."""
+        return self.bounds[:-1]
+
+
+def _add_up(counts: Tensor) -> Tensor:
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
 @dataclass
 class CompiledTape:
     """What the backward pass of a layer needs; shapes are those of ``kernels.c``."""
 
-    batch: int
-    width: int
+    layout: TokenLayout
     seeds: Mapping[str, np.ndarray]
     inputs: dict[str, Tensor] = field(default_factory=dict)
     downs: dict[str, Tensor] = field(default_factory=dict)
@@ -163,9 +199,21 @@ class CompiledLayer:
         self._kernels("drop", X.contiguous(), int(seed), threshold, scale, out, inputs, *X.shape)
         return Hidden(out, out if inputs is None else inputs)
 
-    def read_mask(self, attention_mask: Tensor | None) -> Tensor | None:
-        """Return the mask as the kernels read it, uint8 of shape (batch, width)."""
-        return None if attention_mask is None else (attention_mask != 0).to(torch.uint8).contiguous()
+    def lay_out(self, X: Tensor, attention_mask: Tensor | None, batch: int) -> tuple[Tensor, TokenLayout]:
+        """Return the rows of real tokens, and their layout; all rows where a first token is not among them.
+
+        Args:
+            X: embeddings, shape (batch x width, d).
+            attention_mask: shape (batch, width), 0 at padding; None where no example is padded.
+            batch: examples.
+        """
+        whole = torch.full((batch,), len(X) // batch)
+        if attention_mask is None:
+            return X, TokenLayout.make(whole)
+        real = attention_mask != 0
+        if not bool(real[:, 0].all()):
+            return X, TokenLayout.make(whole, real.to(torch.uint8).flatten())
+        return X[real.flatten()], TokenLayout.make(real.sum(1))
 
     def draw(self, batch: int, width: int, device: torch.device, bits: np.random.BitGenerator) -> dict[str, np.ndarray]:
         """Draw a seed for every place of dropout: a group's adapted members, attention weights, both branches."""
@@ -176,33 +224,31 @@ class CompiledLayer:
         self,
         X: Hidden,
         batch: int,
-        mask: Tensor | None,
+        layout: TokenLayout,
         adapters: Mapping[str, Adapters | None],
         dropped: Mapping[str, np.ndarray],
         *,
         measured: bool = False,
     ) -> tuple[Hidden, CompiledTape]:
-        """Return the layer's output, (batch x width, d), or (batch, d) of the first tokens.
+        """Return the layer's output, (T, d), or (batch, d) of the first tokens.
 
         Args:
-            X: shape (batch x width, d).
+            X: shape (T, d).
             batch: examples.
-            mask: from :meth:`read_mask`.
+            layout: from :meth:`lay_out`.
             adapters: of every group.
             dropped: from :meth:`draw`; empty in evaluation.
             measured: has no effect here.
         """
-        width = len(X.residual) // batch
-        tape = CompiledTape(batch, width, dropped)
+        tape = CompiledTape(layout, dropped)
         residual = X.residual
         parts = self._complete("all", self._multiply("all", X.inputs, adapters, tape), adapters, tape)
         tape.heads = dict(zip(self.groups["all"].names, parts, strict=True))
         if self.first_only:
-            residual = residual.view(batch, width, -1)[:, 0].contiguous()
-            wanted = X.inputs.view(batch, width, -1)[:, 0].contiguous()
-            product = self._multiply("wanted", wanted, adapters, tape)
+            residual = residual[layout.firsts]
+            product = self._multiply("wanted", X.inputs[layout.firsts], adapters, tape)
             tape.heads["query"] = self._complete("wanted", product, adapters, tape)[0]
-        context = self._attend(tape, mask)
+        context = self._attend(tape)
         U = self._add_norm(0, "attention_output", context, residual, adapters, tape)
         H = self._multiply("intermediate", U.inputs, adapters, tape)[0]
         activated = torch.empty_like(H)
@@ -254,7 +300,7 @@ class CompiledLayer:
         dX = self._add(None if self.first_only else dh, self.groups["all"].multiply_back(joint), part)
         if wanted is not None:
             d_wanted = self._add(dh, self.groups["wanted"].multiply_back(d_query[None]), wanted)
-            dX.view(tape.batch, tape.width, -1)[:, 0].add_(d_wanted)
+            dX.index_add_(0, tape.layout.firsts, d_wanted)
         return dX, found
 
     def _make_hidden(self, rows: int) -> tuple[Tensor, Tensor | None]:
@@ -298,14 +344,18 @@ class CompiledLayer:
         own, biases = adapters[name], self.groups[name].biases
         return (biases, None, None, 0) if own is None else (biases, tape.downs[name], own.B, own.B.shape[1])
 
-    def _attend(self, tape: CompiledTape, mask: Tensor | None) -> Tensor:
+    def _attend(self, tape: CompiledTape) -> Tensor:
         Q, K, V = (tape.heads[name] for name in ("query", "key", "value"))
-        queries = len(Q) // tape.batch
-        tape.P = torch.empty(tape.batch * self.heads, queries, tape.width)
+        layout, areas = tape.layout, tape.layout.areas[self.first_only]
+        tape.P = torch.empty(self.heads * int(areas[-1]))
         context = torch.empty_like(Q)
-        sizes = (tape.batch, self.heads, queries, tape.width, Q.shape[1] // self.heads)
-        self._kernels("attend", Q, K, V, mask, *self._site("weights", self._attention, tape), context, tape.P, *sizes)
+        site = self._site("weights", self._attention, tape)
+        places = (layout.real, layout.bounds, areas)
+        self._kernels("attend", Q, K, V, *places, *site, context, tape.P, *self._sizes(layout, Q))
         return context
+
+    def _sizes(self, layout: TokenLayout, Q: Tensor) -> tuple[int, ...]:
+        return layout.batch, self.heads, int(self.first_only), layout.widest, Q.shape[1] // self.heads
 
     def _attend_backward(self, G: Tensor, tape: CompiledTape) -> tuple[Tensor, Tensor]:
         """Return the gradients of the group ``all``, shape (members, T, d), and of the queries."""
@@ -314,10 +364,10 @@ class CompiledLayer:
         joint = K.new_empty(len(names), *K.shape)
         out = {"query": torch.empty_like(Q)} if self.first_only else {}
         out |= dict(zip(names, joint, strict=True))
-        sizes = (tape.batch, self.heads, len(Q) // tape.batch, tape.width, Q.shape[1] // self.heads)
         site = self._site("weights", self._attention, tape)
         gradients = (out["query"], out["key"], out["value"])
-        self._kernels("attend_backward", G, Q, K, V, tape.P, *site, *gradients, *sizes)
+        places = (tape.layout.bounds, tape.layout.areas[self.first_only])
+        self._kernels("attend_backward", G, Q, K, V, tape.P, *places, *site, *gradients, *self._sizes(tape.layout, Q))
         return joint, out["query"]
 
     def _add_norm(

@@ -44,8 +44,14 @@ class EncoderLayer(Protocol):
     def enter(self, X: Tensor, probability: float, bits: np.random.BitGenerator | None) -> Hidden:
         """Return the layers' input after its dropout; X are embeddings, shape (T, d)."""
 
-    def read_mask(self, attention_mask: Tensor | None) -> Any:
-        """Return what :meth:`forward` takes for a mask of shape (batch, width), 0 at padding."""
+    def lay_out(self, X: Tensor, attention_mask: Tensor | None, batch: int) -> tuple[Tensor, Any]:
+        """Return the rows that the layers compute, and what :meth:`forward` takes as their layout.
+
+        Args:
+            X: embeddings, shape (batch x width, d).
+            attention_mask: shape (batch, width), 0 at padding; None where no example is padded.
+            batch: examples.
+        """
 
     def draw(self, batch: int, width: int, device: torch.device, bits: np.random.BitGenerator) -> Any:
         """Draw the dropouts of a pass."""
@@ -54,7 +60,7 @@ class EncoderLayer(Protocol):
         self,
         X: Hidden,
         batch: int,
-        mask: Any,
+        layout: Any,
         adapters: Mapping[str, Adapters | None],
         dropped: Any,
         *,
@@ -82,7 +88,7 @@ class EncoderCall:
         layers: of the encoder.
         adapters: every layer's, by group.
         batch: examples.
-        mask: of the layers' own kind, see ``read_mask``.
+        layout: of the rows, of the layers' own kind, see ``lay_out``.
         seed: of the pass's dropout on a CPU; None in evaluation.
         embedding_dropout: probability of dropout on the layers' input.
         observe: takes every adapted matrix's input and output gradient; None where no estimator is recording.
@@ -91,7 +97,7 @@ class EncoderCall:
     layers: Sequence[EncoderLayer]
     adapters: Sequence[Mapping[str, Adapters | None]]
     batch: int
-    mask: Any
+    layout: Any
     seed: int | None
     embedding_dropout: float
     observe: ObserveLayer | None = None
@@ -103,7 +109,7 @@ def run_forward(call: EncoderCall, X: Tensor, *, keep: bool) -> tuple[Tensor, li
 
     Args:
         call: the batch and the layers.
-        X: embeddings before their dropout, shape (batch x width, d).
+        X: embeddings before their dropout, the rows of the layout.
         keep: whether tapes are kept for a backward pass.
     """
     width = X.shape[0] // call.batch
@@ -113,7 +119,7 @@ def run_forward(call: EncoderCall, X: Tensor, *, keep: bool) -> tuple[Tensor, li
     for layer, adapters in zip(call.layers, call.adapters, strict=True):
         dropped = {} if bits is None else layer.draw(call.batch, width, X.device, bits)
         measured = call.observe is not None
-        hidden, tape = layer.forward(hidden, call.batch, call.mask, adapters, dropped, measured=measured)
+        hidden, tape = layer.forward(hidden, call.batch, call.layout, adapters, dropped, measured=measured)
         if keep:
             tapes.append(tape)
     return hidden.residual, tapes

@@ -129,10 +129,10 @@ class FastClassifier(nn.Module):
                 {name: group.gather(own) for (name, group), own in zip(layer.groups.items(), by_group, strict=True)}
                 for layer, by_group in zip(self.layers, factors, strict=True)
             ]
-        mask = self.layers[0].read_mask(attention_mask)
+        hidden, layout = self.layers[0].lay_out(hidden, attention_mask, batch)
         seed = int(torch.randint(2**62, ())) if self.training else None
         dropout = self._encoder[0].get_submodule(self.family.embeddings_dropout_path).p
-        call = EncoderCall(self.layers, adapters, batch, mask, seed, dropout, self._make_observe())
+        call = EncoderCall(self.layers, adapters, batch, layout, seed, dropout, self._make_observe())
         flat = [factor for layer in factors for group in layer for pair in group for factor in pair]
         if flat and torch.is_grad_enabled():
             first = EncoderFunction.apply(hidden, call, *flat)

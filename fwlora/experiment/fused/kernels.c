@@ -571,75 +571,90 @@ INLINE void drop_weights(float *weights, int64_t rows, int64_t wide, uint64_t se
         for (int64_t i = 0; i < rows; i++) drop_row(weights + i * wide, wide, row_key(seed, first + i), threshold);
 }
 
-/* context = scale D(P) V with P = softmax(Q K^T / sqrt(size)) over the real tokens; heads side by side in rows of d.
- * Q (batch, queries, d), K and V (batch, width, d), real (batch, width) or NULL, P (batch, heads, queries, width). */
-void attend(const elem *Q, const elem *K, const elem *V, const uint8_t *real, uint64_t seed, int32_t threshold,
-            float scale, elem *context, float *P, int64_t batch, int64_t heads, int64_t queries, int64_t width,
-            int64_t size, int threads) {
-    int64_t d = heads * size, wide = padded(width), deep = padded(size), tall = padded(queries);
+/* Where the tokens of an example lie: rows `all` to `all` + `width` of K and V, rows `wanted` to `wanted` + `queries` of
+ * Q, one query where only first tokens are wanted; `area` is where its heads' weights start in P. */
+typedef struct { int64_t all, width, wanted, queries, area; } place;
+
+INLINE place find_place(const int64_t *bounds, const int64_t *areas, int64_t example, int64_t heads, int64_t first_only) {
+    int64_t all = bounds[example], width = bounds[example + 1] - all;
+    return (place){all, width, first_only ? example : all, first_only ? 1 : width, heads * areas[example]};
+}
+
+/* context = scale D(P) V with P = softmax(Q K^T / sqrt(size)) over the real tokens of each example; heads side by side in
+ * rows of d. Examples lie one after the other: K and V (T, d) with example e in rows bounds[e] to bounds[e + 1], real (T)
+ * or NULL, Q likewise or, where first_only, (batch, d). P holds queries x width weights per example and head, areas[e] of
+ * them per head before example e; `widest` is the longest example. */
+void attend(const elem *Q, const elem *K, const elem *V, const uint8_t *real, const int64_t *bounds,
+            const int64_t *areas, uint64_t seed, int32_t threshold, float scale, elem *context, float *P, int64_t batch,
+            int64_t heads, int64_t first_only, int64_t widest, int64_t size, int threads) {
+    int64_t d = heads * size, deep = padded(size), broad = padded(widest), tall = first_only ? padded(1) : broad;
     float temperature = 1.0f / sqrtf((float)size);
 #pragma omp parallel num_threads(threads)
     {
-        float *q = calloc(2 * tall * deep + width * deep + wide * deep + tall * wide, sizeof(float));
-        float *k = q + tall * deep, *kt = k + width * deep, *weights = kt + wide * deep, *sums = weights + tall * wide;
-#pragma omp for schedule(static)
+        float *q = calloc(2 * tall * deep + widest * deep + broad * deep + tall * broad, sizeof(float));
+        float *k = q + tall * deep, *kt = k + widest * deep, *weights = kt + broad * deep, *sums = weights + tall * broad;
+#pragma omp for schedule(dynamic, 4)
         for (int64_t pair = 0; pair < batch * heads; pair++) {
-            int64_t example = pair / heads, column = pair % heads * size;
-            read_head(Q + example * queries * d + column, q, queries, size, d, deep);
-            read_head(K + example * width * d + column, k, width, size, d, deep);
-            transpose(k, kt, width, wide, deep);
-            multiply(q, deep, 1, kt, queries, size, wide, temperature, weights);
-            softmax(weights, queries, width, wide, real ? real + example * width : NULL);
-            for (int64_t i = 0; i < queries; i++)
-                memcpy(P + (pair * queries + i) * width, weights + i * wide, width * sizeof(float));
-            drop_weights(weights, queries, wide, seed, pair * queries, threshold);
-            read_head(V + example * width * d + column, k, width, size, d, deep);
-            multiply(weights, wide, 1, k, queries, width, deep, scale, sums);
-            write_head(sums, context + example * queries * d + column, queries, size, d, deep);
+            int64_t head = pair % heads, column = head * size;
+            place p = find_place(bounds, areas, pair / heads, heads, first_only);
+            int64_t wide = padded(p.width), first = heads * p.wanted + head * p.queries;
+            read_head(Q + p.wanted * d + column, q, p.queries, size, d, deep);
+            read_head(K + p.all * d + column, k, p.width, size, d, deep);
+            transpose(k, kt, p.width, wide, deep);
+            multiply(q, deep, 1, kt, p.queries, size, wide, temperature, weights);
+            softmax(weights, p.queries, p.width, wide, real ? real + p.all : NULL);
+            for (int64_t i = 0; i < p.queries; i++)
+                memcpy(P + p.area + (head * p.queries + i) * p.width, weights + i * wide, p.width * sizeof(float));
+            drop_weights(weights, p.queries, wide, seed, first, threshold);
+            read_head(V + p.all * d + column, k, p.width, size, d, deep);
+            multiply(weights, wide, 1, k, p.queries, p.width, deep, scale, sums);
+            write_head(sums, context + p.wanted * d + column, p.queries, size, d, deep);
         }
         free(q);
     }
 }
 
 /* dQ, dK and dV of attend from G = dL/d(context), all laid out as there. */
-void attend_backward(const elem *G, const elem *Q, const elem *K, const elem *V, const float *P, uint64_t seed,
-                     int32_t threshold, float scale, elem *dQ, elem *dK, elem *dV, int64_t batch, int64_t heads,
-                     int64_t queries, int64_t width, int64_t size, int threads) {
-    int64_t d = heads * size, wide = padded(width), deep = padded(size), tall = padded(queries);
+void attend_backward(const elem *G, const elem *Q, const elem *K, const elem *V, const float *P, const int64_t *bounds,
+                     const int64_t *areas, uint64_t seed, int32_t threshold, float scale, elem *dQ, elem *dK, elem *dV,
+                     int64_t batch, int64_t heads, int64_t first_only, int64_t widest, int64_t size, int threads) {
+    int64_t d = heads * size, deep = padded(size), broad = padded(widest), tall = first_only ? padded(1) : broad;
     float temperature = 1.0f / sqrtf((float)size);
 #pragma omp parallel num_threads(threads)
     {
-        int64_t longest = tall > wide ? tall : wide;
-        float *q = calloc(2 * tall * deep + width * deep + wide * deep + 2 * tall * wide + longest * deep, sizeof(float));
-        float *g = q + tall * deep, *k = g + tall * deep, *vt = k + width * deep, *kept = vt + wide * deep;
-        float *dS = kept + tall * wide, *sums = dS + tall * wide;
-#pragma omp for schedule(static)
+        float *q = calloc(2 * tall * deep + widest * deep + 2 * broad * deep + 2 * tall * broad, sizeof(float));
+        float *g = q + tall * deep, *k = g + tall * deep, *vt = k + widest * deep, *kept = vt + broad * deep;
+        float *dS = kept + tall * broad, *sums = dS + tall * broad;
+#pragma omp for schedule(dynamic, 4)
         for (int64_t pair = 0; pair < batch * heads; pair++) {
-            int64_t example = pair / heads, column = pair % heads * size, first = pair * queries;
-            int64_t wanted = example * queries * d + column, all = example * width * d + column;
-            read_head(Q + wanted, q, queries, size, d, deep);
-            read_head(G + wanted, g, queries, size, d, deep);
-            read_head(V + all, k, width, size, d, deep);
-            transpose(k, vt, width, wide, deep);
-            read_head(K + all, k, width, size, d, deep);
-            multiply(g, deep, 1, vt, queries, size, wide, scale, dS);
-            drop_weights(dS, queries, wide, seed, first, threshold);
-            for (int64_t i = 0; i < queries; i++) {
+            int64_t head = pair % heads, column = head * size;
+            place p = find_place(bounds, areas, pair / heads, heads, first_only);
+            int64_t wide = padded(p.width), first = heads * p.wanted + head * p.queries;
+            int64_t wanted = p.wanted * d + column, all = p.all * d + column;
+            read_head(Q + wanted, q, p.queries, size, d, deep);
+            read_head(G + wanted, g, p.queries, size, d, deep);
+            read_head(V + all, k, p.width, size, d, deep);
+            transpose(k, vt, p.width, wide, deep);
+            read_head(K + all, k, p.width, size, d, deep);
+            multiply(g, deep, 1, vt, p.queries, size, wide, scale, dS);
+            drop_weights(dS, p.queries, wide, seed, first, threshold);
+            for (int64_t i = 0; i < p.queries; i++) {
                 float *weights = kept + i * wide, *row = dS + i * wide;
-                memcpy(weights, P + (first + i) * width, width * sizeof(float));
+                memcpy(weights, P + p.area + (head * p.queries + i) * p.width, p.width * sizeof(float));
+                for (int64_t c = p.width; c < wide; c++) weights[c] = 0.0f;
                 vf along = splat(0.0f);
                 for (int64_t c = 0; c < wide; c += LANES) along += load(row + c) * load(weights + c);
                 float mean = sum_lanes(along);
                 for (int64_t c = 0; c < wide; c += LANES)
                     store(row + c, temperature * load(weights + c) * (load(row + c) - mean));
             }
-            drop_weights(kept, queries, wide, seed, first, threshold);
-            multiply(dS, wide, 1, k, queries, width, deep, 1.0f, sums);
-            write_head(sums, dQ + wanted, queries, size, d, deep);
-            multiply(dS, 1, wide, q, width, queries, deep, 1.0f, sums);
-            write_head(sums, dK + all, width, size, d, deep);
-            multiply(kept, 1, wide, g, width, queries, deep, scale, sums);
-            write_head(sums, dV + all, width, size, d, deep);
+            drop_weights(kept, p.queries, wide, seed, first, threshold);
+            multiply(dS, wide, 1, k, p.queries, p.width, deep, 1.0f, sums);
+            write_head(sums, dQ + wanted, p.queries, size, d, deep);
+            multiply(dS, 1, wide, q, p.width, p.queries, deep, 1.0f, sums);
+            write_head(sums, dK + all, p.width, size, d, deep);
+            multiply(kept, 1, wide, g, p.width, p.queries, deep, scale, sums);
+            write_head(sums, dV + all, p.width, size, d, deep);
         }
         free(q);
     }

@@ -143,17 +143,22 @@ class FusedLayer:
         drawn = {} if bits is None else draw_dropped({"X": (X.numel(), probability)}, X.device, bits)
         return self._make_hidden(drawn["X"].zero_(X * drawn["X"].scale) if drawn else X)
 
-    def read_mask(self, attention_mask: Tensor | None) -> Tensor | None:
-        """Return what is added to attention scores, shape (batch x heads, 1, width): lowest numbers at padding.
+    def lay_out(self, X: Tensor, attention_mask: Tensor | None, batch: int) -> tuple[Tensor, Tensor | None]:
+        """Return all rows, and what is added to attention scores: lowest numbers at padding.
 
         Args:
+            X: embeddings, shape (batch x width, d).
             attention_mask: shape (batch, width), 0 at padding; None where no example is padded.
+            batch: examples.
+
+        Returns:
+            X, and the addend of shape (batch x heads, 1, width), or None.
         """
         if attention_mask is None:
-            return None
+            return X, None
         bias = torch.zeros_like(attention_mask[:, None], dtype=self.dtype)
         bias.masked_fill_(attention_mask[:, None] == 0, torch.finfo(bias.dtype).min)
-        return bias.repeat_interleave(self.heads, dim=0)
+        return X, bias.repeat_interleave(self.heads, dim=0)
 
     def draw(
         self, batch: int, width: int, device: torch.device, bits: np.random.BitGenerator
@@ -174,7 +179,7 @@ class FusedLayer:
         self,
         X: Hidden,
         batch: int,
-        mask: Tensor | None,
+        layout: Tensor | None,
         adapters: Mapping[str, Adapters | None],
         dropped: Mapping[str, DropoutMask],
         *,
@@ -185,7 +190,7 @@ class FusedLayer:
         Args:
             X: shape (batch x width, d).
             batch: examples.
-            mask: from :meth:`read_mask`.
+            layout: from :meth:`lay_out`.
             adapters: of every group.
             dropped: from :meth:`draw`; empty in evaluation.
             measured: whether the backward pass is to be observed.
@@ -198,7 +203,7 @@ class FusedLayer:
         if self.first_only:
             heads["query"] = self._split(self._forward_group("wanted", wanted.to(self.dtype), adapters, tape), batch)[0]
         Q, K, V = (heads[name] for name in ("query", "key", "value"))
-        context, P, kept = attend(Q, K, V, mask, dropped.get("weights"))
+        context, P, kept = attend(Q, K, V, layout, dropped.get("weights"))
         tape.attention = AttentionTape(Q, K, V, P, kept)
         # The next two groups may overwrite their inputs unless gradients are being recorded.
         consume = not measured

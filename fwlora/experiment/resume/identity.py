@@ -43,7 +43,8 @@ def describe_identity(
         "mode": settings.mode,
         settings.tracker: {name: getattr(tracker, name) for name in tracker.source_fields},
         "engine": {
-            "fast": settings.engine.fast, "cuda_graphs": settings.engine.cuda_graphs,
+            "fast": settings.engine.fast, "batches": settings.engine.batches,
+            "cuda_graphs": settings.engine.cuda_graphs,
             "precision": facts.precision, "kernels": facts.kernels, "processes": processes,
         },
         "data": {

@@ -313,8 +313,10 @@ class EngineSettings(SettingsNode):
     """``engine``.
 
     Attributes:
-        fast: false does what run files literally say: every batch padded to ``max_length``, at random, by the model's
-            own forward pass.
+        fast: false does what run files literally say: every batch padded to ``max_length``, by the model's own forward
+            pass.
+        batches: ``random``, or ``by_length`` for batches of examples of like length, which need little padding where no
+            compiled kernels leave it out; training may then stay longer where it starts.
         cuda_graphs: on a GPU, capture the pass of every batch shape and replay it.
         compiled: on a CPU, compile kernels for all of a layer but its products; needs a C compiler, and does without
             where there is none.
@@ -323,6 +325,7 @@ class EngineSettings(SettingsNode):
     """
 
     fast: bool = True
+    batches: Literal["random", "by_length"] = "random"
     cuda_graphs: bool = False
     compiled: bool = True
     precision: Literal["auto", "bf16", "fp32"] = "auto"

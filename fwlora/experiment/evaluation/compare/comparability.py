@@ -116,7 +116,7 @@ def _read_facts(run: EvaluatedRun) -> JsonObject:
         **{f"data ({name})": value for name, value in fingerprints.items() if value is not None},
         "steps": summary.get(metrics.TOTAL_STEPS),
         "encoder weights": summary.get(metrics.ENCODER_FINGERPRINT),
-        **{f"engine ({key})": (config.get("engine") or {}).get(key) for key in ("fast", "cuda_graphs")},
+        **{f"engine ({key})": (config.get("engine") or {}).get(key) for key in ("fast", "batches", "cuda_graphs")},
         "hardware": environment.get("device"),
         "threads": environment.get("threads"),
         "commit": environment.get("commit"),
