@@ -36,12 +36,19 @@ BATCH_SIZE = 32
 # task -> training examples (None: all), epochs, learning rate, paired seeds
 TASKS: dict[str, tuple[int | None, int, float, int]] = {"sst2": (6_400, 1, 1e-3, 5), "cola": (None, 3, 1e-3, 10)}
 TRAINER = "trainer"
-# Loop -> precision; the Trainer's is float32.
-LOOPS: dict[str, Precision] = {TRAINER: "fp32", "engine fp32": "fp32", "engine bf16": "bf16"}
-# Of runs that were made before there were kernels, and are not made again.
+# Loop -> precision, and whether batches hold examples of like length; the Trainer's are float32 and random.
+LOOPS: dict[str, tuple[Precision, bool]] = {
+    TRAINER: ("fp32", False),
+    "engine fp32": ("fp32", False),
+    "engine bf16": ("bf16", False),
+    "engine fp32, by length": ("fp32", True),
+    "engine bf16, by length": ("bf16", True),
+}
+# Of runs, by length, that were made before there were kernels, and are not made again.
 EARLIER = "engine fp32 without kernels"
 PAIRS = (
-    (TRAINER, EARLIER), (TRAINER, "engine fp32"), (TRAINER, "engine bf16"), ("engine fp32", "engine bf16"),
+    (TRAINER, EARLIER), *((TRAINER, loop) for loop in LOOPS if loop != TRAINER), ("engine fp32", "engine bf16"),
+    ("engine fp32, by length", "engine bf16, by length"), ("engine bf16, by length", "engine bf16"),
 )  # fmt: skip
 METRICS = {"sst2": "eval_accuracy", "cola": "eval_matthews_correlation"}
 
@@ -66,8 +73,9 @@ def train_once(loop: str, glue: str, task_name: str, seed: int) -> float:
     task = Task(pad_token_id, 2, METRICS[task_name].removeprefix("eval_"))
     training = training_options(seed, epochs, learning_rate)
     if loop != TRAINER:
-        precision = LOOPS[loop]
-        engine = EngineOptions(Processes(CPU), precision, kernels=load_kernels(DTYPES[precision]))
+        precision, by_length = LOOPS[loop]
+        kernels = load_kernels(DTYPES[precision])
+        engine = EngineOptions(Processes(CPU), precision, group_by_length=by_length, kernels=kernels)
         result = train(model, method, train_split, eval_split, training, task, engine, log=lambda row: None)
         return 100 * result.last.values[METRICS[task_name]]
     make_trainer(model, train_split, pad_token_id, training).train()

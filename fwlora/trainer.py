@@ -64,12 +64,18 @@ class FwLoraCallback(TrainerCallback, ExportableState):
 
         Raises:
             ValueError: see :class:`fwlora.FisherWeightedLora`; a warm-up as long as the training; a checkpoint without
-                this callback's state; several GPUs in one process.
+                this callback's state; several GPUs in one process; checkpoints that a signal asks for.
         """
         if args.n_gpu > 1:
             raise ValueError(
                 f"the Trainer spreads one process over {args.n_gpu} GPUs (nn.DataParallel), whose replicas cannot be "
                 "measured; start it with torchrun or accelerate launch, or show it one GPU by CUDA_VISIBLE_DEVICES=0"
+            )
+        if getattr(args, "enable_jit_checkpoint", False):
+            raise ValueError(
+                "`enable_jit_checkpoint` is True, but a signal may have such a checkpoint written between the "
+                "measurement of a step and the optimizer's step, and a resume would measure it twice; set "
+                "enable_jit_checkpoint=False and save by save_steps"
             )
         if self.fisher_weighted is not None:
             self.fisher_weighted.close()
@@ -139,17 +145,20 @@ class AdaLoraCallback(TrainerCallback):
         """Check that the schedule fits the training; handle models that ``model_init`` made.
 
         Raises:
-            ValueError: the schedule is longer than the training, so the budget would never be reached; a resume, or
-                ``load_best_model_at_end``, which need adapters that the Trainer cannot load.
+            ValueError: the schedule is longer than the training, so the budget would never be reached; a resume,
+                ``load_best_model_at_end`` or ``enable_jit_checkpoint``, which need adapters that the Trainer cannot
+                load.
         """
         tuner = _find_adalora(kwargs["model"])
         keep_orthogonal_term_out_of_evaluation(tuner)
-        if args.load_best_model_at_end or state.global_step > 0:
-            what = "`load_best_model_at_end` is True" if args.load_best_model_at_end else "training resumes"
+        wanted = [name for name in ("load_best_model_at_end", "enable_jit_checkpoint") if getattr(args, name, False)]
+        if wanted or state.global_step > 0:
+            what, remedy = ("training resumes", "train in one go")
+            if wanted:
+                what, remedy = (f"`{wanted[0]}` is True", f"set {wanted[0]}=False")
             raise ValueError(
                 f"{what}, but a saved AdaLoRA adapter holds the triplets in use alone, and the Trainer cannot load it "
-                "into the model, whose adapters have their initial rank; set load_best_model_at_end=False and train in "
-                "one go"
+                f"into the model, whose adapters have their initial rank; {remedy}"
             )
         config: Any = tuner.peft_config[tuner.trainable_adapter_name]
         total_step = config.total_step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import signal
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -104,6 +105,19 @@ def test_a_checkpoint_made_without_the_callback_is_refused(tmp_path):
     trainer = make_trainer(make_model(), tmp_path, [FwLoraCallback()])
     with pytest.raises(ValueError, match="resumes at step 5, but the checkpoint was made without FwLoraCallback"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+
+
+def test_checkpoints_that_a_signal_asks_for_are_refused_before_a_step(tmp_path):
+    # transformers saves them before the optimizer's step as well, when the step is measured already.
+    trainer = make_trainer(make_model(), tmp_path, [FwLoraCallback()], enable_jit_checkpoint=True)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(
+            ValueError, match=r"`enable_jit_checkpoint` is True, but a signal may .* save by save_steps"
+        ):
+            trainer.train()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class ScaledOptimizer:
@@ -246,10 +260,10 @@ def test_adaloras_mistakes_are_named(tmp_path):
         trainer.train()
 
 
-@pytest.mark.parametrize("argument", ["load_best_model_at_end", "resume"])
+@pytest.mark.parametrize("argument", ["load_best_model_at_end", "enable_jit_checkpoint", "resume"])
 def test_adalora_checkpoints_that_the_trainer_cannot_load_are_refused_before_a_step(argument):
     model = wrap(make_base(), AdaLoraConfig(target_modules=["query"], total_step=10, task_type="SEQ_CLS"))
-    arguments = SimpleNamespace(load_best_model_at_end=argument == "load_best_model_at_end")
+    arguments = SimpleNamespace(**{argument: True})
     state = SimpleNamespace(global_step=4 if argument == "resume" else 0, max_steps=20)
     with pytest.raises(ValueError, match=r"but a saved AdaLoRA adapter holds the triplets in use alone"):
         AdaLoraCallback().on_train_begin(arguments, state, None, model=model)
