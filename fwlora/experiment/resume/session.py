@@ -21,7 +21,7 @@ from fwlora.experiment.paths import ADAPTER, ATTEMPTS, CHECKPOINTS
 from fwlora.experiment.resume.attempts import Attempt, AttemptLog, OutcomeWord
 from fwlora.experiment.resume.checkpointer import Checkpointer, History, load_checkpoint
 from fwlora.experiment.resume.identity import describe_identity, find_differences
-from fwlora.experiment.resume.store import Checkpoint, CheckpointStore
+from fwlora.experiment.resume.store import TRIALS, Checkpoint, CheckpointStore
 from fwlora.experiment.resume.trials import TrialLog
 from fwlora.experiment.settings.modes import get_mode
 from fwlora.experiment.settings.schema import ProgramSettings
@@ -30,8 +30,6 @@ from fwlora.experiment.tracking import Tracker
 from fwlora.experiment.tracking.facts import RunFacts
 
 logger = logging.getLogger(__name__)
-
-TRIALS = "trials.txt"
 
 
 class UnrecordedRunError(UserError):

@@ -17,7 +17,7 @@ from fwlora.experiment.files import delete_folder, name_partial, remove_partials
 logger = logging.getLogger(__name__)
 
 KEPT = 2
-NOTE = "checkpoint.json"
+NOTE, TRIALS = "checkpoint.json", "trials.txt"
 _NAME = re.compile(r"(\d{6,})-step-(\d+)")
 
 
@@ -99,14 +99,18 @@ class CheckpointStore:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing is kept: no checkpoint, not even a damaged one, and no other file."""
-        with suppress(OSError):
-            return not any(not path.name.startswith(".") for path in self.folder.iterdir())
-        return True
+        """Whether nothing is kept: no checkpoint, not even a damaged one, and no trial of a search."""
+        return not self._list() and not (self.folder / TRIALS).exists()
 
     def clear(self) -> None:
-        """Delete everything."""
-        delete_folder(self.folder)
+        """Delete what is kept; files of others, such as models that older versions saved here, are left."""
+        for _, checkpoint in self._list():
+            delete_folder(checkpoint)
+        remove_partials(self.folder)
+        with suppress(OSError):
+            (self.folder / TRIALS).unlink()
+        with suppress(OSError):
+            self.folder.rmdir()
 
     def _list(self) -> list[tuple[int, Path]]:
         with suppress(OSError):

@@ -37,8 +37,14 @@ def test_the_last_two_are_kept_and_the_newest_is_read(tmp_path):
     newest, before = store.read_newest()
     assert (newest.step, before.step) == (7, 5)
     assert (newest.folder / "state.json").read_text() == "x 7"
+    (store.folder / "trials.txt").write_text("")
+    (store.folder / "adapter_model.safetensors").write_text("saved by an older version")
+    (store.folder / ".killed.partial").mkdir()
     store.clear()
-    assert store.is_empty and names(tmp_path) == []
+    assert store.is_empty and names(store.folder) == ["adapter_model.safetensors"]
+    (store.folder / "adapter_model.safetensors").unlink()
+    store.clear()
+    assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize("damage", ["changed", "cut", "removed", "note", "note cut"])
