@@ -224,7 +224,7 @@ def saving_loop(gate: Gate, options: dict[str, Any]) -> None:
             history.add({"global_step": step, "train_loss": step / 7, "gradient_norm": step / 3, "penalty": step / 11,
                          "learning_rate": 1e-3 / (step + 1), "fisher_warmup": 0.0, "epoch": step / 2105})  # fmt: skip
         folder = Path(tempfile.mkdtemp(prefix="fwlora-checkpoints-"))
-        watch = StepCheckpointer(Checkpointer(CheckpointStore(folder), history, processes, Stopper()))
+        watch = StepCheckpointer(Checkpointer(CheckpointStore(folder), history, {}, processes, Stopper()))
     gated: Any = Gated(method, gate)
     train(
         model, gated, train_split, eval_split.select(np.arange(64)), settings, task, EngineOptions(processes),

@@ -213,8 +213,8 @@ def train_and_record(
             inputs.engine,
             log=history.add,
             report=ProgressPrinter(),
-            watch=session.open_watch(history),
-            resume_from=session.load(history),
+            watch=session.open_watch(history, run),
+            resume_from=session.load(history, run),
         )
     summary = summarize_run(result, adapted, inputs, found.seconds if found else 0.0)
     tracker.set_summary(summary)

@@ -14,7 +14,8 @@ import psutil
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _NAMESPACE = Path("/proc/self/ns/pid")
-_SAME_START_S = 1.0  # the time of a process's start is computed from a clock that may be adjusted
+_SAME_START_S = 1.0  # where the time of a process's start is computed from a clock that may be adjusted
+_START_FIELD = 19  # of /proc/<pid>/stat, counted behind the name: clock ticks since boot
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class ProcessIdentity:
     Attributes:
         place: where the number means this process: host, boot and, in containers, the namespace of process ids.
         pid: its number.
-        started: when it started, in seconds since 1970.
+        started: when it started, in the system's own count since boot, which no change of the clock moves; in seconds
+            since 1970 where there is none.
     """
 
     place: str
@@ -35,7 +37,7 @@ class ProcessIdentity:
     def of_this_process(cls) -> ProcessIdentity:
         """Return the identity of the running process."""
         pid = os.getpid()
-        return cls(_find_place(), pid, psutil.Process(pid).create_time())
+        return cls(_find_place(), pid, _find_start(pid))
 
     @classmethod
     def from_record(cls, record: Any) -> ProcessIdentity | None:
@@ -54,12 +56,19 @@ class ProcessIdentity:
             return None
         try:
             process = psutil.Process(self.pid)
-            same = abs(process.create_time() - self.started) < _SAME_START_S
+            same = abs(_find_start(self.pid) - self.started) < _SAME_START_S
             return same and process.status() != psutil.STATUS_ZOMBIE
         except psutil.AccessDenied:
             return None
         except (psutil.Error, ValueError, OverflowError):
             return False
+
+
+def _find_start(pid: int) -> float:
+    with suppress(OSError, ValueError, IndexError):
+        # The name may hold anything, parentheses too.
+        return float(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[_START_FIELD])
+    return psutil.Process(pid).create_time()
 
 
 def _find_place() -> str:

@@ -62,6 +62,7 @@ class Stopper:
         self.requested: int | None = None
         self._requested_at = 0.0
         self._deferrals = 0
+        self._finishing = False
 
     def install(self) -> None:
         """Take the signals, of those that this process does not ignore, and watch the process above if one is named.
@@ -103,6 +104,13 @@ class Stopper:
         finally:
             self._deferrals -= 1
 
+    @contextmanager
+    def finishing(self) -> Iterator[None]:
+        """Take requests no more in the block, which ends the run: only a second one ends the process."""
+        self._finishing = True
+        with self.deferred():
+            yield
+
     def _take(self, number: int, frame: object) -> None:
         now = time.monotonic()
         if self.requested is not None:
@@ -117,6 +125,8 @@ class Stopper:
         while (number := os.read(reading, 1)[0]) not in taken:
             pass
         time.sleep(self._patience_s)
+        if self._finishing:
+            return
         with suppress(OSError, ValueError):
             print(
                 f"not stopped after {self._patience_s:g} s; what was saved before counts", file=sys.stderr, flush=True

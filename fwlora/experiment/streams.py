@@ -26,6 +26,9 @@ class LastingStream:
         """Write, or drop."""
         try:
             return self._stream.write(text)
+        except UnicodeEncodeError:
+            encoding = self._stream.encoding
+            return self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
         except (OSError, ValueError):
             self._drop()
             return len(text)

@@ -7,8 +7,10 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import psutil
 import pytest
 
+from fwlora.experiment import process_identity
 from fwlora.experiment.process_identity import ProcessIdentity
 
 
@@ -26,10 +28,8 @@ def test_a_later_process_with_the_number_is_another_one():
 
 def test_a_process_that_has_ended_but_was_not_waited_for_does_not_live():
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
-        import psutil
-
         child = replace(
-            ProcessIdentity.of_this_process(), pid=process.pid, started=psutil.Process(process.pid).create_time()
+            ProcessIdentity.of_this_process(), pid=process.pid, started=process_identity._find_start(process.pid)
         )
         assert child.lives() is True
         process.kill()
@@ -44,3 +44,10 @@ def test_of_another_machine_nothing_is_known():
 @pytest.mark.parametrize("record", [None, 7, "x", [], {}, {"place": "a", "pid": "x", "started": 1}, {"pid": 1}])
 def test_anything_else_names_no_process(record):
     assert ProcessIdentity.from_record(record) is None
+
+
+def test_a_process_lives_whatever_the_clock_says(monkeypatch):
+    own = ProcessIdentity.of_this_process()
+    monkeypatch.setattr(psutil, "boot_time", lambda: 1.0)
+    monkeypatch.setattr(psutil.Process, "create_time", lambda self: 1.0)
+    assert own.lives() is True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -33,3 +34,12 @@ def test_a_program_goes_on_without_its_reader_and_ends_as_it_would(tmp_path):
         errors = process.stderr.read()
     assert process.returncode == 7 and errors == "error\n"
     assert (tmp_path / "done").read_text() == "19999"
+
+
+def test_what_the_terminal_cannot_show_is_spelled(tmp_path):
+    code = "from fwlora.experiment.streams import outlive_readers; outlive_readers(); print('\u00fc'); print(1)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "\\xfc\n1\n")

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from fwlora.experiment.errors import UserError
 from fwlora.experiment.resume.store import CheckpointStore
+from fwlora.experiment.search import SearchResult
 from fwlora.experiment.settings.schema import ProgramSettings
 from fwlora.experiment.stopping import Stopper, StopRequested
 from src.train import run_training
@@ -169,8 +170,11 @@ def test_a_checkpoint_of_another_seed_gives_other_bytes(settings_of, whole_run, 
             interrupt(each, monkeypatch, ("step", 17), "stop")
             folder = Path(each.results_dir) / each.run.run_id / "checkpoint"
             checkpoints.append(next(CheckpointStore(folder).read_newest()).folder)
-        for path in checkpoints[0].iterdir():
-            (checkpoints[1] / path.name).write_bytes(path.read_bytes())
+        for name in ("state-0.json", "state-0.safetensors", "rows.jsonl"):
+            (checkpoints[1] / name).write_bytes((checkpoints[0] / name).read_bytes())
+        note = checkpoints[1] / "checkpoint.json"
+        digests = {name: digest for name, digest in digest_folder(checkpoints[1]).items() if name != note.name}
+        note.write_text(json.dumps({**json.loads(note.read_text()), "files": digests}))
         run_training(settings)
         found = find_results(settings, trackers[settings.run.run_id])
     weights = "adapter_model.safetensors"
@@ -196,6 +200,25 @@ def test_other_settings_are_refused_with_every_difference_until_one_starts_anew(
         assert [row["global_step"] for row in tracker.rows if "train_loss" in row] == list(range(1, 21))
         with pytest.raises(UserError, match="is finished, and differs"):
             run_training(settings)
+
+
+def test_a_checkpoint_without_a_record_or_of_a_search_with_another_outcome_is_refused(settings_of, monkeypatch):
+    settings = settings_of("LoRA", *SEARCHED)
+    directory = Path("results") / settings.run.run_id
+    with lasting_trackers(monkeypatch):
+        interrupt(settings, monkeypatch, ("step", 17), "stop")
+        trials = directory / "checkpoint" / "trials.txt"
+        monkeypatch.setattr(
+            "src.train.search", lambda run, objective, log: SearchResult({"learning_rate": 0.0123}, 0.5, 3, 0)
+        )
+        with pytest.raises(UserError, match="is of a training of other settings"):
+            run_training(settings)
+        (record,) = sorted((directory / "attempts").glob("*1.json"))
+        (directory / "attempts" / "000002.json").unlink()
+        record.write_text("[")
+        with pytest.raises(UserError, match=r"holds a checkpoint, but no record in .* says of which attempt"):
+            run_training(settings)
+        assert trials.exists()
 
 
 def test_a_finished_run_is_left_as_it_is(settings_of, monkeypatch, caplog):

@@ -21,4 +21,6 @@ def record(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        sys.exit(__doc__)
     record(Path(sys.argv[1]))

@@ -96,7 +96,7 @@ class TrainState:
         self.position = TrainingPosition(**state["position"])
         self.epoch_rows = [dict(row) for row in state["epoch_rows"]]
         torch.set_rng_state(state["random"]["cpu"])
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and "cuda" in state["random"]:
             torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
 
     def _random_states(self) -> dict[str, torch.Tensor]:

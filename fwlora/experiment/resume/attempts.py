@@ -6,7 +6,7 @@ import json
 import platform
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -71,10 +71,11 @@ class AttemptLog:
 
     def read(self) -> list[Attempt]:
         """Return the records that can be read, in the order of their numbers."""
-        found = []
+        found, known = [], {item.name for item in fields(Attempt)}
         for path in sorted(self.folder.glob("[0-9]*.json")):
-            with suppress(OSError, ValueError, TypeError, RecursionError):
-                found.append(Attempt(**json.loads(path.read_text(encoding="utf-8"))))
+            with suppress(OSError, ValueError, TypeError, AttributeError, RecursionError):
+                record = json.loads(path.read_text(encoding="utf-8"))
+                found.append(Attempt(**{name: value for name, value in record.items() if name in known}))
         return found
 
     def start(self, mode: str, identity: JsonMapping, chain: Sequence[int], resumed_at: int) -> Attempt:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from fwlora.experiment.engine.distributed import Processes
 from fwlora.experiment.engine.state import TrainState
 from fwlora.experiment.engine.watch import TrainingWatch
+from fwlora.experiment.json_types import JsonMapping
 from fwlora.experiment.resume.encoding import load_state, save_state
 from fwlora.experiment.resume.store import Checkpoint, CheckpointStore
 from fwlora.experiment.stopping import Stopper
@@ -22,7 +23,7 @@ from fwlora.experiment.tracking.records import RowKey, row_key
 EVERY_S = 30.0
 # Where writing is slow, checkpoints take no more of the time than this.
 LARGEST_SHARE = 0.005
-_ROWS = "rows.jsonl"
+_ROWS, _RUN = "rows.jsonl", "run.json"
 
 Row = Mapping[str, float | int]
 
@@ -61,6 +62,7 @@ class Checkpointer(TrainingWatch):
     Args:
         store: that takes the checkpoints.
         history: rows that are logged so far.
+        run: settings of the training, searched values included.
         processes: of the training.
         stopper: of this process.
         every_s: seconds from one checkpoint to the next; more where writing one takes over :data:`LARGEST_SHARE`.
@@ -70,11 +72,12 @@ class Checkpointer(TrainingWatch):
         self,
         store: CheckpointStore,
         history: History,
+        run: JsonMapping,
         processes: Processes,
         stopper: Stopper,
         every_s: float = EVERY_S,
     ) -> None:
-        self._store, self._history = store, history
+        self._store, self._history, self._run = store, history, run
         self._processes, self._stopper, self._every_s = processes, stopper, every_s
         self._due = time.monotonic() + every_s
 
@@ -111,6 +114,7 @@ class Checkpointer(TrainingWatch):
         self._wait()
         if index == 0:
             self._history.save(partial)
+            (partial / _RUN).write_text(json.dumps(self._run), encoding="utf-8")
             self._store.commit(partial, state.position.step)
         self._wait()
         state.meter.skip_time()
@@ -134,6 +138,17 @@ class Checkpointer(TrainingWatch):
     def _wait(self) -> None:
         if self._processes.count > 1:
             dist.barrier()
+
+
+def load_settings(checkpoint: Checkpoint) -> JsonMapping:
+    """Return the settings of the training that a checkpoint is of.
+
+    Raises:
+        ValueError: a checkpoint of another form.
+        OSError: a file that cannot be read.
+    """
+    found: JsonMapping = json.loads((checkpoint.folder / _RUN).read_text(encoding="utf-8"))
+    return found
 
 
 def load_checkpoint(checkpoint: Checkpoint, processes: Processes) -> Any:

@@ -15,12 +15,18 @@ if TYPE_CHECKING:
 
 # A run that is continued in another environment goes on, but not to the byte.
 ENVIRONMENT = "environment"
-_PACKAGES = ("torch", "transformers", "peft", "fwlora")
+_PACKAGES = ("torch", "transformers", "peft", "optuna", "fwlora")
 _MOST_SHOWN = 20
 
 
 def describe_identity(
-    settings: ProgramSettings, facts: RunFacts, weight_files: Sequence[Path], *, processes: int, threads: int
+    settings: ProgramSettings,
+    facts: RunFacts,
+    weight_files: Sequence[Path],
+    *,
+    processes: int,
+    threads: int,
+    device: str,
 ) -> JsonObject:
     """Describe a run by everything that its bytes depend on.
 
@@ -30,6 +36,7 @@ def describe_identity(
         weight_files: of the pretrained model, which are read.
         processes: that take part.
         threads: of each.
+        device: the type, ``cpu`` or ``cuda``.
 
     Raises:
         OSError: a file cannot be read.
@@ -45,7 +52,7 @@ def describe_identity(
         "engine": {
             "fast": settings.engine.fast, "batches": settings.engine.batches,
             "cuda_graphs": settings.engine.cuda_graphs,
-            "precision": facts.precision, "kernels": facts.kernels, "processes": processes,
+            "precision": facts.precision, "kernels": facts.kernels, "processes": processes, "device": device,
         },
         "data": {
             "train": facts.train_fingerprint, "eval": facts.eval_fingerprint,
@@ -64,7 +71,8 @@ def find_differences(recorded: JsonMapping, present: JsonMapping) -> tuple[list[
     """Compare two identities.
 
     Args:
-        recorded: of an earlier attempt; what it does not have is not compared.
+        recorded: of an earlier attempt. Weights that it could not name, as they had to be fetched first, and whole
+            sections that it does not have are not compared.
         present: of this one.
 
     Returns:
@@ -72,10 +80,12 @@ def find_differences(recorded: JsonMapping, present: JsonMapping) -> tuple[list[
     """
     defining: list[str] = []
     surrounding: list[str] = []
-    now = dict(_flatten(present))
-    for key, before in _flatten(recorded):
-        if key not in now or now[key] != before:
-            line = f"{key}: {_show(before)} then, {_show(now[key]) if key in now else 'not there'} now"
+    shared = [name for name in present if recorded.get(name) not in (None, {})]
+    before, now = (dict(_flatten({name: node[name] for name in shared})) for node in (recorded, present))
+    for key in [*before, *(key for key in now if key not in before)]:
+        if key not in now or key not in before or now[key] != before[key]:
+            then, present_now = (_show(values[key]) if key in values else "not there" for values in (before, now))
+            line = f"{key}: {then} then, {present_now} now"
             (surrounding if key.startswith(f"{ENVIRONMENT}.") else defining).append(line)
     if len(defining) > _MOST_SHOWN:
         defining = [*defining[:_MOST_SHOWN], f"and {len(defining) - _MOST_SHOWN} more"]

@@ -118,8 +118,11 @@ class RunLock:
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             lives = holder.process.lives() if holder else False
-            if error.errno in _HELD or lives or lives is None:
+            if error.errno in _HELD or lives:
                 raise HeldRunError(_describe(run_id, holder)) from None
+            if lives is None:
+                told = f"{_describe(run_id, holder)}. If that process is gone, remove {self._file}"
+                raise HeldRunError(told) from None
             logger.warning(
                 "warning: %s is on a file system without locks (%s); two starts within a second may both go on",
                 self._file.parent,
@@ -136,6 +139,10 @@ class RunLock:
 
     def release(self) -> None:
         """Free the run, unless a child that was started with the lock still has it."""
+        with suppress(OSError):
+            holder = Holder.read(self._file)
+            if holder is not None and holder.process == ProcessIdentity.of_this_process():
+                os.ftruncate(self.descriptor, 0)
         with suppress(OSError):
             os.close(self.descriptor)
 
@@ -159,6 +166,8 @@ def hold_run(settings: ProgramSettings) -> AbstractContextManager[RunLock | None
     try:
         return RunLock(file, settings.run.run_id, _find_passed_on(file))
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
         raise UserError(
             f"results_dir: {file.parent} cannot be written ({error.strerror}); choose another folder"
         ) from None

@@ -102,6 +102,11 @@ class CheckpointStore:
         """Whether nothing is kept: no checkpoint, not even a damaged one, and no trial of a search."""
         return not self._list() and not (self.folder / TRIALS).exists()
 
+    @property
+    def has_checkpoints(self) -> bool:
+        """Whether there is a checkpoint, be it damaged."""
+        return bool(self._list())
+
     def clear(self) -> None:
         """Delete what is kept; files of others, such as models that older versions saved here, are left."""
         for _, checkpoint in self._list():

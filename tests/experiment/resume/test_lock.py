@@ -85,12 +85,13 @@ def test_without_the_systems_locks_the_holders_record_decides(tmp_path, monkeypa
         with pytest.raises(HeldRunError, match=f"process {holder.pid}"):
             RunLock(file, "a")
         holder.kill()
-    RunLock(file, "a").release()
-    assert "file system without locks" in caplog.text
-    record = json.loads(file.read_text())
+    with RunLock(file, "a"):
+        assert "file system without locks" in caplog.text
+        record = json.loads(file.read_text())
+    assert file.read_text() == ""
     record["process"]["place"] = "another host"
     file.write_text(json.dumps(record))
-    with pytest.raises(HeldRunError):  # nobody here can tell whether it lives
+    with pytest.raises(HeldRunError, match=r"If that process is gone, remove .*lock"):  # nobody here can tell
         RunLock(file, "a")
 
 

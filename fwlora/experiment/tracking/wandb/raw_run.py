@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from itertools import pairwise
 
 from fwlora.experiment.json_types import JsonMapping, JsonObject
@@ -57,6 +59,14 @@ class RawRun:
             return 0, []
         chain = node.get("chain")
         return node["number"], list(chain) if isinstance(chain, list) else []
+
+    @property
+    def started(self) -> float:
+        """When the attempt started, in seconds since 1970; 0 of a record that does not say."""
+        node = self.config.get("attempt")
+        with suppress(TypeError, ValueError, KeyError):
+            return datetime.fromisoformat(node["started"]).timestamp() if isinstance(node, Mapping) else 0.0
+        return 0.0
 
     def to_record(self, run_id: str) -> RunRecord:
         """Drop W&B's own entries, restore non-finite numbers, keep each step once; the same for every source."""

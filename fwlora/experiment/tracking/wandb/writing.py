@@ -194,27 +194,25 @@ class _WandbTracker(tracking.Tracker):
         self._guard(lambda: self._run.summary.update(tracking.spell_non_finite(tracking.check_entries(values))))
 
     def recorded_rows(self, attempts: Sequence[int]) -> Collection[RowKey]:
-        if not attempts:
+        folders = [folder for folder in find_run_folders(self._directory, self._run.id) if folder != self.folder]
+        read = [each for each in read_attempts(folders, self._run.id) if each.attempt[0] in attempts]
+        if not read:
             return ()
-        earlier = self._read_server() if self.url else None
-        if earlier is None:
-            folders = [folder for folder in find_run_folders(self._directory, self._run.id) if folder != self.folder]
-            read = [each for each in read_attempts(folders, self._run.id) if each.attempt[0] in attempts]
-            if not read:
-                return ()
-            earlier = join_attempts(read)
-        return find_row_keys(earlier.to_record(self._run.id).history)
+        # The server may lack rows that were logged, and have older ones, of attempts that were given up.
+        stored = self._read_server(min(each.started for each in read)) if self.url else None
+        return find_row_keys((stored or join_attempts(read)).to_record(self._run.id).history)
 
     def problem(self) -> str | None:
         return None if self._problem is None else f"W&B: {self._problem}"
 
-    def _read_server(self) -> RawRun | None:
-        """Return the history that the server has; None where it cannot be asked."""
+    def _read_server(self, since: float) -> RawRun | None:
+        """Return the history that the server has from a time on, s since 1970; None where it cannot be asked."""
         import wandb
 
         with suppress(Exception):
             found = wandb.Api(timeout=ASK_TIMEOUT_S).run(self._run.path)
-            return RawRun(self.url or "", rows=list(found.scan_history(use_cache=False)))
+            rows = [row for row in found.scan_history(use_cache=False) if (row.get("_timestamp") or since) >= since]
+            return RawRun(self.url or "", rows=rows)
         return None
 
     def finish(self, exit_code: int = 0) -> None:
