@@ -73,10 +73,6 @@ PHASES = {
     "W&B": "starting to record", "search: trial": "search", "search": "search", "parameters": "training",
     "step": "training", "eval": "ending", "": "imports",
 }  # fmt: skip
-TIMES = (
-    metrics.TRAINING_TIME_S, metrics.TIME_WARMUP_S, metrics.TIME_TRAIN_S, metrics.TIME_EVAL_S, metrics.TIME_SEARCH_S,
-    metrics.CPU_TIME_S, metrics.LOAD_AVERAGE, metrics.STEP_TIME_MEDIAN_S, metrics.PEAK_MEMORY_MIB,
-)  # fmt: skip
 # Steps between two checkpoints of the loop whose cost is measured.
 STEPS_PER_CHECKPOINT = 5
 
@@ -137,7 +133,7 @@ class Run:
         return {
             "adapter": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
             "history": list(record.history),
-            "summary": {name: value for name, value in record.summary.items() if name not in TIMES},
+            "summary": {name: value for name, value in record.summary.items() if name not in metrics.VARYING},
             "state": record.state,
         }
 

@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 
 import hydra
@@ -17,6 +16,7 @@ from omegaconf import DictConfig
 from fwlora.experiment.paths import CONFIG_DIR, find_log
 from fwlora.experiment.pipeline_contract import complete_verdict, is_verdict
 from fwlora.experiment.programs import command_of, start_program
+from fwlora.experiment.resume.attempts import now_in_utc
 from fwlora.experiment.resume.lock import RunLock, hold_run
 from fwlora.experiment.settings.hydra_arguments import Invocation, enter_program, run_task
 from fwlora.experiment.stopping import SIGNALS, watch_parent
@@ -47,7 +47,7 @@ def launch_training(
     verdict = []
     with LastingLog(log_path) as log:
         command = " ".join(command_of("src.train", invocation.overrides))
-        log.write(f"# {datetime.now(UTC).isoformat(timespec='seconds')} {command}\n")
+        log.write(f"# {now_in_utc()} {command}\n")
         variables = {**environment, **invocation.hand_over(), **(lock.for_child() if lock else {})}
         inherited = [lock.descriptor] if lock else []
         with start_program("src.train", invocation.overrides, variables, inherited=inherited) as child:

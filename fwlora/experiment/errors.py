@@ -42,6 +42,11 @@ class UserError(ValueError):
         return cls("\n".join([f"{heading} ({len(lines)} problems):", *(f"  - {line}" for line in lines)]))
 
 
+def describe_unwritable(folder: object, error: OSError) -> UserError:
+    """Return the error of results that have no place."""
+    return UserError(f"results_dir: {folder} cannot be written ({error.strerror}); choose another folder")
+
+
 @contextmanager
 def collecting(heading: str) -> Iterator[list[str]]:
     """Collect problems in a list and raise them all when the block ends.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import hashlib
 import os
 import shutil
 import time
@@ -75,6 +76,16 @@ def delete_folder(folder: Path) -> None:
     with suppress(OSError):
         folder.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
+
+
+def digest_file(path: Path) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def name_partial(path: Path) -> Path:

@@ -23,9 +23,14 @@ LOG_FOLDER = "logs"
 ATTEMPTS, CHECKPOINTS, ADAPTER = "attempts", "checkpoint", "adapter"
 
 
+def find_run_folder(results_dir: str | Path, run_id: str) -> Path:
+    """Return the folder of a run's results."""
+    return Path(results_dir, run_id)
+
+
 def find_log(results_dir: str | Path, run_id: str, mode: str) -> Path:
     """Return the path of the log that ``src.main`` appends to."""
-    return Path(results_dir, run_id, LOG_FOLDER, f"{mode}.log")
+    return find_run_folder(results_dir, run_id) / LOG_FOLDER / f"{mode}.log"
 
 
 def machine_cache() -> Path:

@@ -3,8 +3,9 @@
 The first of :data:`SIGNALS`, or the end of the process that started this one, is a request. Where nothing would be lost
 it raises :class:`StopRequested` at once; inside :meth:`Stopper.deferred` it is noted, and the code there asks
 :meth:`Stopper.check` at the places where it can stop. A second signal ends the process at once, and so does the end of
-:data:`PATIENCE_S`, whatever the process is doing: then what was saved before counts. Signals within :data:`SAME_S` are
-one request, as a scheduler sends them to a program and its parent, which passes them on.
+:data:`PATIENCE_S`, whatever the process is doing but :meth:`Stopper.finishing`: then what was saved before counts.
+Signals within :data:`SAME_S` are one request, as a scheduler sends them to a program and its parent, which passes them
+on.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
-from fwlora.experiment.errors import EXIT_UNRECORDED, UserError
+from fwlora.experiment.errors import EXIT_UNRECORDED, describe_unwritable
 
 
 class LastingStream:
@@ -76,9 +76,7 @@ class LastingLog:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("ab", buffering=0)
         except OSError as error:
-            raise UserError(
-                f"results_dir: {path.parent} cannot be written ({error.strerror}); choose another folder"
-            ) from None
+            raise describe_unwritable(path.parent, error) from None
 
     def write(self, line: str) -> None:
         """Append a line, or drop it."""

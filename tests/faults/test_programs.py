@@ -18,25 +18,12 @@ import pytest
 from fwlora.experiment.errors import EXIT_HELD, EXIT_UNRECORDED
 from fwlora.experiment.programs import WarmServer
 from fwlora.experiment.stopping import SIGNALS
+from tests.helpers.interrupted_runs import list_methods
 from tests.helpers.paths import REPOSITORY
 from tests.helpers.stopped_programs import TinyRun, list_programs, read_until, wait_for_none
 from tests.helpers.wandb_server import API_KEY
 
-LORA, ADALORA, PROPOSED, CONTROL = (
-    f"{method}-roberta-base-110M--CoLA-GLUE"
-    for method in ("comparative-1", "comparative-2", "proposed", "comparative-3")
-)
-WARMUP = "run.fw_lora.warmup_steps=40"
-METHODS = {
-    "head alone": (LORA, ["run.model.lora.enabled=false"]),
-    "LoRA": (LORA, []),
-    "AdaLoRA": (ADALORA, []),
-    "sketch": (PROPOSED, [WARMUP]),
-    "exact": (PROPOSED, [WARMUP, "run.fw_lora.estimator=exact"]),
-    "adapter": (PROPOSED, [WARMUP, "run.fw_lora.estimator=adapter"]),
-    "reallocation": (PROPOSED, [WARMUP, "run.fw_lora.allocation=reallocate"]),
-    "control": (CONTROL, [WARMUP]),
-}
+METHODS = list_methods(warmup_steps=40)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +66,7 @@ def make_run(warm, tiny_roberta, tiny_glue, tmp_path) -> Callable[..., TinyRun]:
     ],
 )
 def test_a_signal_stops_a_run_with_a_checkpoint_and_the_same_command_continues_it(make_run, number):
-    whole, run = make_run("sketch", "whole"), make_run("sketch")
+    whole, run = make_run("FW-LoRA, sketch", "whole"), make_run("FW-LoRA, sketch")
     whole.complete()
     with run.start() as program:
         read_until(program, "step ")

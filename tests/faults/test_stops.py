@@ -25,21 +25,11 @@ from tests.helpers.interrupted_runs import (
     end_at,
     find_results,
     lasting_trackers,
+    list_methods,
 )
 
-PROPOSED = "proposed-roberta-base-110M--CoLA-GLUE"
-FW = ["run.fw_lora.warmup_steps=5"]
 # 30 steps in three epochs, each evaluated in two batches.
-METHODS = {
-    "head alone": ("comparative-1-roberta-base-110M--CoLA-GLUE", ["run.model.lora.enabled=false"]),
-    "LoRA": ("comparative-1-roberta-base-110M--CoLA-GLUE", []),
-    "AdaLoRA": ("comparative-2-roberta-base-110M--CoLA-GLUE", []),
-    "FW-LoRA, sketch": (PROPOSED, FW),
-    "FW-LoRA, exact": (PROPOSED, [*FW, "run.fw_lora.estimator=exact"]),
-    "FW-LoRA, adapter": (PROPOSED, [*FW, "run.fw_lora.estimator=adapter"]),
-    "FW-LoRA, reallocation": (PROPOSED, [*FW, "run.fw_lora.allocation=reallocate"]),
-    "uniform shrinkage": ("comparative-3-roberta-base-110M--CoLA-GLUE", FW),
-}
+METHODS = list_methods(warmup_steps=5)
 SEARCHED = ["run.optuna.n_trials=3", "run.optuna.epochs=1"]
 STOPS: list[Place] = [("step", 3), ("step", 10), ("step", 17), ("evaluation", 2), ("epoch", 2), ("epoch", 3)]
 KILLS: list[Place] = [("step", 4), ("step", 13), ("evaluation", 3), ("epoch", 3), ("summary", 0), ("save", 0)]

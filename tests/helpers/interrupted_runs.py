@@ -19,12 +19,26 @@ from fwlora.experiment.tracking import metrics
 from fwlora.experiment.tracking.records import RowKey, row_key
 from tests.helpers.memory_tracker import MemoryTracker
 
-# Times, and what depends on them or on the machine's other work.
-TIMES = (
-    metrics.TRAINING_TIME_S, metrics.TIME_WARMUP_S, metrics.TIME_TRAIN_S, metrics.TIME_EVAL_S, metrics.TIME_SEARCH_S,
-    metrics.CPU_TIME_S, metrics.LOAD_AVERAGE, metrics.STEP_TIME_MEDIAN_S, metrics.PEAK_MEMORY_MIB,
-)  # fmt: skip
 Place = tuple[str, int]
+
+
+def list_methods(warmup_steps: int) -> dict[str, tuple[str, list[str]]]:
+    """Every method that a stop has to respect: its name, the run file that is run and what is changed in it."""
+    lora, adalora, proposed, control = (
+        f"{method}-roberta-base-110M--CoLA-GLUE"
+        for method in ("comparative-1", "comparative-2", "proposed", "comparative-3")
+    )
+    warmup = f"run.fw_lora.warmup_steps={warmup_steps}"
+    return {
+        "head alone": (lora, ["run.model.lora.enabled=false"]),
+        "LoRA": (lora, []),
+        "AdaLoRA": (adalora, []),
+        "FW-LoRA, sketch": (proposed, [warmup]),
+        "FW-LoRA, exact": (proposed, [warmup, "run.fw_lora.estimator=exact"]),
+        "FW-LoRA, adapter": (proposed, [warmup, "run.fw_lora.estimator=adapter"]),
+        "FW-LoRA, reallocation": (proposed, [warmup, "run.fw_lora.allocation=reallocate"]),
+        "uniform shrinkage": (control, [warmup]),
+    }
 
 
 class Killed(BaseException):
@@ -120,7 +134,7 @@ def digest_folder(folder: Path) -> dict[str, str]:
 
 def without_times(summary: Mapping[str, Any]) -> dict[str, Any]:
     """A run's summary without what differs between two runs of one command."""
-    return {name: value for name, value in summary.items() if name not in TIMES}
+    return {name: value for name, value in summary.items() if name not in metrics.VARYING}
 
 
 def find_results(settings: ProgramSettings, tracker: MemoryTracker) -> dict[str, Any]:

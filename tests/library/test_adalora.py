@@ -257,15 +257,19 @@ def test_a_schedule_without_room_is_refused():
         make(AdaLoraPlan(3, 450), total_steps=1, schedule={**SCHEDULE, "tinit": 0, "tfinal": 0})
 
 
+def draw_gradients(model: nn.Module, generator: torch.Generator) -> None:
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+
+
 def test_averages_are_pefts_to_the_last_bit():
     model, adalora, _ = make(AdaLoraPlan(init_rank=3, budget=450))
     theirs = copy.deepcopy(model.base_model.rankallocator)
     theirs.update_ipt = MethodType(type(theirs).update_ipt, theirs)
     generator = torch.Generator().manual_seed(3)
     for _ in range(3):
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+        draw_gradients(model, generator)
         theirs.update_ipt(model.base_model.model)
         model.base_model.rankallocator.update_ipt(model.base_model.model)
     for name in ("ipt", "exp_avg_ipt", "exp_avg_unc"):
@@ -280,9 +284,7 @@ def test_a_triplets_score_is_pefts():
     allocator = model.base_model.rankallocator
     generator = torch.Generator().manual_seed(3)
     for _ in range(2):
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+        draw_gradients(model, generator)
         allocator.update_ipt(model.base_model.model)
     expected = []
     for pair in adalora.pairs:

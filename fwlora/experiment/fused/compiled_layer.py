@@ -215,7 +215,7 @@ class CompiledLayer:
             return X, TokenLayout.make(whole, real.to(torch.uint8).flatten())
         return X[real.flatten()], TokenLayout.make(real.sum(1))
 
-    def draw(self, batch: int, width: int, device: torch.device, bits: np.random.BitGenerator) -> dict[str, np.ndarray]:
+    def draw(self, batch: int, rows: int, device: torch.device, bits: np.random.BitGenerator) -> dict[str, np.ndarray]:
         """Draw a seed for every place of dropout: a group's adapted members, attention weights, both branches."""
         seeds = iter(_draw(bits, sum(self._sites.values())))
         return {name: np.fromiter(seeds, np.uint64, count) for name, count in self._sites.items()}

@@ -53,8 +53,8 @@ class EncoderLayer(Protocol):
             batch: examples.
         """
 
-    def draw(self, batch: int, width: int, device: torch.device, bits: np.random.BitGenerator) -> Any:
-        """Draw the dropouts of a pass."""
+    def draw(self, batch: int, rows: int, device: torch.device, bits: np.random.BitGenerator) -> Any:
+        """Draw the dropouts of a pass of so many examples and rows."""
 
     def forward(
         self,
@@ -112,12 +112,11 @@ def run_forward(call: EncoderCall, X: Tensor, *, keep: bool) -> tuple[Tensor, li
         X: embeddings before their dropout, the rows of the layout.
         keep: whether tapes are kept for a backward pass.
     """
-    width = X.shape[0] // call.batch
     bits = None if call.seed is None else np.random.SFC64(call.seed)
     hidden = call.layers[0].enter(X, call.embedding_dropout, bits)
     tapes = []
     for layer, adapters in zip(call.layers, call.adapters, strict=True):
-        dropped = {} if bits is None else layer.draw(call.batch, width, X.device, bits)
+        dropped = {} if bits is None else layer.draw(call.batch, len(X), X.device, bits)
         measured = call.observe is not None
         hidden, tape = layer.forward(hidden, call.batch, call.layout, adapters, dropped, measured=measured)
         if keep:

@@ -160,19 +160,17 @@ class FusedLayer:
         bias.masked_fill_(attention_mask[:, None] == 0, torch.finfo(bias.dtype).min)
         return X, bias.repeat_interleave(self.heads, dim=0)
 
-    def draw(
-        self, batch: int, width: int, device: torch.device, bits: np.random.BitGenerator
-    ) -> dict[str, DropoutMask]:
+    def draw(self, batch: int, rows: int, device: torch.device, bits: np.random.BitGenerator) -> dict[str, DropoutMask]:
         """Draw the layer's dropouts by where they act: a group's name, ``weights``, ``hidden_0`` or ``hidden_1``."""
-        rows = batch if self.first_only else batch * width
+        wanted = batch if self.first_only else rows
         requests = {
-            name: (len(group.adapted) * (batch * width if name == "all" else rows) * group.d_in, group.dropout)
+            name: (len(group.adapted) * (rows if name == "all" else wanted) * group.d_in, group.dropout)
             for name, group in self.groups.items()
             if group.adapted
         }
-        requests["weights"] = (rows * self.heads * width, self.attention_dropout)
+        requests["weights"] = (wanted * self.heads * (rows // batch), self.attention_dropout)
         for place, (norm, probability) in enumerate(zip(self.norms, self.hidden_dropouts, strict=True)):
-            requests[f"hidden_{place}"] = (rows * norm.weight.shape[0], probability)
+            requests[f"hidden_{place}"] = (wanted * norm.weight.shape[0], probability)
         return draw_dropped(requests, device, bits)
 
     def forward(

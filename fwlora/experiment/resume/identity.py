@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fwlora.experiment.files import digest_file
 from fwlora.experiment.json_types import JsonMapping, JsonObject, JsonValue
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # A run that is continued in another environment goes on, but not to the byte.
 ENVIRONMENT = "environment"
 _PACKAGES = ("torch", "transformers", "peft", "optuna", "fwlora")
-_MOST_SHOWN = 20
+_MOST_SHOWN, _SHOWN_DIGITS = 20, 16
 
 
 def describe_identity(
@@ -59,7 +59,7 @@ def describe_identity(
             "train_examples": facts.train_examples, "eval_examples": facts.eval_examples,
             "labels": list(facts.label_names),
         },
-        "weights": {path.name: _digest(path) for path in weight_files},
+        "weights": {path.name: digest_file(path)[:_SHOWN_DIGITS] for path in weight_files},
         ENVIRONMENT: {
             "threads": threads, "device": environment.get("device"), "cpu": environment.get("cpu"),
             **{name: versions.get(name) for name in _PACKAGES if name in versions},
@@ -103,8 +103,3 @@ def _flatten(value: JsonMapping, path: str = "") -> Iterator[tuple[str, JsonValu
 def _show(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

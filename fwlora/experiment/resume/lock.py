@@ -15,13 +15,13 @@ import os
 import platform
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
-from fwlora.experiment.errors import EXIT_HELD, UserError
-from fwlora.experiment.paths import ATTEMPTS
+from fwlora.experiment.errors import EXIT_HELD, UserError, describe_unwritable
+from fwlora.experiment.paths import ATTEMPTS, find_run_folder
 from fwlora.experiment.process_identity import ProcessIdentity
+from fwlora.experiment.resume.attempts import now_in_utc
 from fwlora.experiment.settings.modes import get_mode
 from fwlora.experiment.settings.schema import ProgramSettings
 
@@ -61,8 +61,7 @@ class Holder:
     @classmethod
     def of_this_process(cls) -> Holder:
         """Return the running process, which takes a run now."""
-        started = datetime.now(UTC).isoformat(timespec="seconds")
-        return cls(platform.node(), started, ProcessIdentity.of_this_process())
+        return cls(platform.node(), now_in_utc(), ProcessIdentity.of_this_process())
 
     @classmethod
     def read(cls, file: Path) -> Holder | None:
@@ -162,15 +161,13 @@ def hold_run(settings: ProgramSettings) -> AbstractContextManager[RunLock | None
     """
     if not get_mode(settings.mode).is_recorded or int(os.environ.get("RANK", "0")):
         return nullcontext()
-    file = Path(settings.results_dir, settings.run.run_id, ATTEMPTS, LOCK)
+    file = find_run_folder(settings.results_dir, settings.run.run_id) / ATTEMPTS / LOCK
     try:
         return RunLock(file, settings.run.run_id, _find_passed_on(file))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise UserError(
-            f"results_dir: {file.parent} cannot be written ({error.strerror}); choose another folder"
-        ) from None
+        raise describe_unwritable(file.parent, error) from None
 
 
 def _find_passed_on(file: Path) -> int | None:

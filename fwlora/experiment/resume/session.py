@@ -18,7 +18,7 @@ from fwlora.experiment.errors import EXIT_UNRECORDED, UserError
 from fwlora.experiment.files import remove_partials
 from fwlora.experiment.json_types import JsonMapping, JsonObject
 from fwlora.experiment.modeling.pretrained import find_weight_files
-from fwlora.experiment.paths import ADAPTER, ATTEMPTS, CHECKPOINTS
+from fwlora.experiment.paths import ADAPTER, ATTEMPTS, CHECKPOINTS, find_run_folder
 from fwlora.experiment.resume.attempts import Attempt, AttemptLog, OutcomeWord
 from fwlora.experiment.resume.checkpointer import Checkpointer, History, load_checkpoint, load_settings
 from fwlora.experiment.resume.identity import describe_identity, find_differences
@@ -37,11 +37,6 @@ class UnrecordedRunError(UserError):
     """A run whose record is not whole."""
 
     exit_code = EXIT_UNRECORDED
-
-
-def find_directory(settings: ProgramSettings) -> Path:
-    """Return the folder of a run's results."""
-    return Path(settings.results_dir) / settings.run.run_id
 
 
 @dataclass
@@ -168,7 +163,7 @@ def open_session(settings: ProgramSettings, facts: RunFacts, processes: Processe
     Raises:
         UserError: what there is to continue from is of another run; every difference is listed.
     """
-    mode, directory = get_mode(settings.mode), find_directory(settings)
+    mode, directory = get_mode(settings.mode), find_run_folder(settings.results_dir, settings.run.run_id)
     if not mode.is_recorded:
         return RunSession(directory, None, processes, stopper)
     store = CheckpointStore(directory / CHECKPOINTS) if mode.keeps_model else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import re
@@ -12,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from fwlora.experiment.files import delete_folder, name_partial, remove_partials, sync_folder, sync_tree
+from fwlora.experiment.files import delete_folder, digest_file, name_partial, remove_partials, sync_folder, sync_tree
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +74,7 @@ class CheckpointStore:
             OSError: something cannot be written; the checkpoints that there were are left.
         """
         try:
-            digests = {path.name: _digest(path) for path in sorted(partial.iterdir())}
+            digests = {path.name: digest_file(path) for path in sorted(partial.iterdir())}
             (partial / NOTE).write_text(json.dumps({"step": step, "files": digests}), encoding="utf-8")
             sync_tree(partial)
             numbers = [number for number, _ in self._list()]
@@ -129,15 +128,10 @@ def _check(folder: Path) -> Checkpoint:
         note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
         digests, step = dict(note["files"]), int(note["step"])
         for name, expected in digests.items():
-            if _digest(folder / name) != expected:
+            if digest_file(folder / name) != expected:
                 raise DamagedCheckpointError(f"{name} is not what was written")
     except OSError as error:
         raise DamagedCheckpointError(f"{Path(error.filename or folder).name}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise DamagedCheckpointError(f"{NOTE} is not what was written") from None
     return Checkpoint(folder, step)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -316,7 +316,7 @@ class EngineSettings(SettingsNode):
         fast: false does what run files literally say: every batch padded to ``max_length``, by the model's own forward
             pass.
         batches: ``random``, or ``by_length`` for batches of examples of like length, which need little padding where no
-            compiled kernels leave it out; training may then stay longer where it starts.
+            compiled kernels leave it out; on CoLA they cost accuracy, see ``benchmarks/README.md``.
         cuda_graphs: on a GPU, capture the pass of every batch shape and replay it.
         compiled: on a CPU, compile kernels for all of a layer but its products; needs a C compiler, and does without
             where there is none.

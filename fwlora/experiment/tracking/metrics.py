@@ -52,6 +52,12 @@ EVAL_ECE = "eval_ece"  # expected calibration error; computed from the logits wh
 ENCODER_FINGERPRINT = "encoder_fingerprint"  # hash of the pretrained weights
 EVAL_FINGERPRINT = "eval_fingerprint"  # hash of the eval split's texts and labels
 
+# Of the summary: times, and what depends on them or on other work of the machine; two runs of one command differ here.
+VARYING = (
+    TRAINING_TIME_S, TIME_WARMUP_S, TIME_TRAIN_S, TIME_EVAL_S, TIME_SEARCH_S, CPU_TIME_S, LOAD_AVERAGE,
+    STEP_TIME_MEDIAN_S, PEAK_MEMORY_MIB,
+)  # fmt: skip
+
 
 def eval_name(task_metric: str) -> str:
     """``accuracy`` -> ``eval_accuracy``, the name in the per-epoch history."""

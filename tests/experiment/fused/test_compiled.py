@@ -135,9 +135,9 @@ def test_with_equal_masks_dropout_is_that_of_torchs_operations(width, monkeypatc
             kept[example, :, : queries[example]] = rows.view(heads, -1, width)
         return kept
 
-    def draw(self, batch, width, device, bits):
+    def draw(self, batch, rows, device, bits):
         layer = next(layers)
-        seeds = layer.draw(batch, width, device, bits)
+        seeds = layer.draw(batch, rows, device, bits)
         columns = {name: group.d_in for name, group in layer.groups.items()} | {"hidden_0": 32, "hidden_1": 32}
         probabilities = dict.fromkeys(seeds, 0.3) | {"weights": 0.2}
         probabilities |= {f"hidden_{place}": p for place, p in enumerate(self.hidden_dropouts)}
